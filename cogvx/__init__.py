@@ -1,0 +1,1 @@
+"""Fine-tune CogVideoX from a folder of captioned clips."""

@@ -1,0 +1,297 @@
+"""The door: from Hydra's composed values to typed, checked, plain dataclasses. Behind it nothing knows Hydra.   [no torch]
+
+Every group of conf/ has a dataclass per option, below, and every value stands in a YAML, so a dataclass has no defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cogvx import tasks
+from cogvx.data import sources
+from cogvx.errors import UserError, did_you_mean, listed
+from cogvx.model import checkpoint
+from cogvx.model.lora import Lora
+from cogvx.training import optimizers, options, schedules, tracking
+
+CONF = Path(__file__).parent.parent / "conf"
+
+GROUPS: dict[str, dict[str, type]] = {
+    "task": {"train": tasks.Train, "encode": tasks.Encode},
+    "model": {"nano": checkpoint.Nano, "2b": checkpoint.Model, "5b": checkpoint.Model},
+    "data": {
+        "demo": sources.Demo, "text_files": sources.TextFiles, "csv": sources.Csv, "dataset": sources.Dataset,
+    },
+    "optimizer": {"adam": optimizers.Adam, "adamw": optimizers.AdamW},
+    "scheduler": {
+        "constant": schedules.Constant, "constant_with_warmup": schedules.ConstantWithWarmup, "linear": schedules.Linear,
+        "cosine": schedules.Cosine, "cosine_with_restarts": schedules.CosineWithRestarts, "polynomial": schedules.Polynomial,
+    },
+    "memory": {"fast": options.Memory, "balanced": options.Memory},
+    "parallel": {"single": options.Single, "ddp": options.DistributedDataParallel},
+    "tracking": {"none": tracking.Tracking, "tensorboard": tracking.TensorBoard, "wandb": tracking.Wandb},
+}  # fmt: skip
+SECTIONS: dict[str, type] = {"lora": Lora, "train": options.Train, "validation": options.Validation}
+NOT_COMPARED = ("output_dir", "train.resume")       # where a run stands and how it was started, not what it computes
+
+
+@dataclass
+class Config:
+    task: tasks.Task
+    model: checkpoint.Model
+    data: sources.Data
+    lora: Lora
+    optimizer: optimizers.Optimizer
+    scheduler: schedules.Schedule
+    train: options.Train
+    validation: options.Validation
+    memory: options.Memory
+    parallel: options.Parallel
+    tracking: tracking.Tracking
+    seed: int
+    output_dir: str | None
+    choices: dict[str, str]         # the option chosen of every group
+
+
+def check(composed: DictConfig, choices: dict[str, str]) -> Config:
+    """The typed configuration, paths absolute. UserError lists everything that is wrong with it at once."""
+    values, problems = {}, []
+    for name in composed:
+        if name not in (*GROUPS, *SECTIONS, "seed", "output_dir"):
+            problems.append(f"unknown setting {name}{did_you_mean(str(name), [*GROUPS, *SECTIONS])}")
+    for group, classes in GROUPS.items():
+        values[group], found = typed(composed, group, classes[choices[group]])
+        problems += found
+    for section, section_class in SECTIONS.items():
+        if section == "lora" and composed.get(section) is None:
+            problems.append("lora=null: full fine-tuning is not built yet; train a LoRA: lora.rank=128")
+            continue
+        values[section], found = typed(composed, section, section_class)
+        problems += found
+    problems += rules(values)
+    top, found = typed(OmegaConf.create({"top": {k: composed.get(k) for k in ("seed", "output_dir")}}), "top", Top)
+    problems += [problem.replace("top.", "") for problem in found]
+    if top is not None and top.seed < 0:
+        problems.append(f"seed={top.seed}: must be 0 or more")
+    if problems:
+        raise Wrong(problems)
+    config = Config(**values, seed=top.seed, output_dir=top.output_dir, choices=dict(choices))
+    make_paths_absolute(config)
+    return config
+
+
+class Wrong(UserError):
+    """Settings that cannot be run, all of them."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__(listed(f"{len(problems)} setting{'s are' if len(problems) > 1 else ' is'} wrong:", problems))
+        self.problems = problems
+
+
+def rules(values: dict[str, object]) -> list[str]:
+    """What is wrong in or between the sections that have the right types; a section that has not is None."""
+    found = []
+    for section in values.values():
+        own = getattr(section, "problems", None)
+        found += own() if own else []
+    model, data, scheduler, train = (values.get(name) for name in ("model", "data", "scheduler", "train"))
+    if model and data:
+        geometry = model.expected_geometry()
+        found += geometry.frame_problems(data.max_num_frames) + geometry.size_problems(data.height, data.width)
+    warmup = getattr(scheduler, "lr_warmup_steps", 0)
+    if train and train.max_train_steps is not None and 0 < train.max_train_steps <= warmup:
+        found.append(
+            f"scheduler.lr_warmup_steps={warmup} with train.max_train_steps={train.max_train_steps}: the full learning rate is "
+            f"never reached; lower the first (0: no warm-up) or raise the second"
+        )
+    return found
+
+
+@dataclass
+class Top:
+    seed: int
+    output_dir: str | None
+
+
+def typed(composed: DictConfig, section: str, section_class: type) -> tuple[object | None, list[str]]:
+    """The section as its dataclass, or what is wrong: each key that is unknown, missing or of another type."""
+    node = composed[section]
+    if not isinstance(node, DictConfig):
+        hint = f"choose one of its options with {section}=OPTION" if section in GROUPS else "set its values one by one"
+        return None, [f"{section}={node}: is not a section of settings; {hint}"]
+    target, problems = OmegaConf.structured(section_class), []
+    names = [field.name for field in dataclasses.fields(section_class)]
+    for key in node:
+        full = f"{section}.{key}"
+        if key not in names:
+            problems.append(f"unknown setting {full}{did_you_mean(str(key), names)} {section} has {', '.join(names) or 'no settings'}")
+            continue
+        try:
+            if OmegaConf.is_missing(node, key):
+                problems.append(f"{full} must be given: {full}=...")
+            else:
+                target[key] = node[key]
+        except OmegaConfBaseException as error:
+            problems.append(f"{full}: {first_line(error)}")
+    problems += [f"{section}.{name} has no value in conf/" for name in names if name not in list(node.keys())]
+    return (None if problems else OmegaConf.to_object(target)), problems
+
+
+def make_paths_absolute(config: Config) -> None:
+    for owner, name in (
+        (config.data, "instance_data_root"), (config.data, "cache_dir"),
+        (config.validation, "validation_prompts_file"), (config, "output_dir"),
+    ):  # fmt: skip
+        value = getattr(owner, name)
+        if value is not None:
+            setattr(owner, name, str(Path(value).expanduser().absolute()))
+    if config.model.is_local():
+        config.model.path = str(Path(config.model.path).expanduser().absolute())
+    if config.train.resume not in (None, "auto"):
+        config.train.resume = str(Path(config.train.resume).expanduser().absolute())
+    local_table = getattr(config.data, "dataset_name", None)
+    if isinstance(config.data, sources.Dataset) and Path(local_table).expanduser().exists():
+        config.data.dataset_name = str(Path(local_table).expanduser().absolute())
+
+
+# -- the record: a configuration as a file that launch.py can start from ----------------------------------------------
+
+
+def as_dict(config: Config) -> dict:
+    """Plain values, as in the YAML files, without the choices."""
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items() if key != "choices"}
+
+
+def plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return value
+
+
+def to_yaml(config: Config) -> str:
+    """Every value, resolved, under a defaults list that names the options: itself a file launch.py can start from."""
+    defaults = [*({group: choice} for group, choice in config.choices.items()), "_self_"]
+    values = as_dict(config)
+    values["output_dir"] = None
+    return yaml.safe_dump({"defaults": defaults, **values}, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def read(path: Path) -> Config:
+    """The configuration recorded in a file written from to_yaml()."""
+    try:
+        recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        choices = {group: choice for entry in recorded.pop("defaults") if isinstance(entry, dict) for group, choice in entry.items()}
+        if missing := [group for group in GROUPS if choices.get(group) not in GROUPS[group]]:
+            raise UserError(f"{path}: its defaults list names no known option of {', '.join(missing)}")
+        return check(OmegaConf.create(recorded), choices)
+    except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is not the configuration of a run: {error!r}") from error
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """Keys that differ in what is computed, as `key: theirs -> ours`."""
+    one, other = flat(as_dict(theirs)), flat(as_dict(ours))
+    keys = [key for key in dict.fromkeys([*one, *other]) if key not in NOT_COMPARED]
+    return [f"{key}: {one.get(key)} -> {other.get(key)}" for key in keys if one.get(key) != other.get(key)]
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, object]:
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+# -- composing outside of Hydra's own command line ---------------------------------------------------------------------
+
+
+def compose_config(overrides: list[str], folder: Path = CONF, searchpath: tuple[str, ...] = ()) -> Config:
+    """What `launch.py OVERRIDES` would run."""
+    composed = composed_from(overrides, folder, searchpath)
+    choices = {group: composed.hydra.runtime.choices[group] for group in GROUPS}
+    del composed["hydra"]
+    return check(composed, choices)
+
+
+def composed_from(overrides: list[str], folder: Path, searchpath: tuple[str, ...] = ()) -> DictConfig:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder.absolute()), version_base="1.3", job_name="cogvx"):
+            composed = compose("config", [*(f"hydra.searchpath=[{p}]" for p in searchpath), *overrides], return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().clear()
+    OmegaConf.set_struct(composed, False)
+    return composed
+
+
+def explain(error: Exception, overrides: list[str], folder: Path, searchpath: tuple[str, ...]) -> str:
+    """All that is wrong with a command line that Hydra refused: it stops at the first mistake, we try them one by one."""
+    problems, good, known = [], [], []
+    choosing = [o for o in overrides if o.split("=")[0].lstrip("+~") in (*GROUPS, "experiment")]
+    for override in [*choosing, *(o for o in overrides if o not in choosing)]:
+        try:
+            composed = composed_from([*good, override], folder, searchpath)
+            good.append(override)
+            known = list(flat(OmegaConf.to_container(composed, resolve=False)))
+        except (HydraException, OmegaConfBaseException) as found:
+            problems.append(in_words(found, override, known or known_keys(good, folder, searchpath)))
+    try:
+        compose_config(good, folder, searchpath)
+    except Wrong as found:
+        problems += found.problems
+    except (HydraException, OmegaConfBaseException) as found:
+        problems.append(first_line(found))
+    return str(Wrong(problems or [first_line(error)]))
+
+
+def known_keys(overrides: list[str], folder: Path, searchpath: tuple[str, ...]) -> list[str]:
+    try:
+        return list(flat(OmegaConf.to_container(composed_from(overrides, folder, searchpath), resolve=False)))
+    except (HydraException, OmegaConfBaseException):
+        return []
+
+
+def in_words(error: Exception, override: str, known: list[str]) -> str:
+    key, _, value = override.partition("=")
+    key, text = key.lstrip("+~"), str(error)
+    if key in GROUPS:
+        if value not in GROUPS[key]:
+            return f"{override}: there is no such option{did_you_mean(value, GROUPS[key])} {key} is one of {', '.join(GROUPS[key])}"
+        return f"{override}: {first_line(error)}"
+    if "not in struct" in text or "Could not override" in text:
+        return f"unknown setting {key}{nearest(key, [k for k in known if not k.startswith('hydra.')])}"
+    if text.startswith("Ambiguous value"):
+        return f"{override}: to run one job for each value, add -m; for a list, write [{value}]; for text, quote it: '{key}=\"{value}\"'"
+    if "mismatched input" in text or "token recognition" in text or "no viable alternative" in text or "extraneous input" in text:
+        return f"{override}: Hydra cannot parse this; put quotes inside quotes, as in '{key}=\"{value}\"', or use a file for prompts"
+    return f"{override}: {first_line(error)}"
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """Settings near a misspelt one by their full names, else by their last parts, else those beside it."""
+    section, _, last = key.rpartition(".")
+    by_last = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(key, known, n=2, cutoff=0.75)
+    near = near or [by_last[word] for word in difflib.get_close_matches(last, by_last, n=2, cutoff=0.75)]
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    return f"; {section or 'the top level'} has {', '.join(beside)}" if beside else ""
+
+
+def first_line(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+    return str(cause).strip().splitlines()[0]

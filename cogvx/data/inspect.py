@@ -1,0 +1,65 @@
+"""What the model will see of every clip, or why it was left out: dataset_report.csv and contact_sheet.png."""
+
+import csv
+from pathlib import Path
+
+from cogvx.data.encode import EncodedClip, Rejected
+
+COLUMNS = [
+    "origin", "video", "use", "frames", "first_frame", "last_frame", "repeated",
+    "file_frames", "file_fps", "file_width", "file_height", "latent_shape", "prompt",
+]  # fmt: skip
+MOST_ON_SHEET = 60
+
+
+def write_report(folder: Path, clips: list[EncodedClip], held_out: list[bool], rejected: list[Rejected]) -> None:
+    rows = [
+        {
+            **{name: clip.about[name] for name in COLUMNS if name in clip.about},
+            "origin": clip.example.origin,
+            "video": str(clip.example.video),
+            "use": "held out" if out else "train",
+            "latent_shape": "x".join(map(str, clip.latent_shape)),
+            "prompt": clip.example.prompt,
+        }
+        for clip, out in zip(clips, held_out, strict=True)
+    ]
+    rows += [
+        {"origin": bad.example.origin, "video": str(bad.example.video), "use": f"left out: it {bad.reason}", "prompt": bad.example.prompt}
+        for bad in rejected
+    ]
+    with (folder / "dataset_report.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_contact_sheet(folder: Path, clips: list[EncodedClip], held_out: list[bool]) -> None:
+    """First, middle and last frame of up to MOST_ON_SHEET clips, as resized and cropped for the model."""
+    from PIL import Image, ImageDraw
+    from safetensors.torch import load_file
+
+    shown = list(zip(clips, held_out, strict=True))[:MOST_ON_SHEET]
+    strips = [load_file(clip.path)["thumbnails"].numpy() for clip, _ in shown]          # [3, h, w, C]
+    _, height, width, _ = strips[0].shape
+    columns, gap, text = min(3, len(shown)), 8, 30
+    cell_width, cell_height = 3 * width + gap, height + text + gap
+    rows = -(-len(shown) // columns)
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, ((clip, out), strip) in enumerate(zip(shown, strips, strict=True)):
+        left, top = gap + number % columns * cell_width, gap + number // columns * cell_height
+        for place, frame in enumerate(strip):
+            sheet.paste(Image.fromarray(frame), (left + place * width, top))
+        pen.text((left, top + height + 1), f"{clip.example.video.name}  {clip.about['frames']} frames{'  held out' if out else ''}", "black")
+        pen.text((left, top + height + 14), fitted(pen, clip.example.prompt, 3 * width), "dimgray")
+    sheet.save(folder / "contact_sheet.png")
+
+
+def fitted(pen, text: str, width: int) -> str:
+    """As much of the text as fits into width pixels."""
+    if pen.textlength(text) <= width:
+        return text
+    while text and pen.textlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,316 @@
+"""Where captioned clips come from: one YAML under conf/data/ and one class here each, all read into Examples.
+
+To add a format: a class with read(), and its YAML.
+"""
+
+import csv
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from cogvx.data import demo
+from cogvx.errors import UserError, did_you_mean, listed
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: str
+    video: Path
+    origin: str         # where it was listed, for messages: "prompts.txt:4"
+
+
+class Reshape(Enum):
+    center = "center"
+    random = "random"
+
+
+@dataclass
+class Data:
+    """What all sources share. Frames are frames of the clip the model sees, skipped ones frames of the file."""
+
+    instance_data_root: str | None
+    caption_column: str
+    video_column: str
+    id_token: str | None
+    height: int                     # pixels
+    width: int
+    fps: float | None
+    max_num_frames: int
+    min_num_frames: int
+    skip_frames_start: int
+    skip_frames_end: int
+    video_reshape_mode: Reshape
+    cache_dir: str
+    validation_fraction: float
+    validation_seed: int
+    max_bad_fraction: float
+
+    def read(self) -> list[Example]:
+        """The examples, in the order listed, with id_token before every prompt. UserError names all that is wrong."""
+        examples = [
+            Example(f"{self.id_token} {prompt}" if self.id_token else prompt, video, origin)
+            for prompt, video, origin in self.rows()
+        ]
+        if not examples:
+            raise UserError(f"{self.described()} lists no clips: a caption and a path are needed for each")
+        return examples
+
+    def rows(self) -> Iterable[tuple[str, Path, str]]:
+        raise TypeError(f"{type(self).__name__} has no rows()")
+
+    def described(self) -> str:
+        return str(self.instance_data_root)
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("skip_frames_start", "skip_frames_end"):
+            if getattr(self, name) < 0:
+                found.append(f"data.{name}={getattr(self, name)}: must be 0 or more frames of the file")
+        if self.fps is not None and not self.fps > 0:
+            found.append(f"data.fps={self.fps}: must be above 0, or null for every frame of the file")
+        if not 1 <= self.min_num_frames <= max(1, self.max_num_frames):
+            found.append(f"data.min_num_frames={self.min_num_frames}: must be from 1 to max_num_frames={self.max_num_frames}")
+        if not 0 <= self.validation_fraction < 1:
+            found.append(f"data.validation_fraction={self.validation_fraction}: must be from 0 up to, but not, 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            found.append(f"data.max_bad_fraction={self.max_bad_fraction}: must be from 0 to 1")
+        return found
+
+    def root(self) -> Path:
+        root = Path(self.instance_data_root)
+        if not root.is_dir():
+            what = "is a file, not a folder" if root.exists() else "does not exist"
+            raise UserError(f"data.instance_data_root={root} {what}: give the folder that holds the clips' list")
+        return root
+
+
+@dataclass
+class TextFiles(Data):
+    """The seed's small format: caption_column and video_column name two text files; line i belongs to line i."""
+
+    def rows(self) -> list[tuple[str, Path, str]]:
+        root = self.root()
+        absent = [name for name in (self.caption_column, self.video_column) if not (root / name).is_file()]
+        if absent:
+            here = sorted(p.name for p in root.iterdir() if p.is_file())[:8]
+            raise UserError(
+                f"{' and '.join(absent)} not found in {root}. One caption per line goes into {self.caption_column}, one path "
+                f"per line into {self.video_column}. Files there now: {', '.join(here) or 'none'}. For a CSV file: data=csv"
+            )
+        prompts, videos = read_lines(root / self.caption_column), read_lines(root / self.video_column)
+        return paired(prompts, videos, root, self.caption_column, self.video_column)
+
+
+@dataclass
+class Demo(TextFiles):
+    """The small format; without instance_data_root, over clips rendered into the cache."""
+
+    def root(self) -> Path:
+        if self.instance_data_root is None:
+            return demo.render(Path(self.cache_dir) / "demo")
+        return super().root()
+
+
+@dataclass
+class Csv(Data):
+    """A CSV file under instance_data_root with a caption and a path column."""
+
+    dataset_name: str
+
+    def rows(self) -> list[tuple[str, Path, str]]:
+        root = self.root()
+        path = root / self.dataset_name
+        if not path.is_file():
+            tables = ", ".join(sorted(p.name for p in root.glob("*.csv"))) or "none"
+            raise UserError(f"{path} does not exist (data.dataset_name). CSV files in {root}: {tables}")
+        reader = csv.DictReader(text_of(path).splitlines(keepends=True), skipinitialspace=True)
+        require_columns(path.name, reader.fieldnames or [], self.caption_column, self.video_column)
+        found = [
+            (row[self.caption_column], row[self.video_column], f"{path.name}:{reader.line_num}")
+            for row in reader
+            if any(value and value.strip() for value in row.values() if isinstance(value, str))
+        ]
+        return located(found, root)
+
+
+@dataclass
+class Dataset(Data):
+    """Anything datasets.load_dataset reads. Clips held in the rows as bytes are written into the cache."""
+
+    dataset_name: str
+    split: str
+    streaming: bool
+
+    def described(self) -> str:
+        return f"data.dataset_name={self.dataset_name}"
+
+    def rows(self) -> list[tuple[str, Path, str]]:
+        root = None if self.instance_data_root is None else self.root()
+        table = self.load()
+        require_columns(self.dataset_name, table.column_names or [], self.caption_column, self.video_column)
+        for column, feature in (table.features or {}).items():
+            if hasattr(feature, "decode"):                  # Video, Image: keep path and bytes, decode ourselves
+                table = table.cast_column(column, type(feature)(decode=False))
+        rows = (
+            (row[self.caption_column], self.path_of(row[self.video_column]), f"{self.dataset_name} row {number}")
+            for number, row in enumerate(table)
+        )
+        return located(list(rows), root)
+
+    def load(self):
+        import datasets
+
+        source = Path(self.dataset_name)
+        try:
+            if source.is_file():
+                kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(source.suffix[1:].lower())
+                if kind is None:
+                    raise UserError(f"data.dataset_name={source}: a file must end in csv, json, jsonl or parquet")
+                return datasets.load_dataset(kind, data_files=str(source), split=self.split, streaming=self.streaming)
+            return datasets.load_dataset(self.dataset_name, split=self.split, streaming=self.streaming)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(
+                f"data.dataset_name={self.dataset_name} (split {self.split}) could not be read: it is no folder or file here, "
+                f"and on the hub there is none of this name, or it is not public, or there is no network. "
+                f"datasets says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            ) from error
+
+    def path_of(self, value: object) -> str:
+        """The clip's path, from a path or from a Video cell {path, bytes}."""
+        if not isinstance(value, dict):
+            return value
+        if value.get("bytes") is None:
+            return value["path"]
+        name = hashlib.sha256(value["bytes"]).hexdigest()[:32] + Path(value.get("path") or "x.mp4").suffix
+        path = Path(self.cache_dir) / "videos" / name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{name}.{os.getpid()}.partial")
+            partial.write_bytes(value["bytes"])
+            partial.replace(path)
+        return str(path)
+
+
+def text_of(path: Path) -> str:
+    """The file as UTF-8, without a byte order mark; UserError names the line that is not UTF-8."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line} is not UTF-8 text (byte {raw[error.start]:#04x}). Save the file as UTF-8") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """Its lines, stripped, with blank ones kept so that line numbers hold, but none at the end."""
+    lines = [line.strip() for line in text_of(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def paired(
+    prompts: list[str], videos: list[str], root: Path, prompt_file: str, video_file: str
+) -> list[tuple[str, Path, str]]:
+    """Line i with line i. Lines blank in both files are passed over; blank in one is an error, never a shift."""
+    if len(prompts) != len(videos):
+        longer, shorter, lines = (
+            (prompt_file, video_file, prompts) if len(prompts) > len(videos) else (video_file, prompt_file, videos)
+        )
+        line = min(len(prompts), len(videos)) + 1
+        raise UserError(
+            f"{root}: {prompt_file} has {len(prompts)} lines, {video_file} {len(videos)}. The first line without a partner "
+            f"is {longer}:{line} ({shortened(lines[line - 1])!r}). Line i of both must belong together: add the missing "
+            f"line to {shorter} or remove it here"
+        )
+    problems, found = [], []
+    for line, (prompt, video) in enumerate(zip(prompts, videos, strict=True), start=1):
+        if prompt and video:
+            found.append((prompt, video, f"{video_file}:{line}"))
+        elif video:
+            problems.append(f"{prompt_file}:{line} is blank, but {video_file}:{line} names {video}")
+        elif prompt:
+            problems.append(f"{video_file}:{line} is blank, but {prompt_file}:{line} says {shortened(prompt)!r}")
+    if problems:
+        raise UserError(listed(f"{root}: captions and clips do not pair up:", problems))
+    return located(found, root)
+
+
+def located(rows: list[tuple[object, object, str]], root: Path | None) -> list[tuple[str, Path, str]]:
+    """Rows with their paths found on disk; UserError lists every row that has no caption or no file."""
+    problems, found = [], []
+    for caption, path, origin in rows:
+        prompt, name = unquoted(caption), unquoted(path)
+        if not prompt or not name:
+            problems.append(f"{origin} has no {'caption' if name else 'path'}")
+            continue
+        try:
+            found.append((prompt, locate(name, root), origin))
+        except UserError as error:
+            problems.append(f"{origin} {error}")
+    if problems:
+        raise UserError(listed(f"{len(problems)} of {len(rows)} clips cannot be used as listed:", problems))
+    return found
+
+
+def locate(name: str, root: Path | None) -> Path:
+    """The clip's path. It may not leave the root: what is listed there should travel with it."""
+    if root is None:
+        if Path(name).is_file():
+            return Path(name).absolute()
+        hint = "" if Path(name).is_absolute() else "; it is relative: set data.instance_data_root to the folder it starts from"
+        raise UserError(f"names {name!r}, which does not exist{hint}")
+    base = Path(os.path.abspath(root))
+    path = Path(os.path.abspath(base / name))
+    if not path.is_relative_to(base):
+        raise UserError(f"names {name!r}, which leads out of {base}: move the clip there, or set data.instance_data_root higher")
+    if path.is_file():
+        return path
+    raise UserError(f"names {name!r}; looked for {path}, which {'is a folder' if path.is_dir() else 'does not exist'}{nearby(path, base)}")
+
+
+def nearby(path: Path, root: Path) -> str:
+    """What was probably meant by a path that does not exist."""
+    parts = path.relative_to(root).parts
+    doubled = root.joinpath(*parts[1:])
+    if len(parts) > 1 and doubled.is_file():
+        return f". {parts[0]}/ is doubled: {doubled} exists, so leave {parts[0]}/ out of the path or set the root one folder higher"
+    inside = [p for p in root.glob(f"*/{parts[-1]}") if p.is_file()]
+    if inside:
+        return f"; there is {inside[0].relative_to(root)}"
+    if path.parent.is_dir():
+        return did_you_mean(path.name, (p.name for p in path.parent.iterdir()))
+    return f"; there is no folder {path.parent}"
+
+
+def require_columns(table: str, columns: list[str], *wanted: str) -> None:
+    missing = [name for name in wanted if name not in columns]
+    if missing:
+        raise UserError(
+            f"{table} has no column {' or '.join(missing)}{did_you_mean(missing[0], columns)} "
+            f"Its columns: {', '.join(columns) or 'none'}. Set data.caption_column and data.video_column"
+        )
+
+
+def unquoted(value: object) -> str:
+    """Without surrounding space, and without one pair of quote marks that CSV parsing left (the seed's sample has them)."""
+    text = "" if value is None else str(value).strip()
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        return text[1:-1].strip()
+    return text
+
+
+def shortened(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def held_out(examples: int, fraction: float, seed: int) -> Iterator[bool]:
+    """For each example whether it is held out: a seeded choice of that fraction, at least one, never all."""
+    import numpy
+
+    count = 0 if fraction == 0 or examples < 2 else min(examples - 1, max(1, round(fraction * examples)))
+    chosen = set(numpy.random.default_rng(seed).permutation(examples)[:count].tolist())
+    return (index in chosen for index in range(examples))

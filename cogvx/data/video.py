@@ -1,0 +1,150 @@
+"""From a video file to the frames the model sees, and from frames to a file.   F frames, C channels, H height, W width."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cogvx.data.sources import Data, Reshape
+
+if TYPE_CHECKING:
+    import numpy
+    from torch import Tensor
+
+FRAMES_AT_ONCE = 8      # resized together, to bound memory: 8 frames of 1080p are 200 MB in fp32
+
+
+class BadClip(Exception):
+    """This clip cannot be used, and why. Others go on."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip as the model sees it, and the facts of the file it came from."""
+
+    frames: Tensor              # [F, C, H, W] in [-1, 1], fp32
+    indices: list[int]          # of the frames in the file
+    file_frames: int
+    file_fps: float
+    file_width: int
+    file_height: int
+
+
+def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
+    """Frames at data.fps by their timestamps, resized and cropped to data.height x data.width; frame_multiple * k + 1 of
+    them. BadClip says why a file yields none."""
+    if path.stat().st_size == 0:
+        raise BadClip("is empty (0 bytes)")
+    reader = open_video(path)
+    stamps = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
+    first, last = data.skip_frames_start, len(stamps) - 1 - data.skip_frames_end
+    if first > last:
+        raise BadClip(f"has {len(stamps)} frames; none is left after skipping {first} at its start and {data.skip_frames_end} at its end")
+    indices = by_timestamp(stamps[first : last + 1].tolist(), data.fps, data.max_num_frames)
+    count = (len(indices) - 1) // frame_multiple * frame_multiple + 1
+    if count < data.min_num_frames:
+        raise BadClip(
+            f"is too short: {len(indices)} frames at {data.fps or 'its own'} fps, of which {count} can be used "
+            f"({frame_multiple}k + 1); data.min_num_frames is {data.min_num_frames}"
+        )
+    indices = [first + index for index in indices[:count]]
+    pixels = decode(reader, indices)                                            # [F, H, W, C]
+    return Clip(
+        frames=resize_and_crop(pixels, data, place=crop_place(path, data.video_reshape_mode)),
+        indices=indices,
+        file_frames=len(stamps),
+        file_fps=float(reader.get_avg_fps()),
+        file_height=pixels.shape[1],
+        file_width=pixels.shape[2],
+    )
+
+
+def by_timestamp(stamps: list[float], fps: float | None, most: int) -> list[int]:
+    """Indices of the frames shown at 0, 1/fps, 2/fps ... seconds after the first, `most` at most; every frame if fps is None.
+
+    stamps: seconds at which each frame appears. A frame is shown until the next appears; the last, for as long as the one
+    before it."""
+    if fps is None or len(stamps) == 1:
+        return list(range(min(len(stamps), most)))
+    slack = 1e-3 / fps                      # container clocks round; a frame due at 0.125 may be stamped 0.125001
+    end = stamps[-1] + (stamps[-1] - stamps[-2])
+    indices, index = [], 0
+    for number in range(most):
+        moment = stamps[0] + number / fps + slack
+        if moment >= end:
+            break
+        while index + 1 < len(stamps) and stamps[index + 1] <= moment:
+            index += 1
+        indices.append(index)
+    return indices
+
+
+def open_video(path: Path):
+    import torch  # noqa: F401      decord can crash when it is imported before torch
+
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+    except (decord.DECORDError, RuntimeError, OSError) as error:
+        raise BadClip(f"cannot be opened as a video ({path.stat().st_size} bytes): truncated, or another kind of file") from error
+    if len(reader) == 0:
+        raise BadClip("has no frames")
+    return reader
+
+
+def decode(reader, indices: list[int]) -> numpy.ndarray:
+    import decord
+
+    try:
+        return reader.get_batch(indices).asnumpy()
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as error:
+        if "from_size == to_size" in str(error):        # decord2 3.4.0 takes the padding of rows of 48, 96 and 144 pixels for a fourth channel
+            raise BadClip("is 48, 96 or 144 pixels wide, which the decoder (decord2) cannot read: scale it up") from error
+        raise BadClip("breaks off while its frames are decoded: truncated or damaged") from error
+
+
+def crop_place(path: Path, mode: Reshape) -> tuple[float, float]:
+    """Where the crop lies in the frame, (0, 0) top left to (1, 1) bottom right."""
+    if mode is Reshape.center:
+        return 0.5, 0.5
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    return digest[0] / 255, digest[1] / 255
+
+
+def resize_and_crop(pixels: numpy.ndarray, data: Data, place: tuple[float, float]) -> Tensor:
+    """[F, H, W, C] uint8 -> [F, C, data.height, data.width] in [-1, 1]; scaled to cover, bicubic, then cropped at place."""
+    import torch
+    import torch.nn.functional as F
+
+    _, height, width, _ = pixels.shape
+    scale = max(data.height / height, data.width / width)
+    new_height = max(data.height, math.floor(height * scale + 0.5))
+    new_width = max(data.width, math.floor(width * scale + 0.5))
+    top = round((new_height - data.height) * place[0])
+    left = round((new_width - data.width) * place[1])
+    parts = []
+    for part in torch.from_numpy(pixels).split(FRAMES_AT_ONCE):
+        part = part.permute(0, 3, 1, 2).float()                                 # [F, H, W, C] -> [F, C, H, W]
+        part = F.interpolate(part, (new_height, new_width), mode="bicubic", antialias=True, align_corners=False)
+        parts.append(part[:, :, top : top + data.height, left : left + data.width].clamp(0, 255) / 127.5 - 1)
+    return torch.cat(parts)
+
+
+def write_video(path: Path, frames, fps: float) -> None:
+    """An mp4 (or gif, by the ending) of frames [H, W, 3] uint8, playable in browsers."""
+    import imageio.v3
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gif":
+        imageio.v3.imwrite(path, list(frames), duration=1000 / fps, loop=0)
+        return
+    # H.264 with 4:2:0 colour is what every browser plays; macro_block_size 2 because that format wants even sizes.
+    imageio.v3.imwrite(
+        path, list(frames), plugin="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=2,
+        output_params=["-crf", "12", "-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact"], ffmpeg_log_level="error",
+    )

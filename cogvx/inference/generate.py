@@ -1,0 +1,42 @@
+"""Videos from a model in memory, through the diffusers pipeline itself.   F frames, H height, W width."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    import numpy
+    from torch import Tensor
+
+    from cogvx.data.sources import Data
+    from cogvx.training.options import Validation
+
+
+def generate(
+    *, transformer, vae, noise_scheduler, prompt_embeds: Tensor, negative_prompt_embeds: Tensor,
+    data: Data, sampling: Validation, seed: int, description: str,
+) -> numpy.ndarray:  # fmt: skip
+    """A video of data's size, [F, H, W, 3] uint8; embeddings [S, D]. The same seed gives the same starting noise on every device."""
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=noise_scheduler
+    )
+    pipeline.set_progress_bar_config(desc=description, leave=False, disable=not sys.stderr.isatty())
+    device = vae.device
+    frames = pipeline(
+        prompt_embeds=prompt_embeds[None].to(device),
+        negative_prompt_embeds=negative_prompt_embeds[None].to(device),
+        height=data.height,
+        width=data.width,
+        num_frames=data.max_num_frames,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        use_dynamic_cfg=sampling.use_dynamic_cfg,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="np",
+    ).frames[0]
+    return (frames * 255).round().clip(0, 255).astype("uint8")

@@ -1,0 +1,181 @@
+"""From a hub id or a local folder to the parts of a CogVideoX checkpoint, each loaded when it is needed and not before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cogvx.errors import UserError, listed
+from cogvx.model.geometry import LAYOUT, RELEASED, Geometry, read_config, read_geometry
+
+if TYPE_CHECKING:
+    import torch
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+LONG_TO_LOAD = 10**9        # bytes; from here on a part is loaded with a progress bar
+PRECISIONS = ("no", "fp16", "bf16")
+
+
+@dataclass
+class Model:
+    """A published checkpoint, or a local one in diffusers layout."""
+
+    path: str
+    revision: str | None
+    height: int             # pixels; with width, num_frames, fps and precision: what its authors recommend
+    width: int
+    num_frames: int
+    fps: int
+    precision: str
+
+    def problems(self) -> list[str]:
+        if self.precision not in PRECISIONS:
+            return [f"model.precision={self.precision}: must be one of {', '.join(PRECISIONS)}"]
+        return []
+
+    def is_local(self) -> bool:
+        """A hub id has the form name/name; anything that exists here, or has another form, is a folder."""
+        return Path(self.path).exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
+
+    def expected_geometry(self) -> Geometry:
+        """What can be known about legal sizes before anything is downloaded."""
+        return read_geometry(Path(self.path)) if (Path(self.path) / "transformer" / "config.json").is_file() else RELEASED
+
+    def prepare(self) -> Path:
+        """The local folder of the checkpoint, downloaded if it is on the hub, with all its parts."""
+        folder = self.local_folder() if self.is_local() else self.download()
+        require_parts(folder)
+        return folder
+
+    def local_folder(self) -> Path:
+        folder = Path(self.path)
+        if not folder.is_dir():
+            raise UserError(f"model.path={self.path} does not exist here, and is not a hub id (name/name). {LAYOUT}")
+        return folder
+
+    def download(self) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
+
+        try:
+            wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted))
+        except RevisionNotFoundError as error:
+            raise UserError(f"model.revision={self.revision} does not exist in {self.path} on the hub") from error
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
+            raise UserError(
+                f"model.path={self.path} is no folder here and could not be fetched from the hub: either there is no public model "
+                f"of that name, or this machine has no network{offline} or no free disk. Give a local folder in diffusers layout: "
+                f"model.path=/models/{self.path.split('/')[-1]}. The hub client says: {str(error).strip().splitlines()[0]}"
+            ) from error
+
+
+@dataclass
+class Nano(Model):
+    """The built-in tiny checkpoint, written where `path` says on first use."""
+
+    def is_local(self) -> bool:
+        return True
+
+    def expected_geometry(self) -> Geometry:
+        from cogvx.model import nano
+
+        return nano.GEOMETRY
+
+    def local_folder(self) -> Path:
+        from cogvx.model import nano
+
+        return nano.write(Path(self.path))
+
+
+def require_parts(folder: Path) -> None:
+    """Every part with its configuration and its weights, before any of them is loaded."""
+    missing = [f"{part}/ is not there" for part in PARTS if not (folder / part).is_dir()]
+    for part in ("transformer", "vae", "text_encoder"):
+        if (folder / part).is_dir():
+            read_config(folder, part)
+            if not any((folder / part).glob("*.safetensors")):
+                missing.append(f"{part}/ has no *.safetensors file")
+    if missing:
+        raise UserError(listed(f"{folder} is not a whole CogVideoX checkpoint:", missing) + f"\n{LAYOUT}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on this machine; each part is read from disk when asked for."""
+
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype          # of the frozen weights
+
+    def geometry(self) -> Geometry:
+        geometry = read_geometry(self.folder)
+        if geometry.unsupported():
+            headline = f"{self.folder} is a kind of CogVideoX this version does not train yet; model=2b and model=5b it does:"
+            raise UserError(listed(headline, geometry.unsupported()))
+        return geometry
+
+    def transformer(self):
+        from diffusers import CogVideoXTransformer3DModel
+
+        return self.loaded(CogVideoXTransformer3DModel, "transformer", torch_dtype=self.dtype)
+
+    def vae(self, *, tiling: bool):
+        from diffusers import AutoencoderKLCogVideoX
+
+        vae = self.loaded(AutoencoderKLCogVideoX, "vae", torch_dtype=self.dtype)
+        if tiling:
+            vae.enable_tiling()
+        return vae
+
+    def text_encoder(self):
+        """The tokenizer and the encoder."""
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        except Exception as error:
+            raise UserError(f"{self.folder / 'tokenizer'} cannot be read: {first_line(error)}") from error
+        return tokenizer, self.loaded(T5EncoderModel, "text_encoder", dtype=self.dtype)
+
+    def noise_scheduler(self):
+        """As the checkpoint ships it: DDIM or DPM, with its schedule and trailing timesteps."""
+        import diffusers
+
+        name = read_config(self.folder, "scheduler").get("_class_name", "")
+        if name not in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
+            raise UserError(f"{self.folder}/scheduler is a {name or 'nameless class'}; CogVideoX uses CogVideoXDDIMScheduler or CogVideoXDPMScheduler")
+        return getattr(diffusers, name).from_pretrained(self.folder, subfolder="scheduler")
+
+    def loaded(self, model_class, part: str, **dtype):
+        size = sum(path.stat().st_size for path in (self.folder / part).iterdir())
+        try:
+            with library_bars(shown=size > LONG_TO_LOAD):
+                model = model_class.from_pretrained(self.folder, subfolder=part, **dtype)
+        except Exception as error:          # damaged files surface as many kinds of errors, all of them the folder's
+            raise UserError(f"{self.folder / part} cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
+        return model.to(self.device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def library_bars(*, shown: bool):
+    """With or without the progress bars that diffusers and transformers draw while they load and save."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        for logging in (diffusers_logging, transformers_logging):
+            logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,110 @@
+"""A run's folder and its records: config.yaml, environment.json, summary.json.   [no torch]
+
+The folder holds one configuration for good. Whatever runs, runs from its config.yaml.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import subprocess
+import time
+from pathlib import Path
+
+from cogvx import config as configuration
+from cogvx.config import Config
+from cogvx.errors import UserError, listed
+
+CONFIG, ENVIRONMENT, SUMMARY = "config.yaml", "environment.json", "summary.json"
+PROJECT = Path(__file__).parent.parent.parent
+
+
+def open_folder(config: Config) -> Path:
+    """The run's folder with its config.yaml in it, new or holding the same configuration. UserError otherwise."""
+    folder = Path(config.output_dir) if config.output_dir is not None else new_folder()
+    recorded = folder / CONFIG
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if recorded.is_file():
+            differing = configuration.differences(config, configuration.read(recorded))
+            if differing:
+                headline = f"{folder} holds a run with another configuration (recorded -> asked for). Choose another output_dir, or give the recorded values:"
+                raise UserError(listed(headline, differing))
+        else:
+            header = f"# Every value of this run. The same again:  python launch.py --config-dir {shown(folder)} --config-name config\n"
+            write_whole(recorded, header + configuration.to_yaml(config))
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} cannot be written: {error.strerror or error}. Choose another: output_dir=/disk/with/space") from error
+    return folder
+
+
+def new_folder() -> Path:
+    return Path.cwd() / "outputs" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
+
+
+def finished(folder: Path) -> dict | None:
+    """The summary of a run that is done, else None."""
+    summary = read_json(folder / SUMMARY)
+    return summary if summary.get("status") == "done" else None
+
+
+def finish(folder: Path, summary: dict) -> None:
+    write_whole(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def environment(folder: Path, command: list[str]) -> None:
+    """Records what the result may depend on besides the configuration, and the code's uncommitted changes as a patch."""
+    commit, patch = git("rev-parse", "HEAD"), git("diff", "HEAD", "--binary")
+    if patch:
+        (folder / "uncommitted.patch").write_text(patch + "\n", encoding="utf-8")
+    note(
+        folder,
+        command=command,
+        started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        git_commit=commit,
+        git_dirty=bool(git("status", "--porcelain")),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpus=os.cpu_count(),
+        packages=dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())),
+    )
+
+
+def note(folder: Path, **facts: object) -> None:
+    """Adds facts to environment.json."""
+    write_whole(folder / ENVIRONMENT, json.dumps({**read_json(folder / ENVIRONMENT), **facts}, indent=2) + "\n")
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of this code; None when it is not a git checkout or there is no git."""
+    try:
+        ran = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=20, errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Under another name and then renamed: a reader, or a crash, never sees half of it."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def shown(path: Path) -> str:
+    """Relative to the working folder where that is shorter to type."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+

@@ -1,0 +1,445 @@
+"""One run, from its configuration to its result: encode, rehearse, train, validate, keep, deliver."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import safe_open
+
+from cogvx.config import Config, as_dict
+from cogvx.data.cache import Cache, key_of
+from cogvx.data.encode import EncodedClip, Encoder, encode_clips, encode_prompts
+from cogvx.data.inspect import write_contact_sheet, write_report
+from cogvx.data.sources import held_out
+from cogvx.errors import UserError, listed
+from cogvx.inference import export
+from cogvx.model import lora
+from cogvx.model.checkpoint import Checkpoint
+from cogvx.model.cogvideox import CogVideoX
+from cogvx.progress import bar
+from cogvx.runs import record
+from cogvx.training import checkpoint as checkpoints
+from cogvx.training.options import Precision
+from cogvx.training.step import Batch, Draw, sample_order, training_loss
+from cogvx.training.tracking import Metrics
+from cogvx.training.validation import HeldOutLoss, Videos, heldout_loss, prompts_of
+
+DTYPES = {Precision.no: torch.float32, Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16}
+
+
+def encode(config: Config, folder: Path) -> dict:
+    """task=encode: fills the cache and reports on every clip. Returns the run's summary."""
+    started, accelerator = time.monotonic(), start_processes(config)
+    data = Prepared.from_config(config, folder, accelerator)
+    return {"status": "done", "clips": len(data.train) + len(data.held_out), "seconds": round(time.monotonic() - started, 1)}
+
+
+def train(config: Config, folder: Path) -> dict:
+    """task=train: the main job. Returns the run's summary."""
+    started, accelerator = time.monotonic(), start_processes(config)
+    data = Prepared.from_config(config, folder, accelerator)
+    trainer = Trainer.build(config, folder, accelerator, data)
+    try:
+        summary = trainer.run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on {accelerator.device}. In order of cost: memory=balanced, train.train_batch_size=1 with more "
+            f"train.gradient_accumulation_steps, fewer frames (data.max_num_frames), a smaller size (data.height, data.width). "
+            f"torch says: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        if trainer.metrics:
+            trainer.metrics.tracking.finish()
+    return {**summary, "seconds": round(time.monotonic() - started, 1), "peak_memory_gib": peak_memory_gib(accelerator.device)}
+
+
+def start_processes(config: Config) -> Accelerator:
+    """Accelerate on the devices present, checked to be what was asked for: it falls back silently in several ways."""
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    precision = config.train.mixed_precision
+    if precision is Precision.fp16 and not gpu:
+        raise UserError(
+            "train.mixed_precision=fp16 needs a GPU, and torch sees none on this machine. "
+            "On a CPU: train.mixed_precision=bf16, or no for fp32"
+        )
+    if precision is Precision.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; 2B trains in fp16, 5B needs a newer GPU")
+    accelerator = Accelerator(mixed_precision=precision.name, cpu=not gpu)
+    if accelerator.num_processes != config.parallel.num_processes:
+        raise UserError(
+            f"parallel.num_processes={config.parallel.num_processes}, but accelerate runs {accelerator.num_processes}: "
+            f"start it with python launch.py, without torchrun or accelerate launch"
+        )
+    return accelerator
+
+
+@dataclass
+class Prepared:
+    """The data, encoded: nothing of the two encoders is left in memory."""
+
+    checkpoint: Checkpoint
+    train: list[EncodedClip]
+    held_out: list[EncodedClip]
+    prompts: dict[str, Path]                # the cached embedding of every caption, validation prompt and ""
+    validation_prompts: list[str]
+
+    @classmethod
+    def from_config(cls, config: Config, folder: Path, accelerator: Accelerator) -> Prepared:
+        say, data, cache = accelerator.print, config.data, Cache(Path(config.data.cache_dir))
+        with first_on_this_machine(accelerator):
+            model_folder, examples = config.model.prepare(), data.read()
+        checkpoint = Checkpoint(model_folder, accelerator.device, DTYPES[config.train.mixed_precision])
+        geometry = checkpoint.geometry()
+        problems = geometry.frame_problems(data.max_num_frames) + geometry.size_problems(data.height, data.width)
+        if problems:
+            raise UserError(listed(f"{config.model.path} cannot take these clips:", problems))
+        say(f"model   {config.model.path}, {checkpoint.dtype} on {accelerator.device}")
+
+        vae = Encoder(
+            load=lambda: checkpoint.vae(tiling=config.memory.vae_tiling),
+            identity=f"{cache.fingerprint(model_folder / 'vae')} tiling={config.memory.vae_tiling}",
+            dtype=checkpoint.dtype,
+            device=accelerator.device,
+        )
+        clips, rejected = encode_clips(examples, data, cache, vae, say)
+        out = list(held_out(len(clips), data.validation_fraction, data.validation_seed))
+        kept, aside = [c for c, o in zip(clips, out, strict=True) if not o], [c for c, o in zip(clips, out, strict=True) if o]
+        if accelerator.is_main_process:
+            write_report(folder, clips, out, rejected)
+            write_contact_sheet(folder, clips, out)
+            fingerprint = key_of([(clip.example.prompt, cache.fingerprint(clip.example.video)) for clip in clips])
+            record.note(
+                folder, device=device_name(accelerator.device), processes=accelerator.num_processes,
+                model_folder=str(model_folder), model_commit=hub_commit(model_folder), data_fingerprint=fingerprint,
+            )  # fmt: skip
+        describe_clips(clips, kept, aside, config, say)
+        validation_prompts = prompts_of(config, fallback=(aside or kept)[0].example.prompt)
+        prompts = encode_prompts(
+            ["", *(clip.example.prompt for clip in clips), *validation_prompts],
+            cache,
+            Encoder(
+                load=checkpoint.text_encoder,
+                identity=cache.fingerprint(model_folder / "text_encoder") + cache.fingerprint(model_folder / "tokenizer"),
+                dtype=checkpoint.dtype,
+                device=accelerator.device,
+            ),
+            geometry.text_tokens,
+            say,
+        )
+        return cls(checkpoint, kept, aside, prompts, validation_prompts)
+
+    def embeds(self, prompt: str) -> torch.Tensor:
+        return read_tensor(self.prompts[prompt], "prompt_embeds")
+
+
+def describe_clips(clips: list[EncodedClip], train: list, aside: list, config: Config, say) -> None:
+    frames = sorted({clip.about["frames"] for clip in clips})
+    size = f"{config.data.width}x{config.data.height}"
+    lengths = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
+    say(f"data    {len(train)} clips to train on, {len(aside)} held out; {lengths} frames of {size} at {config.data.fps or 'their own'} fps")
+    slow = [clip for clip in clips if clip.about["repeated"]]
+    if slow:
+        say(
+            f"warning {len(slow)} clips have a lower frame rate than data.fps={config.data.fps}: some of their frames are used twice "
+            f"(dataset_report.csv, column repeated). data.fps={math.floor(min(c.about['file_fps'] for c in slow))} would avoid it"
+        )
+    if not aside:
+        say("warning no clip is held out, so there is no held-out loss: add clips, or set data.validation_fraction")
+    if config.train.train_batch_size > 1 and len(frames) > 1:
+        shapes = [f"{sum(clip.about['frames'] == n for clip in clips)} clips of {n} frames" for n in frames]
+        raise UserError(
+            f"train.train_batch_size={config.train.train_batch_size} needs clips of one length, and there are {', '.join(shapes)}. "
+            f"Either train.train_batch_size=1 train.gradient_accumulation_steps={config.train.train_batch_size}, "
+            f"or data.max_num_frames={frames[0]}, or data.min_num_frames={frames[-1]} to leave the shorter ones out"
+        )
+
+
+@dataclass
+class Trainer:
+    config: Config
+    folder: Path
+    accelerator: Accelerator
+    data: Prepared
+    model: CogVideoX
+    parameters: list[torch.nn.Parameter]
+    state: checkpoints.TrainingState
+    metrics: Metrics
+    steps: int                                              # optimizer steps of the whole run
+    step: int = 0                                           # of these, done
+    asked_to_stop: int | None = None                        # the signal that asked
+    since_logged: list[torch.Tensor] = field(default_factory=list)      # losses, on the device
+
+    @classmethod
+    def build(cls, config: Config, folder: Path, accelerator: Accelerator, data: Prepared) -> Trainer:
+        transformer = data.checkpoint.transformer()
+        config.lora.attach(transformer, config.seed)
+        if config.train.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        parameters = lora.trainable(transformer)
+        optimizer = accelerator.prepare(config.optimizer.build(parameters))
+        state = checkpoints.TrainingState(transformer, optimizer, accelerator.scaler)
+        source = resume_source(config.train.resume, folder)
+        step = 0 if source is None else state.load(source)
+        if source is not None:
+            accelerator.print(f"resume  {source} after step {step}")
+        elif config.train.resume == "auto":
+            accelerator.print("resume  nothing to go on from yet: starting at step 0")
+        model = CogVideoX(
+            accelerator.prepare(transformer), data.checkpoint.noise_scheduler(), data.checkpoint.geometry(),
+            device=accelerator.device, dtype=data.checkpoint.dtype,
+        )  # fmt: skip
+        tracked = accelerator.is_main_process
+        metrics = Metrics(folder, config.tracking, as_dict(config), resumed_at=step) if tracked else None
+        return cls(
+            config, folder, accelerator, data, model, parameters, state, metrics, step=step,
+            steps=number_of_steps(config, len(data.train), accelerator.num_processes),
+        )  # fmt: skip
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict:
+        say, train, validation = self.accelerator.print, self.config.train, self.config.validation
+        count = sum(p.numel() for p in self.parameters)
+        say(f"lora    rank {self.config.lora.rank}, alpha {self.config.lora.lora_alpha:g}: {count / 1e6:.2f} M trainable parameters")
+        if self.step >= self.steps:
+            raise UserError(f"the checkpoint is at step {self.step} and train.max_train_steps is {self.steps}: raise it to go on")
+        if self.accelerator.is_main_process:
+            checkpoints.rehearse(self.folder, self.state, kept=self.checkpoints_kept())
+        before = self.evaluate(base=True)
+        latest = before if self.step == 0 else self.evaluate()
+        say(f"train   steps {self.step + 1} to {self.steps}" + (f"; held-out loss {latest} before" if latest else ""))
+        with self.stop_signals(), self.progress_bar() as progress:
+            self.clock = time.monotonic()
+            while self.step < self.steps and not self.must_stop():
+                loss, grad_norm, rate = self.optimizer_step()
+                self.since_logged.append(loss)
+                self.step += 1
+                progress.update()
+                at_end = self.step == self.steps
+                if self.step % train.logging_steps == 0 or at_end:
+                    self.log(progress, grad_norm, rate)
+                if self.step % validation.heldout_steps == 0 or at_end:
+                    latest = self.evaluate()
+                if validation.validation_steps and self.step % validation.validation_steps == 0 and not at_end:
+                    self.write_videos()
+                if self.step % train.checkpointing_steps == 0 or at_end:
+                    self.keep()
+        return self.stopped() if self.step < self.steps else self.finished(before, latest)
+
+    def stopped(self) -> dict:
+        self.keep()
+        self.accelerator.print(
+            f"stopped after step {self.step} of {self.steps}; everything is kept. Go on with:  python launch.py train.resume={self.folder}"
+        )
+        return {"status": "interrupted", "signal": self.asked_to_stop, "step": self.step}
+
+    def finished(self, before: HeldOutLoss | None, after: HeldOutLoss | None) -> dict:
+        say = self.accelerator.print
+        videos = self.write_videos()
+        prompt = (self.data.validation_prompts or [self.data.train[0].example.prompt])[0]
+        if self.accelerator.is_main_process:
+            lines = export.deliver(self.folder, self.state.transformer, self.config, prompt)
+            if before and after:
+                verdict = "lower" if after.mean < before.mean else "NOT lower: more steps or another learning rate may help"
+                say(f"done    held-out loss {before} before, {after} after: {verdict}")
+            for path in videos:
+                say(f"video   {path} (base model left, tuned right)")
+            say(f"result  {self.folder / lora.WEIGHTS}\n\nUse it in plain diffusers:\n\n{lines}\n")
+        return {
+            "status": "done",
+            "step": self.step,
+            "objective": after.mean if after else None,
+            "heldout_loss_before": before.mean if before else None,
+            "heldout_loss_after": after.mean if after else None,
+            "heldout_standard_error": after.standard_error if after else None,
+        }
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def optimizer_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Mean loss of this process's samples and gradient norm, both still on the device, and the learning rate."""
+        accumulation, peak = self.config.train.gradient_accumulation_steps, self.config.optimizer.learning_rate
+        rate = peak * self.config.scheduler.multiplier(self.step, self.steps, peak)
+        optimizer = self.state.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        losses = []
+        for micro_step in range(self.step * accumulation, (self.step + 1) * accumulation):
+            last = (micro_step + 1) % accumulation == 0
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model.transformer):
+                batch, draw = self.batch(micro_step)
+                loss = training_loss(self.model, batch, draw)
+                self.accelerator.backward(loss / accumulation)
+            losses.append(loss.detach())
+        most = self.config.train.max_grad_norm
+        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if most is None else most)
+        optimizer.step()
+        optimizer.zero_grad()
+        return torch.stack(losses).mean(), grad_norm, rate
+
+    def batch(self, micro_step: int) -> tuple[Batch, Draw]:
+        """This process's clips of a micro-step. All processes together take consecutive places of the sample order, so the
+        clips and draws of an optimizer step depend on its total batch alone, not on how many processes share it."""
+        size, processes = self.config.train.train_batch_size, self.accelerator.num_processes
+        start = (micro_step * processes + self.accelerator.process_index) * size
+        samples = sample_order(self.config.seed, len(self.data.train), start, size)
+        draw = Draw(self.config.seed, samples, self.accelerator.device)
+        clips = [self.data.train[index] for _, index in samples]
+        dropped = draw.drops_caption(self.config.train.caption_dropout)
+        prompts = ["" if drop else clip.example.prompt for clip, drop in zip(clips, dropped, strict=True)]
+        return self.load_batch(clips, prompts), draw
+
+    def load_batch(self, clips: list[EncodedClip], prompts: list[str]) -> Batch:
+        return Batch(
+            latent_moments=torch.stack([read_tensor(clip.path, "latent_moments") for clip in clips]).to(self.accelerator.device),
+            prompt_embeds=torch.stack([self.data.embeds(prompt) for prompt in prompts]).to(self.accelerator.device),
+        )
+
+    # -- seeing and keeping -------------------------------------------------------------------------------------------
+
+    def log(self, progress, grad_norm: torch.Tensor, rate: float) -> None:
+        """The mean over the steps since the last call, and over all processes. The only place where the step's numbers are
+        waited for."""
+        loss = self.accelerator.reduce(torch.stack(self.since_logged).mean(), reduction="mean").item()
+        seconds = (time.monotonic() - self.clock) / len(self.since_logged)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {self.step}. Last good state: the newest checkpoint in {self.folder}/checkpoints. "
+                f"Usual causes: optimizer.learning_rate={self.config.optimizer.learning_rate} too high, fp16 where bf16 is needed"
+            )
+        self.since_logged.clear()
+        self.clock = time.monotonic()
+        progress.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}", refresh=sys.stderr.isatty())
+        if self.metrics:
+            self.metrics.log(
+                self.step, loss=loss, grad_norm=float(grad_norm), lr=rate, seconds=round(seconds, 4),
+                peak_memory_gib=peak_memory_gib(self.accelerator.device),
+            )  # fmt: skip
+
+    def evaluate(self, *, base: bool = False) -> HeldOutLoss | None:
+        """The held-out loss now, or the base model's, which stands in metrics.jsonl as step 0."""
+        clips = [self.load_batch([clip], [clip.example.prompt]) for clip in self.data.held_out]
+        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        started = time.monotonic()
+        if base:
+            self.state.transformer.disable_adapters()
+        found = heldout_loss(self.model, clips, self.config.validation.heldout_timesteps, gather_object, share)
+        if base:
+            self.state.transformer.enable_adapters()
+        self.clock = getattr(self, "clock", started) + time.monotonic() - started       # not part of a step's seconds
+        if self.metrics and found and not (base and self.step):
+            self.metrics.log(
+                self.step, heldout_loss=found.mean, heldout_standard_error=found.standard_error,
+                heldout_by_timestep={str(t): loss for t, loss in found.by_timestep.items()},
+            )  # fmt: skip
+        return found
+
+    def write_videos(self) -> list[Path]:
+        if not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            return []
+        started = time.monotonic()
+        videos = Videos(
+            self.folder, self.config, self.data.checkpoint,
+            {prompt: self.data.embeds(prompt) for prompt in self.data.validation_prompts}, self.data.embeds(""),
+        )  # fmt: skip
+        written = videos.write(self.state.transformer, self.step)
+        self.metrics.tracking.videos(written, self.step)
+        self.clock += time.monotonic() - started
+        self.accelerator.wait_for_everyone()
+        return written
+
+    def keep(self) -> None:
+        if self.accelerator.is_main_process:
+            started = time.monotonic()
+            checkpoints.write(self.folder, self.state, self.step, limit=self.config.train.checkpoints_total_limit)
+            self.clock += time.monotonic() - started
+        self.accelerator.wait_for_everyone()
+
+    def checkpoints_kept(self) -> int:
+        written = -(-self.steps // self.config.train.checkpointing_steps)
+        limit = self.config.train.checkpoints_total_limit
+        return written if limit is None else min(limit, written)
+
+    def progress_bar(self):
+        return bar(
+            total=self.steps, initial=self.step, desc="train ", unit="step", disable=not self.accelerator.is_main_process
+        )
+
+    # -- stopping -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def stop_signals(self):
+        """Ctrl-C or a termination ends the run after the present step, with a checkpoint. A second one ends it at once."""
+        before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def ask_to_stop(self, number: int, frame: object) -> None:
+        self.asked_to_stop = number
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def must_stop(self) -> bool:
+        """Whether any process was asked to: all of them stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.asked_to_stop is not None
+        asked = torch.tensor(self.asked_to_stop or 0, device=self.accelerator.device)
+        self.asked_to_stop = int(self.accelerator.gather(asked[None]).max()) or None
+        return self.asked_to_stop is not None
+
+
+def resume_source(resume: str | None, folder: Path) -> Path | None:
+    """The checkpoint to start from: this folder's own newest, if it has any, else the one asked for."""
+    own = checkpoints.all_complete(folder)
+    if own:
+        return own[-1]
+    return None if resume in (None, "auto") else checkpoints.newest(Path(resume))
+
+
+def number_of_steps(config: Config, clips: int, processes: int) -> int:
+    train = config.train
+    if train.max_train_steps is not None:
+        return train.max_train_steps
+    return math.ceil(train.num_train_epochs * clips / (train.train_batch_size * train.gradient_accumulation_steps * processes))
+
+
+@contextlib.contextmanager
+def first_on_this_machine(accelerator: Accelerator):
+    """The main process goes first, so that what it downloads or renders is there for the others."""
+    with accelerator.main_process_first():
+        yield
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def hub_commit(model_folder: Path) -> str | None:
+    """The commit of a hub snapshot, which its folder is named after."""
+    return model_folder.name if model_folder.parent.name == "snapshots" else None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Reserved by torch on a GPU; of the whole process otherwise."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_reserved(device) / 2**30, 3)
+    kilobyte = 1 if sys.platform == "darwin" else 1024                # macOS counts bytes here
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30, 3)

@@ -1,0 +1,145 @@
+"""How good is the model now: the held-out loss, and videos beside the base model's. Neither touches training's state."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+
+from cogvx.config import Config
+from cogvx.data.video import write_video
+from cogvx.errors import UserError
+from cogvx.inference.generate import generate
+from cogvx.model.checkpoint import Checkpoint
+from cogvx.model.cogvideox import CogVideoX
+from cogvx.training.step import Batch, FixedDraw, training_loss
+
+HELD_OUT_SEED = 0       # of the held-out noise: the same for every run, so that runs can be compared
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    mean: float                         # over clips and timesteps
+    standard_error: float | None        # of the mean over clips; None for a single clip
+    by_timestep: dict[int, float]
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + ("" if self.standard_error is None else f" +- {self.standard_error:.4f}")
+
+
+def heldout_loss(model: CogVideoX, clips: list[Batch], timesteps: int, gather: Callable[[list], list], share: slice) -> HeldOutLoss | None:
+    """The training loss without caption dropout, at fixed timesteps with fixed noise; None without held-out clips.
+
+    gather joins lists across processes, of which this one computes clips[share].
+    """
+    if not clips:
+        return None
+    fixed = [int((k + 0.5) * model.num_timesteps / timesteps) for k in range(timesteps)]
+    mine = []
+    with torch.no_grad():
+        for index in range(len(clips))[share]:
+            for timestep in fixed:
+                draw = FixedDraw(seed=HELD_OUT_SEED, samples=[(timestep, index)], device=model.device, timestep=timestep)
+                mine.append((index, timestep, training_loss(model, clips[index], draw).item()))
+    losses = {(index, timestep): loss for index, timestep, loss in gather(mine)}
+    per_clip = [statistics.fmean(losses[index, t] for t in fixed) for index in range(len(clips))]
+    return HeldOutLoss(
+        mean=statistics.fmean(per_clip),
+        standard_error=statistics.stdev(per_clip) / len(per_clip) ** 0.5 if len(per_clip) > 1 else None,
+        by_timestep={t: statistics.fmean(losses[index, t] for index in range(len(clips))) for t in fixed},
+    )
+
+
+def prompts_of(config: Config, fallback: str) -> list[str]:
+    """The prompts of the validation videos: as given, from the file, or the caption of a held-out clip."""
+    validation = config.validation
+    if validation.num_validation_videos == 0:
+        return []
+    if validation.validation_prompts_file is not None:
+        path = Path(validation.validation_prompts_file)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"validation.validation_prompts_file={path} cannot be read: {error}") from error
+        given = text.splitlines()
+    elif validation.validation_prompt is not None:
+        given = validation.validation_prompt.split(validation.validation_prompt_separator)
+    else:
+        return [fallback]
+    prompts = [line.strip() for line in given if line.strip()]
+    if not prompts:
+        raise UserError("the validation prompts are all blank: give at least one, or validation.num_validation_videos=0")
+    return prompts
+
+
+@dataclass(frozen=True)
+class Videos:
+    """Validation videos of one run: the tuned model's under validation/step_*/, the base model's, made once, under validation/base/."""
+
+    folder: Path
+    config: Config
+    checkpoint: Checkpoint
+    prompt_embeds: dict[str, torch.Tensor]      # of every validation prompt
+    negative_prompt_embeds: torch.Tensor
+
+    def write(self, transformer, step: int) -> list[Path]:
+        """The mp4 files of this step: before (base) on the left, after on the right."""
+        if not self.prompt_embeds:
+            return []
+        vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling)
+        here, base = self.folder / "validation" / f"step_{step:06d}", self.folder / "validation" / "base"
+        written = []
+        for name, prompt, seed in self.wanted():
+            before = base / f"{name}.npz"
+            if not before.is_file():
+                transformer.disable_adapters()
+                frames = self.generate(transformer, vae, prompt, seed, f"video {name}, base model")
+                transformer.enable_adapters()
+                self.save(base / f"{name}.mp4", frames)
+                numpy.savez_compressed(before, frames=frames)
+            tuned = self.generate(transformer, vae, prompt, seed, f"video {name}, step {step}")
+            self.save(here / f"{name}.mp4", tuned)
+            both = side_by_side(numpy.load(before)["frames"], tuned)
+            self.save(here / f"{name}_before_after.mp4", both)
+            written.append(here / f"{name}_before_after.mp4")
+            write_strip(here / f"{name}_before_after.png", both)
+        return written
+
+    def wanted(self) -> list[tuple[str, str, int]]:
+        """Name, prompt and seed of each video."""
+        count = self.config.validation.num_validation_videos
+        seeds = range(self.config.seed, self.config.seed + count)
+        return [
+            (f"{number:02d}_seed{seed}", prompt, seed)
+            for number, prompt in enumerate(self.prompt_embeds, start=1)
+            for seed in seeds
+        ]
+
+    def generate(self, transformer, vae, prompt: str, seed: int, description: str) -> numpy.ndarray:
+        return generate(
+            transformer=transformer, vae=vae, noise_scheduler=self.checkpoint.noise_scheduler(),
+            prompt_embeds=self.prompt_embeds[prompt], negative_prompt_embeds=self.negative_prompt_embeds,
+            data=self.config.data, sampling=self.config.validation, seed=seed, description=description,
+        )  # fmt: skip
+
+    def save(self, path: Path, frames: numpy.ndarray) -> None:
+        write_video(path, frames, fps=self.config.data.fps or self.config.model.fps)
+
+
+def side_by_side(left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
+    """[F, H, W, 3] twice -> [F, H, 2W + gap, 3], with a white gap."""
+    gap = numpy.full((*left.shape[:2], 8, 3), 255, dtype=left.dtype)
+    return numpy.concatenate([left, gap, right], axis=2)
+
+
+def write_strip(path: Path, frames: numpy.ndarray, count: int = 4) -> None:
+    """`count` frames of a video under each other, as one picture."""
+    from PIL import Image
+
+    chosen = frames[numpy.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+    framed = numpy.pad(chosen, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=255)       # a white line under each
+    Image.fromarray(numpy.concatenate(list(framed), axis=0)).save(path)

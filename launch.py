@@ -1,0 +1,137 @@
+"""Compose, check, record, run.    python launch.py --help
+
+Hydra composes the settings; cogvx.config checks them; the run's folder gets them as config.yaml; the task runs from that
+file. Nothing here imports torch, so that a mistake costs milliseconds.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+os.environ["HYDRA_FULL_ERROR"] = "1"        # Hydra raises instead of printing and exiting, so that errors can be put in words
+
+import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from cogvx import config as configuration  # noqa: E402
+from cogvx.errors import UserError  # noqa: E402
+from cogvx.runs import processes, record  # noqa: E402
+
+exit_codes: list[int] = []      # one for each job
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    settings = HydraConfig.get()
+    sweeping = settings.mode is RunMode.MULTIRUN
+    try:
+        config = configuration.check(composed, {group: settings.runtime.choices[group] for group in configuration.GROUPS})
+        if sweeping and config.output_dir is None:
+            config.output_dir = str(Path(settings.sweep.dir, settings.sweep.subdir).absolute())
+        exit_codes.append(run(config, isolated=sweeping))
+    except UserError as error:          # caught here: Hydra would print a line of its own before it passes an error on
+        exit_codes.append(say(error))
+
+
+def say(error: object) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return processes.FAILED
+
+
+def run(config: configuration.Config, *, isolated: bool) -> int:
+    folder = record.open_folder(config)
+    summary = record.finished(folder)
+    if summary is not None:
+        print(f"{record.shown(folder)} is finished: nothing to do. Its result: held-out loss {summary.get('objective')}")
+        return 0
+    print(f"run     {record.shown(folder)}", flush=True)
+    record.environment(folder, sys.argv)
+    return processes.run(folder, isolated=isolated)
+
+
+def from_record(arguments: list[str], scratch: Path) -> list[str]:
+    """Arguments that start from a run's config.yaml, put into Hydra's terms.
+
+    `--config-dir RUN --config-name config`: Hydra would find conf/config.yaml first and train the defaults, so the record
+    becomes the primary configuration and conf/ the place of its options. `train.resume=RUN` starts from RUN's record too:
+    alone, it goes on in RUN's folder; with changes, or from one of RUN's checkpoints, in a new one.
+    """
+    arguments = list(arguments)
+    folder = take_option(arguments, "--config-dir", "-cd")
+    resume = next((a.split("=", 1)[1] for a in arguments if a.startswith("train.resume=")), "null")
+    if folder is None and resume not in ("auto", "null"):
+        folder = str(run_folder_of(Path(resume)))
+        if Path(resume).absolute() == Path(folder).absolute() and all(a.startswith("train.resume=") for a in arguments):
+            arguments.append(f"output_dir='{Path(folder).absolute()}'")
+    if folder is None:
+        return arguments
+    name = take_option(arguments, "--config-name", "-cn") or "config"
+    path = Path(folder) / (name if name.endswith(".yaml") else f"{name}.yaml")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: --config-dir takes the folder of a run, outputs/RUN, which holds its config.yaml")
+    configuration.read(path)
+    recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for group in configuration.GROUPS:                  # a newly chosen option brings its own values
+        if any(a.startswith(f"{group}=") for a in arguments):
+            del recorded[group]
+    recorded["train"]["resume"] = None
+    recorded["hydra"] = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))["hydra"]
+    recorded["defaults"] += [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
+    (scratch / "config.yaml").write_text(yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return ["--config-path", str(scratch), f"hydra.searchpath=[{configuration.CONF}]", *arguments]
+
+
+def run_folder_of(place: Path) -> Path:
+    """The run that a folder or one of its checkpoints belongs to."""
+    for folder in (place, place.parent.parent):
+        if (folder / record.CONFIG).is_file():
+            return folder
+    raise UserError(f"train.resume={place}: no run's folder (it would hold {record.CONFIG}) and no checkpoint of one")
+
+
+def take_option(arguments: list[str], *names: str) -> str | None:
+    """Removes `--option value` or `--option=value`; returns the value."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name not in names:
+            continue
+        if equals:
+            del arguments[index]
+            return value
+        if index + 1 == len(arguments):
+            raise UserError(f"{argument} needs a value")
+        value = arguments[index + 1]
+        del arguments[index : index + 2]
+        return value
+    return None
+
+
+def entry(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit code. What a user can mend is said without a traceback, with exit code 2."""
+    with tempfile.TemporaryDirectory() as scratch:
+        overrides, folder, searchpath = arguments, configuration.CONF, ()
+        try:
+            translated = from_record(arguments, Path(scratch))
+            if translated and translated[0] == "--config-path":
+                folder, searchpath = Path(scratch), (str(configuration.CONF),)
+            overrides = [a for a in translated if not a.startswith("-") and "=" in a and not a.startswith("hydra.searchpath")]
+            sys.argv = [sys.argv[0], *translated]
+            main()
+        except UserError as error:
+            return say(error)
+        except yaml.YAMLError as error:
+            return say(f"a YAML file cannot be parsed: {error}")
+        except (HydraException, OmegaConfBaseException) as error:
+            return say(configuration.explain(error, overrides, folder, searchpath))
+    return max(exit_codes, default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(entry(sys.argv[1:]))
