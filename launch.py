@@ -11,20 +11,20 @@ from pathlib import Path
 
 import yaml
 
-os.environ["HYDRA_FULL_ERROR"] = "1"        # Hydra raises instead of printing and exiting, so that errors can be put in words
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting, so that errors can be put in words
 
-import hydra  # noqa: E402
-from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from hydra.errors import HydraException  # noqa: E402
-from hydra.types import RunMode  # noqa: E402
-from omegaconf import DictConfig, OmegaConf  # noqa: E402
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from cogvx import config as configuration  # noqa: E402
-from cogvx.errors import UserError  # noqa: E402
-from cogvx.runs import processes, record  # noqa: E402
+from cogvx import config as configuration
+from cogvx.errors import UserError
+from cogvx.runs import processes, record
 
-exit_codes: list[int] = []      # one for each job
+exit_codes: list[int] = []  # one for each job
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
@@ -32,11 +32,13 @@ def main(composed: DictConfig) -> None:
     settings = HydraConfig.get()
     sweeping = settings.mode is RunMode.MULTIRUN
     try:
-        config = configuration.check(composed, {group: settings.runtime.choices[group] for group in configuration.GROUPS})
+        config = configuration.check(
+            composed, {group: settings.runtime.choices[group] for group in configuration.GROUPS}
+        )
         if sweeping and config.output_dir is None:
             config.output_dir = str(Path(settings.sweep.dir, settings.sweep.subdir).absolute())
         exit_codes.append(run(config, isolated=sweeping))
-    except UserError as error:          # caught here: Hydra would print a line of its own before it passes an error on
+    except UserError as error:  # caught here: Hydra would print a line of its own before it passes an error on
         exit_codes.append(say(error))
 
 
@@ -49,7 +51,9 @@ def run(config: configuration.Config, *, isolated: bool) -> int:
     folder = record.open_folder(config)
     summary = record.finished(folder)
     if summary is not None:
-        print(f"{record.shown(folder)} is finished: nothing to do. Its result: held-out loss {summary.get('objective')}")
+        print(
+            f"{record.shown(folder)} is finished: nothing to do. Its result: held-out loss {summary.get('objective')}"
+        )
         return 0
     print(f"run     {record.shown(folder)}", flush=True)
     record.environment(folder, sys.argv)
@@ -75,16 +79,20 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
     name = take_option(arguments, "--config-name", "-cn") or "config"
     path = Path(folder) / (name if name.endswith(".yaml") else f"{name}.yaml")
     if not path.is_file():
-        raise UserError(f"{path} does not exist: --config-dir takes the folder of a run, outputs/RUN, which holds its config.yaml")
+        raise UserError(
+            f"{path} does not exist: --config-dir takes the folder of a run, outputs/RUN, which holds its config.yaml"
+        )
     configuration.read(path)
     recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for group in configuration.GROUPS:                  # a newly chosen option brings its own values
+    for group in configuration.GROUPS:  # a newly chosen option brings its own values
         if any(a.startswith(f"{group}=") for a in arguments):
             del recorded[group]
     recorded["train"]["resume"] = None
     recorded["hydra"] = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))["hydra"]
     recorded["defaults"] += [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
-    (scratch / "config.yaml").write_text(yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (scratch / "config.yaml").write_text(
+        yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
     return ["--config-path", str(scratch), f"hydra.searchpath=[{configuration.CONF}]", *arguments]
 
 
@@ -121,7 +129,9 @@ def entry(arguments: list[str]) -> int:
             translated = from_record(arguments, Path(scratch))
             if translated and translated[0] == "--config-path":
                 folder, searchpath = Path(scratch), (str(configuration.CONF),)
-            overrides = [a for a in translated if not a.startswith("-") and "=" in a and not a.startswith("hydra.searchpath")]
+            overrides = [
+                a for a in translated if not a.startswith("-") and "=" in a and not a.startswith("hydra.searchpath")
+            ]
             sys.argv = [sys.argv[0], *translated]
             main()
         except UserError as error:

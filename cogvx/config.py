@@ -43,7 +43,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "tracking": {"none": tracking.Tracking, "tensorboard": tracking.TensorBoard, "wandb": tracking.Wandb},
 }  # fmt: skip
 SECTIONS: dict[str, type] = {"lora": Lora, "train": options.Train, "validation": options.Validation}
-NOT_COMPARED = ("output_dir", "train.resume")       # where a run stands and how it was started, not what it computes
+NOT_COMPARED = ("output_dir", "train.resume")  # where a run stands and how it was started, not what it computes
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Config:
     tracking: tracking.Tracking
     seed: int
     output_dir: str | None
-    choices: dict[str, str]         # the option chosen of every group
+    choices: dict[str, str]  # the option chosen of every group
 
 
 def check(composed: DictConfig, choices: dict[str, str]) -> Config:
@@ -135,7 +135,9 @@ def typed(composed: DictConfig, section: str, section_class: type) -> tuple[obje
     for key in node:
         full = f"{section}.{key}"
         if key not in names:
-            problems.append(f"unknown setting {full}{did_you_mean(str(key), names)} {section} has {', '.join(names) or 'no settings'}")
+            problems.append(
+                f"unknown setting {full}{did_you_mean(str(key), names)} {section} has {', '.join(names) or 'no settings'}"
+            )
             continue
         try:
             if OmegaConf.is_missing(node, key):
@@ -193,7 +195,12 @@ def read(path: Path) -> Config:
     """The configuration recorded in a file written from to_yaml()."""
     try:
         recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        choices = {group: choice for entry in recorded.pop("defaults") if isinstance(entry, dict) for group, choice in entry.items()}
+        choices = {
+            group: choice
+            for entry in recorded.pop("defaults")
+            if isinstance(entry, dict)
+            for group, choice in entry.items()
+        }
         if missing := [group for group in GROUPS if choices.get(group) not in GROUPS[group]]:
             raise UserError(f"{path}: its defaults list names no known option of {', '.join(missing)}")
         return check(OmegaConf.create(recorded), choices)
@@ -230,7 +237,9 @@ def composed_from(overrides: list[str], folder: Path, searchpath: tuple[str, ...
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder.absolute()), version_base="1.3", job_name="cogvx"):
-            composed = compose("config", [*(f"hydra.searchpath=[{p}]" for p in searchpath), *overrides], return_hydra_config=True)
+            composed = compose(
+                "config", [*(f"hydra.searchpath=[{p}]" for p in searchpath), *overrides], return_hydra_config=True
+            )
     finally:
         GlobalHydra.instance().clear()
     OmegaConf.set_struct(composed, False)
@@ -275,7 +284,12 @@ def in_words(error: Exception, override: str, known: list[str]) -> str:
         return f"unknown setting {key}{nearest(key, [k for k in known if not k.startswith('hydra.')])}"
     if text.startswith("Ambiguous value"):
         return f"{override}: to run one job for each value, add -m; for a list, write [{value}]; for text, quote it: '{key}=\"{value}\"'"
-    if "mismatched input" in text or "token recognition" in text or "no viable alternative" in text or "extraneous input" in text:
+    if (
+        "mismatched input" in text
+        or "token recognition" in text
+        or "no viable alternative" in text
+        or "extraneous input" in text
+    ):
         return f"{override}: Hydra cannot parse this; put quotes inside quotes, as in '{key}=\"{value}\"', or use a file for prompts"
     return f"{override}: {first_line(error)}"
 

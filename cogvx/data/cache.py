@@ -39,9 +39,9 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             save_file(tensors, partial, metadata={"about": json.dumps(about or {})})
-            partial.chmod(partial.parent.stat().st_mode & 0o666)       # safetensors writes files for their owner alone
+            partial.chmod(partial.parent.stat().st_mode & 0o666)  # safetensors writes files for their owner alone
             partial.replace(path)
-        except Exception as error:          # safetensors reports a full disk as its own error, not as OSError
+        except Exception as error:  # safetensors reports a full disk as its own error, not as OSError
             raise UserError(
                 f"cannot write to the cache, {path.parent}: {error}. Free some space there, or set data.cache_dir to another disk"
             ) from error

@@ -9,19 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COLOURS = {
-    "red": (214, 48, 49), "blue": (36, 113, 209), "green": (39, 160, 85), "yellow": (245, 202, 50),
-    "purple": (125, 70, 175), "orange": (235, 125, 35), "white": (240, 240, 240), "grey": (88, 94, 102),
+    "red": (214, 48, 49),
+    "blue": (36, 113, 209),
+    "green": (39, 160, 85),
+    "yellow": (245, 202, 50),
+    "purple": (125, 70, 175),
+    "orange": (235, 125, 35),
+    "white": (240, 240, 240),
+    "grey": (88, 94, 102),
 }
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 @dataclass(frozen=True)
 class Scene:
-    shape: str          # circle, square or triangle
+    shape: str  # circle, square or triangle
     colour: str
     background: str
     direction: str
-    width: int = 128    # pixels
+    width: int = 128  # pixels
     height: int = 128
     fps: int = 16
     seconds: float = 2.0
@@ -65,7 +71,7 @@ def render(folder: Path) -> Path:
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(partial)              # another process was first
+        shutil.rmtree(partial)  # another process was first
     return folder
 
 
@@ -78,7 +84,7 @@ def draw(scene: Scene) -> list:
     size = min(scene.width, scene.height) / 4
     dx, dy = DIRECTIONS[scene.direction]
     for frame in range(count):
-        way = frame / (count - 1) - 0.5                             # -0.5 ... 0.5 of the free path
+        way = frame / (count - 1) - 0.5  # -0.5 ... 0.5 of the free path
         x = scene.width / 2 + dx * way * (scene.width - 2 * size)
         y = scene.height / 2 + dy * way * (scene.height - 2 * size)
         image = Image.new("RGB", (scene.width * fine, scene.height * fine), COLOURS[scene.background])

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-VERSION = 1             # raise it when the same inputs would encode to other values
-THUMBNAIL = 96          # pixels of a thumbnail's longer side, for the contact sheet
+VERSION = 1  # raise it when the same inputs would encode to other values
+THUMBNAIL = 96  # pixels of a thumbnail's longer side, for the contact sheet
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Encoder:
     """One of the checkpoint's encoders: how to load it when it is needed, and what its results depend on."""
 
     load: Callable[[], object]
-    identity: str               # of weights and settings
+    identity: str  # of weights and settings
     dtype: torch.dtype
     device: torch.device
 
@@ -39,8 +39,8 @@ class Encoder:
 @dataclass(frozen=True)
 class EncodedClip:
     example: Example
-    path: Path                  # latent_moments [2C, F', H', W'] and thumbnails, in the cache
-    about: dict                 # frames, file_frames, file_fps, file_width, file_height, repeated, shapes
+    path: Path  # latent_moments [2C, F', H', W'] and thumbnails, in the cache
+    about: dict  # frames, file_frames, file_fps, file_width, file_height, repeated, shapes
 
     @property
     def latent_shape(self) -> list[int]:
@@ -66,9 +66,9 @@ def encode_clips(
     state = PartialState()
     paths = [cache.path("latents", clip_key(example.video, data, cache, vae)) for example in examples]
     missing = [index for index in range(len(examples)) if cache.about(paths[index]) is None]
-    state.wait_for_everyone()                                   # all have looked before the first one writes
+    state.wait_for_everyone()  # all have looked before the first one writes
     say(cached("clips", len(examples), len(missing)))
-    first_of = {paths[index]: index for index in reversed(missing)}      # a file listed twice is encoded once
+    first_of = {paths[index]: index for index in reversed(missing)}  # a file listed twice is encoded once
     mine = sorted(first_of.values())[state.process_index :: state.num_processes]
     reasons = dict(gather_object(list(encode_missing(mine, examples, paths, data, cache, vae).items())))
     state.wait_for_everyone()
@@ -87,7 +87,11 @@ def encode_clips(
 
 
 def cached(what: str, total: int, missing: int) -> str:
-    return f"encode  {missing} {what}; {total - missing} of {total} are in the cache" if missing else f"encode  nothing: all {total} {what} are in the cache"
+    return (
+        f"encode  {missing} {what}; {total - missing} of {total} are in the cache"
+        if missing
+        else f"encode  nothing: all {total} {what} are in the cache"
+    )
 
 
 def encode_missing(
@@ -112,7 +116,7 @@ def latent_moments(model: AutoencoderKLCogVideoX, frames: Tensor, vae: Encoder) 
     """[F, C, H, W] pixels -> [2C, F', H', W'], mean and log variance of the posterior, unscaled, in the VAE's dtype."""
     import torch
 
-    pixels = frames.permute(1, 0, 2, 3)[None].to(vae.device, vae.dtype)         # [F, C, H, W] -> [1, C, F, H, W]
+    pixels = frames.permute(1, 0, 2, 3)[None].to(vae.device, vae.dtype)  # [F, C, H, W] -> [1, C, F, H, W]
     with torch.no_grad():
         return model.encode(pixels).latent_dist.parameters[0].cpu().contiguous()
 
@@ -144,8 +148,18 @@ def facts_of(clip: Clip) -> dict[str, object]:
 def clip_key(video: Path, data: Data, cache: Cache, vae: Encoder) -> str:
     """Of all that decides a clip's latents: the file's bytes, which frames and pixels are taken, and the VAE."""
     return key_of(
-        VERSION, cache.fingerprint(video), vae.identity, str(vae.dtype), data.height, data.width, data.fps,
-        data.max_num_frames, data.min_num_frames, data.skip_frames_start, data.skip_frames_end, data.video_reshape_mode.name,
+        VERSION,
+        cache.fingerprint(video),
+        vae.identity,
+        str(vae.dtype),
+        data.height,
+        data.width,
+        data.fps,
+        data.max_num_frames,
+        data.min_num_frames,
+        data.skip_frames_start,
+        data.skip_frames_end,
+        data.video_reshape_mode.name,
     )
 
 
@@ -205,7 +219,12 @@ def prompt_embeds(
 
     tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
     ids = tokenizer(
-        [prompt], padding="max_length", max_length=max_length, truncation=True, add_special_tokens=True, return_tensors="pt"
+        [prompt],
+        padding="max_length",
+        max_length=max_length,
+        truncation=True,
+        add_special_tokens=True,
+        return_tensors="pt",
     ).input_ids
     with torch.no_grad():
         embeds = model(ids.to(text.device))[0]

@@ -25,7 +25,12 @@ def write_report(folder: Path, clips: list[EncodedClip], held_out: list[bool], r
         for clip, out in zip(clips, held_out, strict=True)
     ]
     rows += [
-        {"origin": bad.example.origin, "video": str(bad.example.video), "use": f"left out: it {bad.reason}", "prompt": bad.example.prompt}
+        {
+            "origin": bad.example.origin,
+            "video": str(bad.example.video),
+            "use": f"left out: it {bad.reason}",
+            "prompt": bad.example.prompt,
+        }
         for bad in rejected
     ]
     with (folder / "dataset_report.csv").open("w", newline="", encoding="utf-8") as file:
@@ -40,7 +45,7 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], held_out: list[b
     from safetensors.torch import load_file
 
     shown = list(zip(clips, held_out, strict=True))[:MOST_ON_SHEET]
-    strips = [load_file(clip.path)["thumbnails"].numpy() for clip, _ in shown]          # [3, h, w, C]
+    strips = [load_file(clip.path)["thumbnails"].numpy() for clip, _ in shown]  # [3, h, w, C]
     _, height, width, _ = strips[0].shape
     columns, gap, text = min(3, len(shown)), 8, 30
     cell_width, cell_height = 3 * width + gap, height + text + gap
@@ -51,7 +56,11 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], held_out: list[b
         left, top = gap + number % columns * cell_width, gap + number // columns * cell_height
         for place, frame in enumerate(strip):
             sheet.paste(Image.fromarray(frame), (left + place * width, top))
-        pen.text((left, top + height + 1), f"{clip.example.video.name}  {clip.about['frames']} frames{'  held out' if out else ''}", "black")
+        pen.text(
+            (left, top + height + 1),
+            f"{clip.example.video.name}  {clip.about['frames']} frames{'  held out' if out else ''}",
+            "black",
+        )
         pen.text((left, top + height + 14), fitted(pen, clip.example.prompt, 3 * width), "dimgray")
     sheet.save(folder / "contact_sheet.png")
 

@@ -19,7 +19,7 @@ from cogvx.errors import UserError, did_you_mean, listed
 class Example:
     prompt: str
     video: Path
-    origin: str         # where it was listed, for messages: "prompts.txt:4"
+    origin: str  # where it was listed, for messages: "prompts.txt:4"
 
 
 class Reshape(Enum):
@@ -35,7 +35,7 @@ class Data:
     caption_column: str
     video_column: str
     id_token: str | None
-    height: int                     # pixels
+    height: int  # pixels
     width: int
     fps: float | None
     max_num_frames: int
@@ -72,7 +72,9 @@ class Data:
         if self.fps is not None and not self.fps > 0:
             found.append(f"data.fps={self.fps}: must be above 0, or null for every frame of the file")
         if not 1 <= self.min_num_frames <= max(1, self.max_num_frames):
-            found.append(f"data.min_num_frames={self.min_num_frames}: must be from 1 to max_num_frames={self.max_num_frames}")
+            found.append(
+                f"data.min_num_frames={self.min_num_frames}: must be from 1 to max_num_frames={self.max_num_frames}"
+            )
         if not 0 <= self.validation_fraction < 1:
             found.append(f"data.validation_fraction={self.validation_fraction}: must be from 0 up to, but not, 1")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -152,7 +154,7 @@ class Dataset(Data):
         table = self.load()
         require_columns(self.dataset_name, table.column_names or [], self.caption_column, self.video_column)
         for column, feature in (table.features or {}).items():
-            if hasattr(feature, "decode"):                  # Video, Image: keep path and bytes, decode ourselves
+            if hasattr(feature, "decode"):  # Video, Image: keep path and bytes, decode ourselves
                 table = table.cast_column(column, type(feature)(decode=False))
         rows = (
             (row[self.caption_column], self.path_of(row[self.video_column]), f"{self.dataset_name} row {number}")
@@ -166,7 +168,9 @@ class Dataset(Data):
         source = Path(self.dataset_name)
         try:
             if source.is_file():
-                kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(source.suffix[1:].lower())
+                kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(
+                    source.suffix[1:].lower()
+                )
                 if kind is None:
                     raise UserError(f"data.dataset_name={source}: a file must end in csv, json, jsonl or parquet")
                 return datasets.load_dataset(kind, data_files=str(source), split=self.split, streaming=self.streaming)
@@ -195,13 +199,18 @@ class Dataset(Data):
 
 
 def text_of(path: Path) -> str:
-    """The file as UTF-8, without a byte order mark; UserError names the line that is not UTF-8."""
-    raw = path.read_bytes()
+    """The file as UTF-8, without a byte order mark; UserError when it cannot be read, naming the line that is not UTF-8."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line} is not UTF-8 text (byte {raw[error.start]:#04x}). Save the file as UTF-8") from error
+        raise UserError(
+            f"{path}:{line} is not UTF-8 text (byte {raw[error.start]:#04x}). Save the file as UTF-8"
+        ) from error
 
 
 def read_lines(path: Path) -> list[str]:
@@ -261,15 +270,23 @@ def locate(name: str, root: Path | None) -> Path:
     if root is None:
         if Path(name).is_file():
             return Path(name).absolute()
-        hint = "" if Path(name).is_absolute() else "; it is relative: set data.instance_data_root to the folder it starts from"
+        hint = (
+            ""
+            if Path(name).is_absolute()
+            else "; it is relative: set data.instance_data_root to the folder it starts from"
+        )
         raise UserError(f"names {name!r}, which does not exist{hint}")
     base = Path(os.path.abspath(root))
     path = Path(os.path.abspath(base / name))
     if not path.is_relative_to(base):
-        raise UserError(f"names {name!r}, which leads out of {base}: move the clip there, or set data.instance_data_root higher")
+        raise UserError(
+            f"names {name!r}, which leads out of {base}: move the clip there, or set data.instance_data_root higher"
+        )
     if path.is_file():
         return path
-    raise UserError(f"names {name!r}; looked for {path}, which {'is a folder' if path.is_dir() else 'does not exist'}{nearby(path, base)}")
+    raise UserError(
+        f"names {name!r}; looked for {path}, which {'is a folder' if path.is_dir() else 'does not exist'}{nearby(path, base)}"
+    )
 
 
 def nearby(path: Path, root: Path) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy
     from torch import Tensor
 
-FRAMES_AT_ONCE = 8      # resized together, to bound memory: 8 frames of 1080p are 200 MB in fp32
+FRAMES_AT_ONCE = 8  # resized together, to bound memory: 8 frames of 1080p are 200 MB in fp32
 
 
 class BadClip(Exception):
@@ -25,8 +25,8 @@ class BadClip(Exception):
 class Clip:
     """A clip as the model sees it, and the facts of the file it came from."""
 
-    frames: Tensor              # [F, C, H, W] in [-1, 1], fp32
-    indices: list[int]          # of the frames in the file
+    frames: Tensor  # [F, C, H, W] in [-1, 1], fp32
+    indices: list[int]  # of the frames in the file
     file_frames: int
     file_fps: float
     file_width: int
@@ -42,7 +42,9 @@ def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
     stamps = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
     first, last = data.skip_frames_start, len(stamps) - 1 - data.skip_frames_end
     if first > last:
-        raise BadClip(f"has {len(stamps)} frames; none is left after skipping {first} at its start and {data.skip_frames_end} at its end")
+        raise BadClip(
+            f"has {len(stamps)} frames; none is left after skipping {first} at its start and {data.skip_frames_end} at its end"
+        )
     indices = by_timestamp(stamps[first : last + 1].tolist(), data.fps, data.max_num_frames)
     count = (len(indices) - 1) // frame_multiple * frame_multiple + 1
     if count < data.min_num_frames:
@@ -51,7 +53,7 @@ def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
             f"({frame_multiple}k + 1); data.min_num_frames is {data.min_num_frames}"
         )
     indices = [first + index for index in indices[:count]]
-    pixels = decode(reader, indices)                                            # [F, H, W, C]
+    pixels = decode(reader, indices)  # [F, H, W, C]
     return Clip(
         frames=resize_and_crop(pixels, data, place=crop_place(path, data.video_reshape_mode)),
         indices=indices,
@@ -69,7 +71,7 @@ def by_timestamp(stamps: list[float], fps: float | None, most: int) -> list[int]
     before it."""
     if fps is None or len(stamps) == 1:
         return list(range(min(len(stamps), most)))
-    slack = 1e-3 / fps                      # container clocks round; a frame due at 0.125 may be stamped 0.125001
+    slack = 1e-3 / fps  # container clocks round; a frame due at 0.125 may be stamped 0.125001
     end = stamps[-1] + (stamps[-1] - stamps[-2])
     indices, index = [], 0
     for number in range(most):
@@ -83,15 +85,16 @@ def by_timestamp(stamps: list[float], fps: float | None, most: int) -> list[int]
 
 
 def open_video(path: Path):
-    import torch  # noqa: F401      decord can crash when it is imported before torch
-
     import decord
+    import torch  # noqa: F401      decord can crash when it is imported before torch
 
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
     except (decord.DECORDError, RuntimeError, OSError) as error:
-        raise BadClip(f"cannot be opened as a video ({path.stat().st_size} bytes): truncated, or another kind of file") from error
+        raise BadClip(
+            f"cannot be opened as a video ({path.stat().st_size} bytes): truncated, or another kind of file"
+        ) from error
     if len(reader) == 0:
         raise BadClip("has no frames")
     return reader
@@ -103,8 +106,12 @@ def decode(reader, indices: list[int]) -> numpy.ndarray:
     try:
         return reader.get_batch(indices).asnumpy()
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as error:
-        if "from_size == to_size" in str(error):        # decord2 3.4.0 takes the padding of rows of 48, 96 and 144 pixels for a fourth channel
-            raise BadClip("is 48, 96 or 144 pixels wide, which the decoder (decord2) cannot read: scale it up") from error
+        if "from_size == to_size" in str(
+            error
+        ):  # decord2 3.4.0 takes the padding of rows of 48, 96 and 144 pixels for a fourth channel
+            raise BadClip(
+                "is 48, 96 or 144 pixels wide, which the decoder (decord2) cannot read: scale it up"
+            ) from error
         raise BadClip("breaks off while its frames are decoded: truncated or damaged") from error
 
 
@@ -129,7 +136,7 @@ def resize_and_crop(pixels: numpy.ndarray, data: Data, place: tuple[float, float
     left = round((new_width - data.width) * place[1])
     parts = []
     for part in torch.from_numpy(pixels).split(FRAMES_AT_ONCE):
-        part = part.permute(0, 3, 1, 2).float()                                 # [F, H, W, C] -> [F, C, H, W]
+        part = part.permute(0, 3, 1, 2).float()  # [F, H, W, C] -> [F, C, H, W]
         part = F.interpolate(part, (new_height, new_width), mode="bicubic", antialias=True, align_corners=False)
         parts.append(part[:, :, top : top + data.height, left : left + data.width].clamp(0, 255) / 127.5 - 1)
     return torch.cat(parts)
@@ -145,6 +152,13 @@ def write_video(path: Path, frames, fps: float) -> None:
         return
     # H.264 with 4:2:0 colour is what every browser plays; macro_block_size 2 because that format wants even sizes.
     imageio.v3.imwrite(
-        path, list(frames), plugin="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=2,
-        output_params=["-crf", "12", "-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact"], ffmpeg_log_level="error",
+        path,
+        list(frames),
+        plugin="FFMPEG",
+        fps=fps,
+        codec="libx264",
+        pixelformat="yuv420p",
+        macro_block_size=2,
+        output_params=["-crf", "12", "-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact"],
+        ffmpeg_log_level="error",
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-LONG_TO_LOAD = 10**9        # bytes; from here on a part is loaded with a progress bar
+LONG_TO_LOAD = 10**9  # bytes; from here on a part is loaded with a progress bar
 PRECISIONS = ("no", "fp16", "bf16")
 
 
@@ -25,7 +25,7 @@ class Model:
 
     path: str
     revision: str | None
-    height: int             # pixels; with width, num_frames, fps and precision: what its authors recommend
+    height: int  # pixels; with width, num_frames, fps and precision: what its authors recommend
     width: int
     num_frames: int
     fps: int
@@ -42,7 +42,9 @@ class Model:
 
     def expected_geometry(self) -> Geometry:
         """What can be known about legal sizes before anything is downloaded."""
-        return read_geometry(Path(self.path)) if (Path(self.path) / "transformer" / "config.json").is_file() else RELEASED
+        return (
+            read_geometry(Path(self.path)) if (Path(self.path) / "transformer" / "config.json").is_file() else RELEASED
+        )
 
     def prepare(self) -> Path:
         """The local folder of the checkpoint, downloaded if it is on the hub, with all its parts."""
@@ -58,7 +60,12 @@ class Model:
 
     def download(self) -> Path:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RevisionNotFoundError,
+        )
 
         try:
             wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]
@@ -110,12 +117,14 @@ class Checkpoint:
 
     folder: Path
     device: torch.device
-    dtype: torch.dtype          # of the frozen weights
+    dtype: torch.dtype  # of the frozen weights
 
     def geometry(self) -> Geometry:
         geometry = read_geometry(self.folder)
         if geometry.unsupported():
-            headline = f"{self.folder} is a kind of CogVideoX this version does not train yet; model=2b and model=5b it does:"
+            headline = (
+                f"{self.folder} is a kind of CogVideoX this version does not train yet; model=2b and model=5b it does:"
+            )
             raise UserError(listed(headline, geometry.unsupported()))
         return geometry
 
@@ -148,7 +157,9 @@ class Checkpoint:
 
         name = read_config(self.folder, "scheduler").get("_class_name", "")
         if name not in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
-            raise UserError(f"{self.folder}/scheduler is a {name or 'nameless class'}; CogVideoX uses CogVideoXDDIMScheduler or CogVideoXDPMScheduler")
+            raise UserError(
+                f"{self.folder}/scheduler is a {name or 'nameless class'}; CogVideoX uses CogVideoXDDIMScheduler or CogVideoXDPMScheduler"
+            )
         return getattr(diffusers, name).from_pretrained(self.folder, subfolder="scheduler")
 
     def loaded(self, model_class, part: str, **dtype):
@@ -156,8 +167,10 @@ class Checkpoint:
         try:
             with library_bars(shown=size > LONG_TO_LOAD):
                 model = model_class.from_pretrained(self.folder, subfolder=part, **dtype)
-        except Exception as error:          # damaged files surface as many kinds of errors, all of them the folder's
-            raise UserError(f"{self.folder / part} cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
+        except Exception as error:  # damaged files surface as many kinds of errors, all of them the folder's
+            raise UserError(
+                f"{self.folder / part} cannot be loaded as {model_class.__name__}: {first_line(error)}"
+            ) from error
         return model.to(self.device).eval().requires_grad_(False)
 
 

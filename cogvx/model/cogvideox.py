@@ -22,7 +22,7 @@ class CogVideoX:
         self.transformer = transformer
         self.geometry = geometry
         self.device = device
-        self.dtype = dtype                                                      # of the transformer's inputs
+        self.dtype = dtype  # of the transformer's inputs
         self.num_timesteps = noise_scheduler.config.num_train_timesteps
         self.alphas_cumprod = noise_scheduler.alphas_cumprod.to(device, torch.float32)
         self.rotary_embeddings = lru_cache(maxsize=8)(self.compute_rotary_embeddings)

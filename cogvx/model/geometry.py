@@ -11,16 +11,16 @@ from cogvx.errors import UserError
 class Geometry:
     """Everything of a checkpoint that decides which clips it takes, read from its config.json files."""
 
-    spatial_stride: int             # pixels per latent pixel
-    temporal_stride: int            # frames per latent frame, after the first
-    patch_size: int                 # latent pixels per token, along each side
-    patch_size_t: int | None        # latent frames per token; None: 1 (CogVideoX 1.0)
-    in_channels: int                # of the transformer; twice the latents' for image-to-video
+    spatial_stride: int  # pixels per latent pixel
+    temporal_stride: int  # frames per latent frame, after the first
+    patch_size: int  # latent pixels per token, along each side
+    patch_size_t: int | None  # latent frames per token; None: 1 (CogVideoX 1.0)
+    in_channels: int  # of the transformer; twice the latents' for image-to-video
     latent_channels: int
-    sample_height: int              # latent pixels the positions were trained for
+    sample_height: int  # latent pixels the positions were trained for
     sample_width: int
     head_dim: int
-    rotary: bool                    # positions rotate queries and keys (5B), or a sine table is added (2B)
+    rotary: bool  # positions rotate queries and keys (5B), or a sine table is added (2B)
     text_tokens: int
     scaling_factor: float
 
@@ -53,14 +53,26 @@ class Geometry:
         if self.patch_size_t is not None:
             found.append(f"patch_size_t={self.patch_size_t}: this is a CogVideoX 1.5 checkpoint")
         if self.in_channels != self.latent_channels:
-            found.append(f"in_channels={self.in_channels} over {self.latent_channels} latent channels: this is an image-to-video checkpoint")
+            found.append(
+                f"in_channels={self.in_channels} over {self.latent_channels} latent channels: this is an image-to-video checkpoint"
+            )
         return found
 
 
 # What the released text-to-video checkpoints of 1.0 share; used to check sizes before a checkpoint is on this machine.
 RELEASED = Geometry(
-    spatial_stride=8, temporal_stride=4, patch_size=2, patch_size_t=None, in_channels=16, latent_channels=16,
-    sample_height=60, sample_width=90, head_dim=64, rotary=False, text_tokens=226, scaling_factor=1.15258426,
+    spatial_stride=8,
+    temporal_stride=4,
+    patch_size=2,
+    patch_size_t=None,
+    in_channels=16,
+    latent_channels=16,
+    sample_height=60,
+    sample_width=90,
+    head_dim=64,
+    rotary=False,
+    text_tokens=226,
+    scaling_factor=1.15258426,
 )
 
 
@@ -83,7 +95,9 @@ def read_geometry(folder: Path) -> Geometry:
             scaling_factor=vae["scaling_factor"],
         )
     except KeyError as error:
-        raise UserError(f"{folder}: a config.json of this model does not say {error}: is it a CogVideoX checkpoint?") from error
+        raise UserError(
+            f"{folder}: a config.json of this model does not say {error}: is it a CogVideoX checkpoint?"
+        ) from error
 
 
 def read_config(folder: Path, part: str) -> dict:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
     from torch import Tensor
 
-WEIGHTS = "pytorch_lora_weights.safetensors"    # the name diffusers looks for in a folder
+WEIGHTS = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
 
 
 @dataclass
@@ -80,14 +80,14 @@ def save(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
     from diffusers import CogVideoXPipeline
 
     settings = transformer.peft_config["default"].to_dict()
-    settings["target_modules"] = sorted(settings["target_modules"])     # a set: its order would differ from run to run
+    settings["target_modules"] = sorted(settings["target_modules"])  # a set: its order would differ from run to run
     CogVideoXPipeline.save_lora_weights(
         save_directory=str(folder),
         transformer_lora_layers={name: tensor.detach().cpu() for name, tensor in state(transformer).items()},
         transformer_lora_adapter_metadata=settings,
         weight_name=WEIGHTS,
     )
-    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)     # safetensors writes files for their owner alone
+    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors writes files for their owner alone
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict]:

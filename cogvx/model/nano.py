@@ -16,12 +16,21 @@ from cogvx.model.geometry import Geometry
 TEXT_TOKENS = 64
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 16
-SCALING_FACTOR = 2.65       # 1 / standard deviation of the random VAE's latents of the demo's clips; a test measures it
+SCALING_FACTOR = 2.65  # 1 / standard deviation of the random VAE's latents of the demo's clips; a test measures it
 
 GEOMETRY = Geometry(
-    spatial_stride=4, temporal_stride=4, patch_size=2, patch_size_t=None, in_channels=LATENT_CHANNELS,
-    latent_channels=LATENT_CHANNELS, sample_height=16, sample_width=16, head_dim=32, rotary=False,
-    text_tokens=TEXT_TOKENS, scaling_factor=SCALING_FACTOR,
+    spatial_stride=4,
+    temporal_stride=4,
+    patch_size=2,
+    patch_size_t=None,
+    in_channels=LATENT_CHANNELS,
+    latent_channels=LATENT_CHANNELS,
+    sample_height=16,
+    sample_width=16,
+    head_dim=32,
+    rotary=False,
+    text_tokens=TEXT_TOKENS,
+    scaling_factor=SCALING_FACTOR,
 )
 
 
@@ -48,7 +57,7 @@ def write(folder: Path) -> Path:
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(partial)          # another process was first
+        shutil.rmtree(partial)  # another process was first
     return folder
 
 
@@ -78,7 +87,7 @@ def narrow_posterior(vae):
     import torch
 
     with torch.no_grad():
-        vae.encoder.conv_out.conv.bias[LATENT_CHANNELS:] = -10          # log variance
+        vae.encoder.conv_out.conv.bias[LATENT_CHANNELS:] = -10  # log variance
     return vae
 
 
@@ -87,9 +96,16 @@ def text_encoder(vocabulary: int):
 
     return T5EncoderModel(
         T5Config(
-            vocab_size=vocabulary, d_model=TEXT_WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-            feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
-        )  # fmt: skip
+            vocab_size=vocabulary,
+            d_model=TEXT_WIDTH,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from cogvx import config as configuration
 from cogvx.errors import UserError
-from cogvx.runs import record
+from cogvx.runs import record, report
 
-FAILED = 2          # exit code of what the user can mend; its message is printed
+FAILED = 2  # exit code of what the user can mend; its message is printed
 
 
 def run(folder: Path, *, isolated: bool) -> int:
@@ -43,13 +43,17 @@ def run_here(folder: Path) -> int:
     except KeyboardInterrupt:
         summary, code = {"status": "interrupted", "reason": "Ctrl-C"}, 130
         if main_process:
-            print("\nstopped by Ctrl-C; clips and prompts encoded so far stay in the cache", file=sys.stderr, flush=True)
+            print(
+                "\nstopped by Ctrl-C; clips and prompts encoded so far stay in the cache", file=sys.stderr, flush=True
+            )
     except BaseException as error:
         summary = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
         raise
     finally:
         if main_process:
             record.finish(folder, summary)
+    if main_process and summary["status"] == "done":
+        print(f"report  {record.shown(report.write(folder))}", flush=True)
     return code
 
 

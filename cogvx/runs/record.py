@@ -37,7 +37,9 @@ def open_folder(config: Config) -> Path:
             header = f"# Every value of this run. The same again:  python launch.py --config-dir {shown(folder)} --config-name config\n"
             write_whole(recorded, header + configuration.to_yaml(config))
     except OSError as error:
-        raise UserError(f"the run's folder {folder} cannot be written: {error.strerror or error}. Choose another: output_dir=/disk/with/space") from error
+        raise UserError(
+            f"the run's folder {folder} cannot be written: {error.strerror or error}. Choose another: output_dir=/disk/with/space"
+        ) from error
     return folder
 
 
@@ -81,7 +83,9 @@ def note(folder: Path, **facts: object) -> None:
 def git(*arguments: str) -> str | None:
     """What git says of this code; None when it is not a git checkout or there is no git."""
     try:
-        ran = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=20, errors="replace")
+        ran = subprocess.run(
+            ["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=20, errors="replace"
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return ran.stdout.strip() if ran.returncode == 0 else None
@@ -92,6 +96,17 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a .jsonl file; a run that was killed may have left half of one at the end."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -107,4 +122,3 @@ def shown(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-

@@ -59,7 +59,7 @@ def write(run_folder: Path, state: TrainingState, step: int, *, limit: int | Non
         state.save(partial, step)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except Exception as error:          # torch and safetensors report a full disk as errors of their own
+    except Exception as error:  # torch and safetensors report a full disk as errors of their own
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"cannot write the checkpoint {folder}: {error}. Older checkpoints are untouched. Free some space, then: "
@@ -85,7 +85,9 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
         if differences:
             raise UserError(listed(f"what was saved to {folder} does not read back as it is in memory:", differences))
         weights = (folder / lora.WEIGHTS).stat().st_size
-        needed = weights * (1 + 3 * (kept + 1))     # the result; per checkpoint weights and Adam's two moments; one more while writing
+        needed = weights * (
+            1 + 3 * (kept + 1)
+        )  # the result; per checkpoint weights and Adam's two moments; one more while writing
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(
@@ -94,7 +96,7 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
             )
     except UserError:
         raise
-    except Exception as error:          # torch and safetensors report a full disk as errors of their own
+    except Exception as error:  # torch and safetensors report a full disk as errors of their own
         raise UserError(f"cannot save into {run_folder}: {error}. Nothing was trained yet") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -109,12 +111,16 @@ def newest(place: Path) -> Path:
         return found[-1]
     there = sorted(p.name for p in (place / "checkpoints").glob("*")) if place.is_dir() else []
     what = f"only {', '.join(there)}, not complete" if there else "no checkpoint"
-    raise UserError(f"train.resume={place}: {what if place.is_dir() else 'there is no such folder'}. Give a run's folder, or one of its checkpoints/step_*")
+    raise UserError(
+        f"train.resume={place}: {what if place.is_dir() else 'there is no such folder'}. Give a run's folder, or one of its checkpoints/step_*"
+    )
 
 
 def all_complete(run_folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(p for p in (run_folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name) and is_complete(p))
+    return sorted(
+        p for p in (run_folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name) and is_complete(p)
+    )
 
 
 def is_complete(folder: Path) -> bool:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Optimizer:
-    learning_rate: float            # the peak; the scheduler multiplies it
+    learning_rate: float  # the peak; the scheduler multiplies it
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         raise TypeError(f"{type(self).__name__} has no build()")
@@ -48,6 +48,10 @@ class AdamW(Optimizer):
         import torch
 
         return torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=(self.beta1, self.beta2), eps=self.epsilon,
-            weight_decay=self.weight_decay, fused=True,
+            parameters,
+            lr=self.learning_rate,
+            betas=(self.beta1, self.beta2),
+            eps=self.epsilon,
+            weight_decay=self.weight_decay,
+            fused=True,
         )

@@ -15,8 +15,8 @@ class Precision(Enum):
 @dataclass
 class Train:
     num_train_epochs: int
-    max_train_steps: int | None             # optimizer steps, not micro-batches
-    train_batch_size: int                   # clips per process and micro-batch
+    max_train_steps: int | None  # optimizer steps, not micro-batches
+    train_batch_size: int  # clips per process and micro-batch
     gradient_accumulation_steps: int
     max_grad_norm: float | None
     mixed_precision: Precision
@@ -31,8 +31,13 @@ class Train:
         found = [
             f"train.{name}={value}: must be 1 or more"
             for name in (
-                "num_train_epochs", "max_train_steps", "train_batch_size", "gradient_accumulation_steps",
-                "logging_steps", "checkpointing_steps", "checkpoints_total_limit",
+                "num_train_epochs",
+                "max_train_steps",
+                "train_batch_size",
+                "gradient_accumulation_steps",
+                "logging_steps",
+                "checkpointing_steps",
+                "checkpoints_total_limit",
             )
             if (value := getattr(self, name)) is not None and value < 1
         ]
@@ -65,7 +70,9 @@ class Validation:
         if self.num_validation_videos < 0:
             found.append(f"validation.num_validation_videos={self.num_validation_videos}: must be 0 (none) or more")
         if self.validation_prompt is not None and self.validation_prompts_file is not None:
-            found.append("validation.validation_prompt and validation.validation_prompts_file are both set: leave one null")
+            found.append(
+                "validation.validation_prompt and validation.validation_prompts_file are both set: leave one null"
+            )
         if not self.validation_prompt_separator:
             found.append("validation.validation_prompt_separator is empty: the usual one is :::")
         return found

@@ -30,7 +30,9 @@ class ConstantWithWarmup(Schedule):
     lr_warmup_steps: int
 
     def multiplier(self, step: int, steps: int, peak: float) -> float:
-        return self.after_warmup(self.progress(step, steps), peak) if step >= self.lr_warmup_steps else self.warmup(step)
+        return (
+            self.after_warmup(self.progress(step, steps), peak) if step >= self.lr_warmup_steps else self.warmup(step)
+        )
 
     def warmup(self, step: int) -> float:
         return step / max(1, self.lr_warmup_steps)

@@ -17,8 +17,8 @@ from cogvx.model.cogvideox import CogVideoX
 
 @dataclass(frozen=True)
 class Batch:
-    latent_moments: Tensor      # [B, 2C, F, H, W], mean and log variance of the VAE's posterior, unscaled
-    prompt_embeds: Tensor       # [B, S, D]
+    latent_moments: Tensor  # [B, 2C, F, H, W], mean and log variance of the VAE's posterior, unscaled
+    prompt_embeds: Tensor  # [B, S, D]
 
 
 def training_loss(model: CogVideoX, batch: Batch, draw: Draw) -> Tensor:
@@ -27,14 +27,14 @@ def training_loss(model: CogVideoX, batch: Batch, draw: Draw) -> Tensor:
     It equals mean((x0_predicted - x0)^2 / (1 - alphas_cumprod)), the form diffusers, CogVideo and finetrainers write, at
     every timestep; that form, computed in bf16, is wrong near t = 0.
     """
-    latents = model.scale(draw.posterior(batch.latent_moments))                 # [B, F, C, H, W]
+    latents = model.scale(draw.posterior(batch.latent_moments))  # [B, F, C, H, W]
     noise, timesteps = draw.noise(latents), draw.timesteps(model.num_timesteps)
     noisy_latents = model.add_noise(latents, noise, timesteps)
     velocity = model.predict_velocity(noisy_latents, batch.prompt_embeds, timesteps)
     return F.mse_loss(velocity.float(), model.velocity(latents, noise, timesteps))
 
 
-ORDER, POSTERIOR, NOISE, TIMESTEP, CAPTION = range(1, 6)        # each kind of draw has a stream of its own
+ORDER, POSTERIOR, NOISE, TIMESTEP, CAPTION = range(1, 6)  # each kind of draw has a stream of its own
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Draw:
     """
 
     seed: int
-    samples: list[tuple[int, int]]      # epoch and index of each clip of the batch
+    samples: list[tuple[int, int]]  # epoch and index of each clip of the batch
     device: torch.device
 
     def generator(self, stream: int, sample: tuple[int, int]) -> numpy.random.Generator:
@@ -53,7 +53,9 @@ class Draw:
 
     def normal(self, stream: int, shape: torch.Size) -> Tensor:
         """Standard normal, fp32, of shape [B, ...]."""
-        rows = [self.generator(stream, sample).standard_normal(shape[1:], dtype=numpy.float32) for sample in self.samples]
+        rows = [
+            self.generator(stream, sample).standard_normal(shape[1:], dtype=numpy.float32) for sample in self.samples
+        ]
         return torch.from_numpy(numpy.stack(rows)).to(self.device)
 
     def posterior(self, moments: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""metrics.jsonl is the record of a run; a tracker mirrors it."""
+"""Trackers: one YAML under conf/tracking/ and one class here each. They mirror metrics.jsonl, which is the record."""
 
 from __future__ import annotations
 
@@ -70,30 +70,3 @@ class Wandb(Tracking):
 
     def finish(self) -> None:
         self.run.finish()
-
-
-class Metrics:
-    """Appends to metrics.jsonl and to the tracker. On a resume, lines after the resumed step are taken out first."""
-
-    def __init__(self, folder: Path, tracking: Tracking, config: dict, *, resumed_at: int):
-        self.path = folder / "metrics.jsonl"
-        self.tracking = tracking
-        kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_at] if resumed_at else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        tracking.start(folder, config)
-
-    def log(self, step: int, **values: object) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        self.tracking.log({name: value for name, value in values.items() if isinstance(value, int | float)}, step)
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """Its whole lines; a run that was killed may have left half of one at the end."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines

@@ -29,10 +29,10 @@ from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import bar
 from cogvx.runs import record
 from cogvx.training import checkpoint as checkpoints
+from cogvx.training.metrics import Metrics
 from cogvx.training.options import Precision
 from cogvx.training.step import Batch, Draw, sample_order, training_loss
-from cogvx.training.tracking import Metrics
-from cogvx.training.validation import HeldOutLoss, Videos, heldout_loss, prompts_of
+from cogvx.training.validation import HeldOutLoss, Videos, given_prompts, heldout_loss
 
 DTYPES = {Precision.no: torch.float32, Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16}
 
@@ -41,7 +41,11 @@ def encode(config: Config, folder: Path) -> dict:
     """task=encode: fills the cache and reports on every clip. Returns the run's summary."""
     started, accelerator = time.monotonic(), start_processes(config)
     data = Prepared.from_config(config, folder, accelerator)
-    return {"status": "done", "clips": len(data.train) + len(data.held_out), "seconds": round(time.monotonic() - started, 1)}
+    return {
+        "status": "done",
+        "clips": len(data.train) + len(data.held_out),
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def train(config: Config, folder: Path) -> dict:
@@ -60,7 +64,11 @@ def train(config: Config, folder: Path) -> dict:
     finally:
         if trainer.metrics:
             trainer.metrics.tracking.finish()
-    return {**summary, "seconds": round(time.monotonic() - started, 1), "peak_memory_gib": peak_memory_gib(accelerator.device)}
+    return {
+        **summary,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_gib": peak_memory_gib(accelerator.device),
+    }
 
 
 def start_processes(config: Config) -> Accelerator:
@@ -72,8 +80,14 @@ def start_processes(config: Config) -> Accelerator:
             "train.mixed_precision=fp16 needs a GPU, and torch sees none on this machine. "
             "On a CPU: train.mixed_precision=bf16, or no for fp32"
         )
-    if precision is Precision.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; 2B trains in fp16, 5B needs a newer GPU")
+    if (
+        precision is Precision.bf16
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise UserError(
+            f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; 2B trains in fp16, 5B needs a newer GPU"
+        )
     accelerator = Accelerator(mixed_precision=precision.name, cpu=not gpu)
     if accelerator.num_processes != config.parallel.num_processes:
         raise UserError(
@@ -90,14 +104,15 @@ class Prepared:
     checkpoint: Checkpoint
     train: list[EncodedClip]
     held_out: list[EncodedClip]
-    prompts: dict[str, Path]                # the cached embedding of every caption, validation prompt and ""
+    prompts: dict[str, Path]  # the cached embedding of every caption, validation prompt and ""
     validation_prompts: list[str]
 
     @classmethod
     def from_config(cls, config: Config, folder: Path, accelerator: Accelerator) -> Prepared:
         say, data, cache = accelerator.print, config.data, Cache(Path(config.data.cache_dir))
-        with first_on_this_machine(accelerator):
-            model_folder, examples = config.model.prepare(), data.read()
+        validation_prompts = given_prompts(config)
+        with accelerator.main_process_first():  # what it downloads or renders is there for the others
+            examples, model_folder = data.read(), config.model.prepare()
         checkpoint = Checkpoint(model_folder, accelerator.device, DTYPES[config.train.mixed_precision])
         geometry = checkpoint.geometry()
         problems = geometry.frame_problems(data.max_num_frames) + geometry.size_problems(data.height, data.width)
@@ -113,7 +128,10 @@ class Prepared:
         )
         clips, rejected = encode_clips(examples, data, cache, vae, say)
         out = list(held_out(len(clips), data.validation_fraction, data.validation_seed))
-        kept, aside = [c for c, o in zip(clips, out, strict=True) if not o], [c for c, o in zip(clips, out, strict=True) if o]
+        kept, aside = (
+            [c for c, o in zip(clips, out, strict=True) if not o],
+            [c for c, o in zip(clips, out, strict=True) if o],
+        )
         if accelerator.is_main_process:
             write_report(folder, clips, out, rejected)
             write_contact_sheet(folder, clips, out)
@@ -123,13 +141,15 @@ class Prepared:
                 model_folder=str(model_folder), model_commit=hub_commit(model_folder), data_fingerprint=fingerprint,
             )  # fmt: skip
         describe_clips(clips, kept, aside, config, say)
-        validation_prompts = prompts_of(config, fallback=(aside or kept)[0].example.prompt)
+        if validation_prompts is None:
+            validation_prompts = [(aside or kept)[0].example.prompt]
         prompts = encode_prompts(
             ["", *(clip.example.prompt for clip in clips), *validation_prompts],
             cache,
             Encoder(
                 load=checkpoint.text_encoder,
-                identity=cache.fingerprint(model_folder / "text_encoder") + cache.fingerprint(model_folder / "tokenizer"),
+                identity=cache.fingerprint(model_folder / "text_encoder")
+                + cache.fingerprint(model_folder / "tokenizer"),
                 dtype=checkpoint.dtype,
                 device=accelerator.device,
             ),
@@ -146,7 +166,9 @@ def describe_clips(clips: list[EncodedClip], train: list, aside: list, config: C
     frames = sorted({clip.about["frames"] for clip in clips})
     size = f"{config.data.width}x{config.data.height}"
     lengths = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
-    say(f"data    {len(train)} clips to train on, {len(aside)} held out; {lengths} frames of {size} at {config.data.fps or 'their own'} fps")
+    say(
+        f"data    {len(train)} clips to train on, {len(aside)} held out; {lengths} frames of {size} at {config.data.fps or 'their own'} fps"
+    )
     slow = [clip for clip in clips if clip.about["repeated"]]
     if slow:
         say(
@@ -174,10 +196,11 @@ class Trainer:
     parameters: list[torch.nn.Parameter]
     state: checkpoints.TrainingState
     metrics: Metrics
-    steps: int                                              # optimizer steps of the whole run
-    step: int = 0                                           # of these, done
-    asked_to_stop: int | None = None                        # the signal that asked
-    since_logged: list[torch.Tensor] = field(default_factory=list)      # losses, on the device
+    steps: int  # optimizer steps of the whole run
+    step: int = 0  # of these, done
+    asked_to_stop: int | None = None  # the signal that asked
+    clock: float = field(default_factory=time.monotonic)  # when the steps since the last log began
+    since_logged: list[torch.Tensor] = field(default_factory=list)  # losses, on the device
 
     @classmethod
     def build(cls, config: Config, folder: Path, accelerator: Accelerator, data: Prepared) -> Trainer:
@@ -210,9 +233,13 @@ class Trainer:
     def run(self) -> dict:
         say, train, validation = self.accelerator.print, self.config.train, self.config.validation
         count = sum(p.numel() for p in self.parameters)
-        say(f"lora    rank {self.config.lora.rank}, alpha {self.config.lora.lora_alpha:g}: {count / 1e6:.2f} M trainable parameters")
+        say(
+            f"lora    rank {self.config.lora.rank}, alpha {self.config.lora.lora_alpha:g}: {count / 1e6:.2f} M trainable parameters"
+        )
         if self.step >= self.steps:
-            raise UserError(f"the checkpoint is at step {self.step} and train.max_train_steps is {self.steps}: raise it to go on")
+            raise UserError(
+                f"the checkpoint is at step {self.step} and train.max_train_steps is {self.steps}: raise it to go on"
+            )
         if self.accelerator.is_main_process:
             checkpoints.rehearse(self.folder, self.state, kept=self.checkpoints_kept())
         before = self.evaluate(base=True)
@@ -250,7 +277,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             lines = export.deliver(self.folder, self.state.transformer, self.config, prompt)
             if before and after:
-                verdict = "lower" if after.mean < before.mean else "NOT lower: more steps or another learning rate may help"
+                verdict = (
+                    "lower" if after.mean < before.mean else "NOT lower: more steps or another learning rate may help"
+                )
                 say(f"done    held-out loss {before} before, {after} after: {verdict}")
             for path in videos:
                 say(f"video   {path} (base model left, tuned right)")
@@ -301,7 +330,9 @@ class Trainer:
 
     def load_batch(self, clips: list[EncodedClip], prompts: list[str]) -> Batch:
         return Batch(
-            latent_moments=torch.stack([read_tensor(clip.path, "latent_moments") for clip in clips]).to(self.accelerator.device),
+            latent_moments=torch.stack([read_tensor(clip.path, "latent_moments") for clip in clips]).to(
+                self.accelerator.device
+            ),
             prompt_embeds=torch.stack([self.data.embeds(prompt) for prompt in prompts]).to(self.accelerator.device),
         )
 
@@ -330,40 +361,48 @@ class Trainer:
         """The held-out loss now, or the base model's, which stands in metrics.jsonl as step 0."""
         clips = [self.load_batch([clip], [clip.example.prompt]) for clip in self.data.held_out]
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        started = time.monotonic()
-        if base:
-            self.state.transformer.disable_adapters()
-        found = heldout_loss(self.model, clips, self.config.validation.heldout_timesteps, gather_object, share)
-        if base:
-            self.state.transformer.enable_adapters()
-        self.clock = getattr(self, "clock", started) + time.monotonic() - started       # not part of a step's seconds
-        if self.metrics and found and not (base and self.step):
+        with self.not_timed(), self.adapters_off() if base else contextlib.nullcontext():
+            found = heldout_loss(self.model, clips, self.config.validation.heldout_timesteps, gather_object, share)
+        step = 0 if base else self.step
+        if self.metrics and found and not self.metrics.has("heldout_loss", step):
             self.metrics.log(
-                self.step, heldout_loss=found.mean, heldout_standard_error=found.standard_error,
+                step, heldout_loss=found.mean, heldout_standard_error=found.standard_error,
                 heldout_by_timestep={str(t): loss for t, loss in found.by_timestep.items()},
             )  # fmt: skip
         return found
+
+    @contextlib.contextmanager
+    def adapters_off(self):
+        """The base model."""
+        self.state.transformer.disable_adapters()
+        yield
+        self.state.transformer.enable_adapters()
+
+    @contextlib.contextmanager
+    def not_timed(self):
+        """Validation and checkpoints do not count into a step's seconds."""
+        started = time.monotonic()
+        yield
+        self.clock += time.monotonic() - started
 
     def write_videos(self) -> list[Path]:
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return []
-        started = time.monotonic()
         videos = Videos(
             self.folder, self.config, self.data.checkpoint,
             {prompt: self.data.embeds(prompt) for prompt in self.data.validation_prompts}, self.data.embeds(""),
         )  # fmt: skip
-        written = videos.write(self.state.transformer, self.step)
+        with self.not_timed():
+            written = videos.write(self.state.transformer, self.step)
         self.metrics.tracking.videos(written, self.step)
-        self.clock += time.monotonic() - started
         self.accelerator.wait_for_everyone()
         return written
 
     def keep(self) -> None:
         if self.accelerator.is_main_process:
-            started = time.monotonic()
-            checkpoints.write(self.folder, self.state, self.step, limit=self.config.train.checkpoints_total_limit)
-            self.clock += time.monotonic() - started
+            with self.not_timed():
+                checkpoints.write(self.folder, self.state, self.step, limit=self.config.train.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
     def checkpoints_kept(self) -> int:
@@ -373,7 +412,11 @@ class Trainer:
 
     def progress_bar(self):
         return bar(
-            total=self.steps, initial=self.step, desc="train ", unit="step", disable=not self.accelerator.is_main_process
+            total=self.steps,
+            initial=self.step,
+            desc="train ",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
         )
 
     # -- stopping -----------------------------------------------------------------------------------------------------
@@ -413,14 +456,9 @@ def number_of_steps(config: Config, clips: int, processes: int) -> int:
     train = config.train
     if train.max_train_steps is not None:
         return train.max_train_steps
-    return math.ceil(train.num_train_epochs * clips / (train.train_batch_size * train.gradient_accumulation_steps * processes))
-
-
-@contextlib.contextmanager
-def first_on_this_machine(accelerator: Accelerator):
-    """The main process goes first, so that what it downloads or renders is there for the others."""
-    with accelerator.main_process_first():
-        yield
+    return math.ceil(
+        train.num_train_epochs * clips / (train.train_batch_size * train.gradient_accumulation_steps * processes)
+    )
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
@@ -429,7 +467,11 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
 
 
 def hub_commit(model_folder: Path) -> str | None:
@@ -441,5 +483,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """Reserved by torch on a GPU; of the whole process otherwise."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_reserved(device) / 2**30, 3)
-    kilobyte = 1 if sys.platform == "darwin" else 1024                # macOS counts bytes here
+    kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes here
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30, 3)

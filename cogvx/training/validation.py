@@ -11,6 +11,7 @@ import numpy
 import torch
 
 from cogvx.config import Config
+from cogvx.data.sources import text_of
 from cogvx.data.video import write_video
 from cogvx.errors import UserError
 from cogvx.inference.generate import generate
@@ -18,20 +19,22 @@ from cogvx.model.checkpoint import Checkpoint
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.training.step import Batch, FixedDraw, training_loss
 
-HELD_OUT_SEED = 0       # of the held-out noise: the same for every run, so that runs can be compared
+HELD_OUT_SEED = 0  # of the held-out noise: the same for every run, so that runs can be compared
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    mean: float                         # over clips and timesteps
-    standard_error: float | None        # of the mean over clips; None for a single clip
+    mean: float  # over clips and timesteps
+    standard_error: float | None  # of the mean over clips; None for a single clip
     by_timestep: dict[int, float]
 
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + ("" if self.standard_error is None else f" +- {self.standard_error:.4f}")
 
 
-def heldout_loss(model: CogVideoX, clips: list[Batch], timesteps: int, gather: Callable[[list], list], share: slice) -> HeldOutLoss | None:
+def heldout_loss(
+    model: CogVideoX, clips: list[Batch], timesteps: int, gather: Callable[[list], list], share: slice
+) -> HeldOutLoss | None:
     """The training loss without caption dropout, at fixed timesteps with fixed noise; None without held-out clips.
 
     gather joins lists across processes, of which this one computes clips[share].
@@ -43,7 +46,9 @@ def heldout_loss(model: CogVideoX, clips: list[Batch], timesteps: int, gather: C
     with torch.no_grad():
         for index in range(len(clips))[share]:
             for timestep in fixed:
-                draw = FixedDraw(seed=HELD_OUT_SEED, samples=[(timestep, index)], device=model.device, timestep=timestep)
+                draw = FixedDraw(
+                    seed=HELD_OUT_SEED, samples=[(timestep, index)], device=model.device, timestep=timestep
+                )
                 mine.append((index, timestep, training_loss(model, clips[index], draw).item()))
     losses = {(index, timestep): loss for index, timestep, loss in gather(mine)}
     per_clip = [statistics.fmean(losses[index, t] for t in fixed) for index in range(len(clips))]
@@ -54,26 +59,23 @@ def heldout_loss(model: CogVideoX, clips: list[Batch], timesteps: int, gather: C
     )
 
 
-def prompts_of(config: Config, fallback: str) -> list[str]:
-    """The prompts of the validation videos: as given, from the file, or the caption of a held-out clip."""
+def given_prompts(config: Config) -> list[str] | None:
+    """The prompts of the validation videos, as given or from the file; None when the data's own are to be used."""
     validation = config.validation
     if validation.num_validation_videos == 0:
         return []
     if validation.validation_prompts_file is not None:
-        path = Path(validation.validation_prompts_file)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"validation.validation_prompts_file={path} cannot be read: {error}") from error
-        given = text.splitlines()
+        given = text_of(Path(validation.validation_prompts_file)).splitlines()
     elif validation.validation_prompt is not None:
         given = validation.validation_prompt.split(validation.validation_prompt_separator)
     else:
-        return [fallback]
+        return None
     prompts = [line.strip() for line in given if line.strip()]
     if not prompts:
-        raise UserError("the validation prompts are all blank: give at least one, or validation.num_validation_videos=0")
-    return prompts
+        raise UserError(
+            "the validation prompts are all blank: give at least one, or validation.num_validation_videos=0"
+        )
+    return list(dict.fromkeys(prompts))
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Videos:
     folder: Path
     config: Config
     checkpoint: Checkpoint
-    prompt_embeds: dict[str, torch.Tensor]      # of every validation prompt
+    prompt_embeds: dict[str, torch.Tensor]  # of every validation prompt
     negative_prompt_embeds: torch.Tensor
 
     def write(self, transformer, step: int) -> list[Path]:
@@ -141,5 +143,5 @@ def write_strip(path: Path, frames: numpy.ndarray, count: int = 4) -> None:
     from PIL import Image
 
     chosen = frames[numpy.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
-    framed = numpy.pad(chosen, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=255)       # a white line under each
+    framed = numpy.pad(chosen, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=255)  # a white line under each
     Image.fromarray(numpy.concatenate(list(framed), axis=0)).save(path)
