@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,10 +85,32 @@ def by_timestamp(stamps: list[float], fps: float | None, most: int) -> list[int]
     return indices
 
 
+def missing_bytes(path: Path) -> int:
+    """How many bytes an mp4 or mov file lacks at its end; 0 for whole files and other formats.
+
+    Its boxes say how long they are. Decoders pass over the missing part and return fewer frames without a word.
+    """
+    size, place = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while place + 8 <= size:
+            file.seek(place)
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if place == 0 and kind != b"ftyp":
+                return 0
+            if length == 1:  # the length follows, in 8 bytes
+                length = struct.unpack(">Q", file.read(8).rjust(8, b"\0"))[0]
+            if length < 8:  # 0: up to the end of the file
+                return 0
+            place += length
+    return max(0, place - size)
+
+
 def open_video(path: Path):
     import decord
     import torch  # noqa: F401      decord can crash when it is imported before torch
 
+    if missing := missing_bytes(path):
+        raise BadClip(f"is cut off: the last {missing} of its {missing + path.stat().st_size} bytes are missing")
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path), num_threads=1)

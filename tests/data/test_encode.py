@@ -1,0 +1,116 @@
+"""Encode once: by content, shared, and never half a file."""
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from safetensors.torch import load_file
+
+from cogvx.data.cache import Cache, key_of
+from cogvx.data.encode import Encoder, encode_clips, encode_prompts
+from cogvx.errors import UserError
+from cogvx.model.checkpoint import Checkpoint
+
+CPU = torch.device("cpu")
+
+
+def vae_encoder(nano_folder, loads):
+    def load():
+        loads.append(1)
+        return Checkpoint(nano_folder, CPU, torch.float32).vae(tiling=False)
+
+    return Encoder(load=load, identity="nano", dtype=torch.float32, device=CPU)
+
+
+def test_the_second_time_encodes_nothing_and_loads_no_vae(compose, clips, nano_folder, tmp_path):
+    data, cache, loads, said = compose(f"data.instance_data_root={clips}").data, Cache(tmp_path / "cache"), [], []
+    encoder = vae_encoder(nano_folder, loads)
+    first, rejected = encode_clips(data.read(), data, cache, encoder, said.append)
+    assert (len(first), len(rejected), len(loads)) == (6, 0, 1)
+    second, _ = encode_clips(data.read(), data, cache, encoder, said.append)
+    assert [clip.path for clip in second] == [clip.path for clip in first] and len(loads) == 1
+    assert said == ["encode  6 clips; 0 of 6 are in the cache", "encode  nothing: all 6 clips are in the cache"]
+    (clips / "videos" / "0.mp4").rename(clips / "videos" / "renamed.mp4")
+    (clips / "videos.txt").write_text("videos/renamed.mp4\n" + "".join(f"videos/{n}.mp4\n" for n in range(1, 6)))
+    encode_clips(data.read(), data, cache, encoder, said.append)
+    assert len(loads) == 1, "a renamed file has the same content"
+
+
+def test_what_decides_the_latents_decides_the_key(compose, clips, nano_folder, tmp_path):
+    cache, loads = Cache(tmp_path / "cache"), []
+    plain = compose(f"data.instance_data_root={clips}").data
+    first, _ = encode_clips(plain.read(), plain, cache, vae_encoder(nano_folder, loads), lambda text: None)
+    changes = ("data.fps=4", "data.skip_frames_start=1", "data.width=32", "data.max_num_frames=5", "data.video_reshape_mode=random")
+    for change in changes:
+        data = compose(f"data.instance_data_root={clips}", change).data
+        other, _ = encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
+        assert not {clip.path for clip in first} & {clip.path for clip in other}, change
+
+
+def test_cached_moments_are_the_vaes_posterior(compose, clips, nano_folder, tmp_path):
+    from cogvx.data.video import read_clip
+
+    data = compose(f"data.instance_data_root={clips}").data
+    encoded, _ = encode_clips(data.read(), data, Cache(tmp_path), vae_encoder(nano_folder, []), lambda text: None)
+    vae = Checkpoint(nano_folder, CPU, torch.float32).vae(tiling=False)
+    pixels = read_clip(encoded[2].example.video, data).frames.permute(1, 0, 2, 3)[None]
+    with torch.no_grad():
+        expected = vae.encode(pixels).latent_dist
+    cached = DiagonalGaussianDistribution(load_file(encoded[2].path)["latent_moments"][None])
+    assert torch.equal(cached.mean, expected.mean) and torch.equal(cached.logvar, expected.logvar)
+
+
+def test_half_a_cached_file_is_encoded_again(compose, clips, nano_folder, tmp_path):
+    data, cache, loads = compose(f"data.instance_data_root={clips}").data, Cache(tmp_path / "cache"), []
+    first, _ = encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
+    whole = first[0].path.read_bytes()
+    first[0].path.write_bytes(whole[:100])
+    encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
+    assert first[0].path.read_bytes() == whole and len(loads) == 2
+
+
+def test_bad_clips_are_named_and_the_others_go_on(compose, clips, nano_folder, tmp_path):
+    (clips / "videos" / "4.mp4").write_bytes(b"")
+    data, said = compose(f"data.instance_data_root={clips}").data, []
+    encoded, rejected = encode_clips(data.read(), data, Cache(tmp_path), vae_encoder(nano_folder, []), said.append)
+    assert (len(encoded), [bad.example.origin for bad in rejected]) == (5, ["videos.txt:5"])
+    assert "warning videos.txt:5 4.mp4 is empty (0 bytes); left out" in said
+
+
+def test_too_many_bad_clips_stop_the_run(compose, clips, nano_folder, tmp_path):
+    for name in ("1.mp4", "4.mp4"):
+        (clips / "videos" / name).write_bytes(b"no video")
+    data = compose(f"data.instance_data_root={clips}").data
+    with pytest.raises(UserError, match=r"2 of 6 clips cannot be used, more than data.max_bad_fraction=0.2") as raised:
+        encode_clips(data.read(), data, Cache(tmp_path), vae_encoder(nano_folder, []), lambda text: None)
+    assert "videos.txt:2" in str(raised.value) and "videos.txt:5" in str(raised.value)
+
+
+def test_prompts_are_embedded_as_the_pipeline_does(nano_folder, tmp_path):
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline.from_pretrained(nano_folder)
+    prompts = ["A red circle moves up.", "", "word " * 100]
+    said = []
+    encoder = Encoder(Checkpoint(nano_folder, CPU, torch.float32).text_encoder, "nano", torch.float32, CPU)
+    paths = encode_prompts(prompts, Cache(tmp_path), encoder, 64, said.append)
+    for prompt in prompts:
+        with torch.no_grad():
+            expected, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=64)
+        assert torch.equal(load_file(paths[prompt])["prompt_embeds"], expected[0])
+    assert "1 of 3 prompts are longer than the model's 64 tokens" in said[-1]
+
+
+def test_values_that_are_not_finite_are_not_cached(tmp_path):
+    cache = Cache(tmp_path)
+    with pytest.raises(UserError, match="not finite"):
+        cache.write(cache.path("latents", key_of("x")), {"latent_moments": torch.tensor([1.0, float("nan")])})
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_fingerprints_follow_the_content(tmp_path):
+    cache = Cache(tmp_path / "cache")
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").write_bytes(b"one")
+    assert cache.fingerprint(tmp_path / "a") == cache.fingerprint(tmp_path / "b")
+    (tmp_path / "b").write_bytes(b"two!")
+    assert cache.fingerprint(tmp_path / "a") != cache.fingerprint(tmp_path / "b")

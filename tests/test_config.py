@@ -1,0 +1,148 @@
+"""The door: everything composes, everything wrong is named at once, and nothing imports torch."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cogvx import config as configuration
+from cogvx.errors import UserError
+from cogvx.runs import record
+
+PROJECT = Path(__file__).parent.parent
+ROOT = ["data.instance_data_root=/clips"]
+OPTIONS = [(path.parent.name, path.stem) for path in sorted((PROJECT / "conf").glob("*/*.yaml"))]
+
+
+def test_every_yaml_is_an_option_and_every_option_has_a_yaml():
+    declared = {(group, option) for group, options in configuration.GROUPS.items() for option in options}
+    assert len(OPTIONS) >= 25
+    assert declared == {(group, option) for group, option in OPTIONS if group != "experiment"}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group, option, compose):
+    needed = {"text_files": ROOT, "csv": ROOT, "seed_2b": ROOT, "dataset": ["data.dataset_name=a/b"]}.get(option, [])
+    config = compose(f"{group}={option}", *needed)
+    assert configuration.as_dict(config)["seed"] == 42
+
+
+def test_the_seed_recipe_is_the_guides_command(compose):
+    config = compose("experiment=seed_2b", "data.instance_data_root=/clips")
+    assert (config.model.path, config.train.mixed_precision.name) == ("THUDM/CogVideoX-2b", "fp16")
+    assert (config.optimizer.learning_rate, config.optimizer.beta2) == (1e-3, 0.95)
+    assert (config.scheduler.lr_warmup_steps, config.scheduler.lr_num_cycles) == (200, 1)
+    assert (config.data.height, config.data.width, config.data.max_num_frames, config.data.fps) == (480, 720, 49, 8)
+
+
+def test_everything_wrong_is_reported_at_once(launch):
+    ran = launch(
+        "lora.rnak=8", "optimzer.learning_rate=1", "data.max_num_frames=50", "data.height=50", "+lora.foo=2",
+        "lora.lora_alpha=abc", "model=2c", "train.mixed_precision=bf8",
+    )  # fmt: skip
+    assert ran.returncode == 2
+    for part in (
+        "8 settings are wrong",
+        "unknown setting lora.rnak; did you mean lora.rank?",
+        "did you mean optimizer.learning_rate?",
+        "data.max_num_frames=50: must be 4k + 1; nearest: 49 or 53",
+        "data.height=50: must be a multiple of 8",
+        "unknown setting lora.foo",
+        "lora.lora_alpha: Value 'abc'",
+        "model=2c: there is no such option",
+        "expected one of [no, fp16, bf16]",
+    ):
+        assert part in ran.stderr
+    assert "Traceback" not in ran.stderr and ran.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lora.rank=16,64", "add -m"),
+        ("lora=null", "not built yet"),
+        ("lora.rank=0", "must be 1 or more"),
+        ("seed=-1", "must be 0 or more"),
+        ("data=text_files", "data.instance_data_root must be given"),
+        ("train.max_train_steps=5", "lr_warmup_steps=20 with train.max_train_steps=5"),
+        ("parallel.num_processes=2", "add parallel=ddp"),
+        ("validation.validation_prompt=a=b", "cannot parse"),
+        ("+foo=3", "unknown setting foo"),
+        ("data.height=0", "nearest: 8"),
+        ("data.fps=0", "must be above 0"),
+        ("--lora.rank=3", "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_exit_code_2(launch, override, said):
+    ran = launch(override)
+    assert ran.returncode == 2
+    assert said in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_a_misspelt_key_in_a_yaml_is_named(tmp_path, cache):
+    import shutil
+
+    shutil.copytree(configuration.CONF, tmp_path / "conf")
+    (tmp_path / "conf/optimizer/adamw.yaml").write_text("learning_rate: 1\nbeta4: 0.9\n")
+    with pytest.raises(UserError, match=r"unknown setting optimizer.beta4; did you mean") as raised:
+        configuration.compose_config([f"data.cache_dir='{cache}'"], tmp_path / "conf")
+    assert "optimizer.epsilon has no value in conf/" in str(raised.value)
+
+
+def test_no_dataclass_has_a_second_default():
+    classes = [c for options in configuration.GROUPS.values() for c in options.values()]
+    fields = [field for c in [*classes, *configuration.SECTIONS.values()] for field in dataclasses.fields(c)]
+    assert len(fields) > 80
+    assert all(field.default is dataclasses.MISSING for field in fields)
+
+
+def test_importing_launch_imports_no_torch():
+    code = "import sys, launch; sys.exit(sum(name in sys.modules for name in ('torch', 'diffusers', 'transformers', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+
+
+def test_help_names_every_group_and_option(launch):
+    said = launch("--help").stdout
+    for group, option in OPTIONS:
+        assert group in said and option in said
+
+
+def test_a_record_reads_back_as_the_same_configuration(compose, tmp_path):
+    config = compose("model=5b", "data=csv", "data.instance_data_root=/clips", "optimizer=adam", "seed=0")
+    (tmp_path / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+    again = configuration.read(tmp_path / "config.yaml")
+    assert again == config
+    assert "${" not in configuration.to_yaml(config)
+
+
+def test_a_folder_holds_one_configuration(compose, tmp_path):
+    record.open_folder(compose(f"output_dir={tmp_path}", "lora.rank=8"))
+    record.open_folder(compose(f"output_dir={tmp_path}", "lora.rank=8"))
+    with pytest.raises(UserError, match=r"lora.rank: 8 -> 16"):
+        record.open_folder(compose(f"output_dir={tmp_path}", "lora.rank=16"))
+
+
+def test_an_unwritable_output_folder_is_refused_before_torch(launch, tmp_path):
+    (tmp_path / "file").write_text("")
+    ran = launch(f"output_dir={tmp_path}/file/run")
+    assert ran.returncode == 2
+    assert "cannot be written" in ran.stderr and "output_dir=" in ran.stderr
+
+
+def test_a_recorded_run_starts_again_with_changes(compose, tmp_path, launch):
+    """Options not chosen anew keep their recorded values; one chosen anew brings its own."""
+    record.open_folder(compose(f"output_dir={tmp_path}", "optimizer.learning_rate=0.1", "lora.rank=7"))
+    ran = launch("--config-dir", str(tmp_path), "--config-name", "config", "optimizer=adam", "lora.lora_alpha=3", "--cfg", "job")
+    values = yaml.safe_load(ran.stdout)
+    assert (values["lora"]["rank"], values["lora"]["lora_alpha"]) == (7, 3)
+    assert values["optimizer"] == yaml.safe_load((PROJECT / "conf/optimizer/adam.yaml").read_text())
+
+
+def test_a_folder_without_a_record_is_named(launch, tmp_path):
+    ran = launch("--config-dir", str(tmp_path), "--config-name", "config")
+    assert ran.returncode == 2 and "does not exist" in ran.stderr
+    ran = launch(f"train.resume={tmp_path}")
+    assert ran.returncode == 2 and "no run's folder" in ran.stderr
