@@ -43,7 +43,12 @@ def run(compose, tmp_path):
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(reset_partial_state=True)
-        quick = ["lora.rank=4", "lora.lora_alpha=2", "scheduler.lr_warmup_steps=2", "validation.num_validation_videos=0"]
+        quick = [
+            "lora.rank=4",
+            "lora.lora_alpha=2",
+            "scheduler.lr_warmup_steps=2",
+            "validation.num_validation_videos=0",
+        ]
         folder = record.open_folder(compose(*quick, f"output_dir='{tmp_path / name}'", *overrides))
         assert processes.run_here(folder) == expect
         return folder

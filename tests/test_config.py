@@ -135,7 +135,9 @@ def test_an_unwritable_output_folder_is_refused_before_torch(launch, tmp_path):
 def test_a_recorded_run_starts_again_with_changes(compose, tmp_path, launch):
     """Options not chosen anew keep their recorded values; one chosen anew brings its own."""
     record.open_folder(compose(f"output_dir={tmp_path}", "optimizer.learning_rate=0.1", "lora.rank=7"))
-    ran = launch("--config-dir", str(tmp_path), "--config-name", "config", "optimizer=adam", "lora.lora_alpha=3", "--cfg", "job")
+    ran = launch(
+        "--config-dir", str(tmp_path), "--config-name", "config", "optimizer=adam", "lora.lora_alpha=3", "--cfg", "job"
+    )
     values = yaml.safe_load(ran.stdout)
     assert (values["lora"]["rank"], values["lora"]["lora_alpha"]) == (7, 3)
     assert values["optimizer"] == yaml.safe_load((PROJECT / "conf/optimizer/adam.yaml").read_text())

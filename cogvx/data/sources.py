@@ -152,7 +152,7 @@ class Dataset(Data):
     def rows(self) -> list[tuple[str, Path, str]]:
         root = None if self.instance_data_root is None else self.root()
         table = self.load()
-        columns = table.column_names or list(next(iter(table), {}))         # a streamed table may not know them yet
+        columns = table.column_names or list(next(iter(table), {}))  # a streamed table may not know them yet
         require_columns(self.dataset_name, columns, self.caption_column, self.video_column)
         for column, feature in (table.features or {}).items():
             if hasattr(feature, "decode"):  # Video, Image: keep path and bytes, decode ourselves

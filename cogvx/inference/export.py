@@ -7,12 +7,13 @@ from pathlib import Path
 
 from cogvx.config import Config
 from cogvx.model import lora
+from cogvx.model.geometry import Geometry
 
 SETTINGS = "inference.json"
 TORCH_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def deliver(folder: Path, transformer, config: Config, prompt: str) -> str:
+def deliver(folder: Path, transformer, config: Config, prompt: str, geometry: Geometry) -> str:
     """Writes lora.WEIGHTS and SETTINGS into the run's folder; returns the lines that use them."""
     lora.save(transformer, folder)
     sampling, data = config.validation, config.data
@@ -34,6 +35,7 @@ def deliver(folder: Path, transformer, config: Config, prompt: str) -> str:
             "num_inference_steps": sampling.num_inference_steps,
             "guidance_scale": sampling.guidance_scale,
             "use_dynamic_cfg": sampling.use_dynamic_cfg,
+            "max_sequence_length": geometry.text_tokens,
         },
         "fps": data.fps,
     }

@@ -3,28 +3,76 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.runs import record, report
 
+GRACE = 15  # seconds
 FAILED = 2  # exit code of what the user can mend; its message is printed
 
 
 def run(folder: Path, *, isolated: bool) -> int:
     """Runs what folder/config.yaml says; returns the exit code. `isolated`: in a process of its own, as jobs of a sweep are."""
-    processes = configuration.read(folder / record.CONFIG).parallel.num_processes
-    if processes == 1 and not isolated:
+    count = configuration.read(folder / record.CONFIG).parallel.num_processes
+    if count == 1 and not isolated:
         return run_here(folder)
-    worker = ["-m", "cogvx.runs.processes", str(folder)]
-    if processes > 1:
-        worker = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *worker]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(record.PROJECT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, *worker], env=environment).returncode
+    ranks = start(folder, count)
+    signal.signal(signal.SIGTERM, lambda number, frame: [rank.terminate() for rank in ranks])
+    codes = wait(ranks)
+    for rank, code in enumerate(codes):
+        if code == FAILED and codes[0] != FAILED:
+            print(log_of(folder, rank).read_text(encoding="utf-8"), file=sys.stderr, end="")
+    return next((code for code in (FAILED, *sorted(set(codes))) if code in codes and code != 0), 0)
+
+
+def start(folder: Path, count: int) -> list[subprocess.Popen]:
+    """`count` processes that find each other the way torch.distributed's env:// does; only rank 0 writes to the terminal."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
+    shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(record.PROJECT), os.environ.get("PYTHONPATH")]))
+    if count > 1:
+        shared |= {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    ranks = []
+    for rank in range(count):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+        command = [sys.executable, "-m", "cogvx.runs.processes", str(folder)]
+        log = None if rank == 0 else log_of(folder, rank).open("w", encoding="utf-8")
+        ranks.append(subprocess.Popen(command, env={**shared, **place}, stdout=log, stderr=log))
+    return ranks
+
+
+def log_of(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.log"
+
+
+def wait(ranks: list[subprocess.Popen]) -> list[int]:
+    """Exit codes of all. When one has failed, the others, which may wait for it for ever, have GRACE seconds to end."""
+    failed_at = None
+    while any(rank.poll() is None for rank in ranks):
+        try:
+            time.sleep(0.1)
+        except KeyboardInterrupt:  # the terminal sends it to the ranks too; they stop after their step
+            continue
+        if failed_at is None and any(rank.returncode for rank in ranks):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > GRACE:
+            for rank in ranks:
+                rank.kill()
+    return [128 - rank.returncode if rank.returncode < 0 else rank.returncode for rank in ranks]
 
 
 def run_here(folder: Path) -> int:
@@ -38,8 +86,7 @@ def run_here(folder: Path) -> int:
             code = 128 + summary["signal"]
     except UserError as error:
         summary, code = {"status": "failed", "reason": str(error)}, FAILED
-        if main_process:
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        print(f"\nerror: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         summary, code = {"status": "interrupted", "reason": "Ctrl-C"}, 130
         if main_process:

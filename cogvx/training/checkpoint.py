@@ -30,33 +30,37 @@ class TrainingState:
     optimizer: object
     scaler: object | None
 
-    def save(self, folder: Path, step: int) -> None:
+    def save(self, folder: Path, step: int, losses: list[float]) -> None:
+        """`losses`: of the steps not logged yet, so that a resumed run logs the same means."""
         lora.save(self.transformer, folder)
         scaler = None if self.scaler is None else self.scaler.state_dict()
         torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / OPTIMIZER)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_text(json.dumps({"step": step, "files": sizes}, indent=2), encoding="utf-8")
+        (folder / MANIFEST).write_text(
+            json.dumps({"step": step, "losses": losses, "files": sizes}, indent=2), encoding="utf-8"
+        )
         for path in folder.iterdir():
             flush_to_disk(path)
 
-    def load(self, folder: Path) -> int:
-        """Restores everything; returns the number of optimizer steps done."""
+    def load(self, folder: Path) -> tuple[int, list[float]]:
+        """Restores everything; returns the number of optimizer steps done and the losses not logged yet."""
         lora.load(self.transformer, folder)
         stored = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(stored["optimizer"])
         if self.scaler is not None and stored["scaler"] is not None:
             self.scaler.load_state_dict(stored["scaler"])
-        return step_of(folder)
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["step"], manifest["losses"]
 
 
-def write(run_folder: Path, state: TrainingState, step: int, *, limit: int | None) -> Path:
+def write(run_folder: Path, state: TrainingState, step: int, losses: list[float], *, limit: int | None) -> Path:
     """The checkpoint of this step, in place when this returns; then the oldest beyond `limit` are removed."""
     folder = run_folder / "checkpoints" / f"step_{step:06d}"
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        state.save(partial, step)
+        state.save(partial, step, losses)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except Exception as error:  # torch and safetensors report a full disk as errors of their own
@@ -75,7 +79,7 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
     folder = run_folder / "checkpoints" / "rehearsal.partial"
     try:
         folder.mkdir(parents=True)
-        state.save(folder, 0)
+        state.save(folder, 0, [])
         tensors, settings = lora.read(folder)
         differences = lora.compare(lora.state(state.transformer), tensors, values=True)
         trained = state.transformer.peft_config["default"]
@@ -129,10 +133,6 @@ def is_complete(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def step_of(folder: Path) -> int:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]
 
 
 def flush_to_disk(path: Path) -> None:

@@ -199,7 +199,8 @@ class Trainer:
     steps: int  # optimizer steps of the whole run
     step: int = 0  # of these, done
     asked_to_stop: int | None = None  # the signal that asked
-    clock: float = field(default_factory=time.monotonic)  # when the steps since the last log began
+    clock: float = field(default_factory=time.monotonic)  # when the steps since the last log began,
+    timed_from: int = 0  # and after which step
     since_logged: list[torch.Tensor] = field(default_factory=list)  # losses, on the device
 
     @classmethod
@@ -212,7 +213,7 @@ class Trainer:
         optimizer = accelerator.prepare(config.optimizer.build(parameters))
         state = checkpoints.TrainingState(transformer, optimizer, accelerator.scaler)
         source = resume_source(config.train.resume, folder)
-        step = 0 if source is None else state.load(source)
+        step, losses = (0, []) if source is None else state.load(source)
         if source is not None:
             accelerator.print(f"resume  {source} after step {step}")
         elif config.train.resume == "auto":
@@ -225,7 +226,8 @@ class Trainer:
         metrics = Metrics(folder, config.tracking, as_dict(config), resumed_at=step) if tracked else None
         return cls(
             config, folder, accelerator, data, model, parameters, state, metrics, step=step,
-            steps=number_of_steps(config, len(data.train), accelerator.num_processes),
+            steps=number_of_steps(config, len(data.train), accelerator.num_processes), timed_from=step,
+            since_logged=[torch.tensor(loss, device=accelerator.device) for loss in losses],
         )  # fmt: skip
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -242,9 +244,11 @@ class Trainer:
             )
         if self.accelerator.is_main_process:
             checkpoints.rehearse(self.folder, self.state, kept=self.checkpoints_kept())
-        before = self.evaluate(base=True)
-        latest = before if self.step == 0 else self.evaluate()
-        say(f"train   steps {self.step + 1} to {self.steps}" + (f"; held-out loss {latest} before" if latest else ""))
+        before = latest = self.evaluate(base=True)
+        say(
+            f"train   steps {self.step + 1} to {self.steps}"
+            + (f"; held-out loss of the base model {before}" if before else "")
+        )
         with self.stop_signals(), self.progress_bar() as progress:
             self.clock = time.monotonic()
             while self.step < self.steps and not self.must_stop():
@@ -275,7 +279,9 @@ class Trainer:
         videos = self.write_videos()
         prompt = (self.data.validation_prompts or [self.data.train[0].example.prompt])[0]
         if self.accelerator.is_main_process:
-            lines = export.deliver(self.folder, self.state.transformer, self.config, prompt)
+            lines = export.deliver(
+                self.folder, self.state.transformer, self.config, prompt, self.data.checkpoint.geometry()
+            )
             if before and after:
                 verdict = (
                     "lower" if after.mean < before.mean else "NOT lower: more steps or another learning rate may help"
@@ -342,14 +348,14 @@ class Trainer:
         """The mean over the steps since the last call, and over all processes. The only place where the step's numbers are
         waited for."""
         loss = self.accelerator.reduce(torch.stack(self.since_logged).mean(), reduction="mean").item()
-        seconds = (time.monotonic() - self.clock) / len(self.since_logged)
+        seconds = (time.monotonic() - self.clock) / (self.step - self.timed_from)
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {self.step}. Last good state: the newest checkpoint in {self.folder}/checkpoints. "
                 f"Usual causes: optimizer.learning_rate={self.config.optimizer.learning_rate} too high, fp16 where bf16 is needed"
             )
         self.since_logged.clear()
-        self.clock = time.monotonic()
+        self.clock, self.timed_from = time.monotonic(), self.step
         progress.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}", refresh=sys.stderr.isatty())
         if self.metrics:
             self.metrics.log(
@@ -400,10 +406,12 @@ class Trainer:
         return written
 
     def keep(self) -> None:
-        if self.accelerator.is_main_process:
-            with self.not_timed():
-                checkpoints.write(self.folder, self.state, self.step, limit=self.config.train.checkpoints_total_limit)
-        self.accelerator.wait_for_everyone()
+        limit = self.config.train.checkpoints_total_limit
+        with self.not_timed():
+            losses = [self.accelerator.reduce(loss, reduction="mean").item() for loss in self.since_logged]
+            if self.accelerator.is_main_process:
+                checkpoints.write(self.folder, self.state, self.step, losses, limit=limit)
+            self.accelerator.wait_for_everyone()
 
     def checkpoints_kept(self) -> int:
         written = -(-self.steps // self.config.train.checkpointing_steps)

@@ -39,7 +39,13 @@ def test_what_decides_the_latents_decides_the_key(compose, clips, nano_folder, t
     cache, loads = Cache(tmp_path / "cache"), []
     plain = compose(f"data.instance_data_root={clips}").data
     first, _ = encode_clips(plain.read(), plain, cache, vae_encoder(nano_folder, loads), lambda text: None)
-    changes = ("data.fps=4", "data.skip_frames_start=1", "data.width=32", "data.max_num_frames=5", "data.video_reshape_mode=random")
+    changes = (
+        "data.fps=4",
+        "data.skip_frames_start=1",
+        "data.width=32",
+        "data.max_num_frames=5",
+        "data.video_reshape_mode=random",
+    )
     for change in changes:
         data = compose(f"data.instance_data_root={clips}", change).data
         other, _ = encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)

@@ -91,7 +91,9 @@ def write_csv(path, rows):
 
 
 def test_csv_with_quotes_commas_and_newlines(compose, clips):
-    write_csv(clips / "metadata.csv", [["text", "video"], ["a, b", "videos/0.mp4"], ['say "hi"\nthere', "videos/1.mp4"]])
+    write_csv(
+        clips / "metadata.csv", [["text", "video"], ["a, b", "videos/0.mp4"], ['say "hi"\nthere', "videos/1.mp4"]]
+    )
     examples = read(compose, clips, "data=csv")
     assert [e.prompt for e in examples] == ["a, b", 'say "hi"\nthere']
 
@@ -135,7 +137,9 @@ def test_a_dataset_that_cannot_be_fetched_says_why_it_may_be(compose):
         compose("data=dataset", "data.dataset_name=nobody/nothing-here").data.read()
 
 
-@pytest.mark.parametrize(("examples", "fraction", "count"), [(12, 0.15, 2), (3, 0.15, 1), (2, 0.9, 1), (1, 0.5, 0), (9, 0, 0)])
+@pytest.mark.parametrize(
+    ("examples", "fraction", "count"), [(12, 0.15, 2), (3, 0.15, 1), (2, 0.9, 1), (1, 0.5, 0), (9, 0, 0)]
+)
 def test_some_are_held_out_but_never_all(examples, fraction, count):
     chosen = list(held_out(examples, fraction, seed=0))
     assert (len(chosen), sum(chosen)) == (examples, count)

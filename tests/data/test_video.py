@@ -15,10 +15,10 @@ def data_of(compose, *overrides):
 
 
 def test_frames_are_those_shown_at_each_moment():
-    at_25 = [i / 25 for i in range(50)]                     # 2 seconds
+    at_25 = [i / 25 for i in range(50)]  # 2 seconds
     assert by_timestamp(at_25, 25, 99) == list(range(50))
     assert by_timestamp(at_25, 12.5, 99) == list(range(0, 50, 2))
-    assert by_timestamp(at_25, 8, 5) == [0, 3, 6, 9, 12]      # 0, 0.125, 0.25, 0.375, 0.5 seconds
+    assert by_timestamp(at_25, 8, 5) == [0, 3, 6, 9, 12]  # 0, 0.125, 0.25, 0.375, 0.5 seconds
     assert by_timestamp(at_25, 50, 5) == [0, 0, 1, 1, 2]
     assert by_timestamp(at_25, None, 7) == list(range(7))
 
@@ -107,5 +107,7 @@ def test_a_file_cut_in_its_frames_is_named(compose, tmp_path):
     subprocess.run([*command, "-movflags", "+faststart", str(tmp_path / "b.mp4")], check=True)
     whole = (tmp_path / "b.mp4").read_bytes()
     (tmp_path / "b.mp4").write_bytes(whole[: len(whole) * 2 // 5])
-    with pytest.raises(BadClip, match=f"is cut off: the last {len(whole) - len(whole) * 2 // 5} of its {len(whole)} bytes"):
+    with pytest.raises(
+        BadClip, match=f"is cut off: the last {len(whole) - len(whole) * 2 // 5} of its {len(whole)} bytes"
+    ):
         read_clip(tmp_path / "b.mp4", data_of(compose, "data.max_num_frames=49"))

@@ -23,7 +23,9 @@ SCHEDULE = {
 
 def model_of(folder, dtype=torch.float32) -> CogVideoX:
     checkpoint = Checkpoint(folder, CPU, dtype)
-    return CogVideoX(checkpoint.transformer(), checkpoint.noise_scheduler(), checkpoint.geometry(), device=CPU, dtype=dtype)
+    return CogVideoX(
+        checkpoint.transformer(), checkpoint.noise_scheduler(), checkpoint.geometry(), device=CPU, dtype=dtype
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,9 @@ def test_training_passes_what_the_pipeline_passes(folder, frames, height, width)
     pipeline = CogVideoXPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     piped = seen_by_the_transformer(pipeline.transformer)
-    latents = torch.randn((1, (frames - 1) // 4 + 1, 16, height // 4, width // 4), generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(
+        (1, (frames - 1) // 4 + 1, 16, height // 4, width // 4), generator=torch.Generator().manual_seed(0)
+    )
     prompt_embeds = torch.randn((1, 64, 64), generator=torch.Generator().manual_seed(1))
     pipeline(
         prompt_embeds=prompt_embeds, guidance_scale=1, num_frames=frames, height=height, width=width, num_inference_steps=3,
@@ -94,8 +98,12 @@ def test_noise_and_velocity_are_the_noise_schedulers_at_every_timestep(folder):
     scheduler, model = Checkpoint(folder, CPU, torch.float32).noise_scheduler(), model_of(folder)
     latents, noise = torch.randn((2, 1000, 1, 1, 1, 4), generator=torch.Generator().manual_seed(0)).unbind()
     timesteps = torch.arange(1000)
-    assert torch.allclose(model.add_noise(latents, noise, timesteps), scheduler.add_noise(latents, noise, timesteps), atol=1e-6)
-    assert torch.allclose(model.velocity(latents, noise, timesteps), scheduler.get_velocity(latents, noise, timesteps), atol=1e-6)
+    assert torch.allclose(
+        model.add_noise(latents, noise, timesteps), scheduler.add_noise(latents, noise, timesteps), atol=1e-6
+    )
+    assert torch.allclose(
+        model.velocity(latents, noise, timesteps), scheduler.get_velocity(latents, noise, timesteps), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("shift", "first"), [(3.0, 0.99745), (1.0, 0.99915)])
@@ -167,7 +175,9 @@ def test_nanos_latents_have_unit_variance(nano_folder, run, cache):
 
     run("measured", "task=encode")
     found = [load_file(path) for path in (cache / "latents").rglob("*.safetensors")]
-    means = torch.cat([f["latent_moments"][:16].flatten() for f in found if f["latent_moments"].shape[1:] == (3, 16, 16)])
+    means = torch.cat(
+        [f["latent_moments"][:16].flatten() for f in found if f["latent_moments"].shape[1:] == (3, 16, 16)]
+    )
     assert abs(1 / means.std().item() / nano.SCALING_FACTOR - 1) < 0.1
 
 
@@ -194,7 +204,9 @@ def test_a_model_folder_without_a_part_is_named(nano_folder, tmp_path, part, com
     shutil.copytree(nano_folder, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / part)
     with pytest.raises(UserError, match=part):
-        compose("model=2b", f"model.path={tmp_path / 'model'}", "data.max_num_frames=9", "data.height=64", "data.width=64").model.prepare()
+        compose(
+            "model=2b", f"model.path={tmp_path / 'model'}", "data.max_num_frames=9", "data.height=64", "data.width=64"
+        ).model.prepare()
 
 
 def test_a_damaged_weights_file_is_named(nano_folder, tmp_path):

@@ -23,7 +23,9 @@ def output(transformer):
 def trained(nano_folder, rank, alpha):
     """A transformer whose adapter has been moved away from doing nothing."""
     transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
-    lora.Lora(rank=rank, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"]).attach(transformer, seed=0)
+    lora.Lora(rank=rank, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"]).attach(
+        transformer, seed=0
+    )
     generator = torch.Generator().manual_seed(2)
     for parameter in lora.trainable(transformer):
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -45,7 +47,7 @@ def test_what_is_trained_is_the_adapter_in_fp32(nano_folder):
     transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.bfloat16).transformer()
     lora.Lora(rank=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]).attach(transformer, seed=0)
     names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-    assert len(names) == 4 * 4 * 2 and all("lora_" in name for name in names)       # blocks x modules x (A, B)
+    assert len(names) == 4 * 4 * 2 and all("lora_" in name for name in names)  # blocks x modules x (A, B)
     assert {parameter.dtype for parameter in lora.trainable(transformer)} == {torch.float32}
 
 
@@ -56,7 +58,7 @@ def test_a_new_adapter_changes_nothing_and_follows_the_seed(nano_folder):
     for seed in (0, 0, 1):
         transformer = checkpoint.transformer()
         base = output(transformer)
-        torch.rand(3)           # the global generator's state does not matter
+        torch.rand(3)  # the global generator's state does not matter
         settings.attach(transformer, seed)
         assert torch.equal(output(transformer), base)
         states.append(lora.state(transformer))

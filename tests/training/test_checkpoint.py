@@ -1,0 +1,99 @@
+"""A checkpoint is whole or it is none."""
+
+import json
+
+import pytest
+import torch
+
+from cogvx.errors import UserError
+from cogvx.model import lora
+from cogvx.model.checkpoint import Checkpoint
+from cogvx.training import checkpoint as checkpoints
+
+
+@pytest.fixture(scope="module")
+def state(nano_folder):
+    transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
+    lora.Lora(rank=4, lora_alpha=2, target_modules=["to_q"]).attach(transformer, seed=0)
+    return checkpoints.TrainingState(transformer, torch.optim.AdamW(lora.trainable(transformer)), None)
+
+
+def test_the_oldest_go_only_after_the_newest_is_there(state, tmp_path):
+    for step in (1, 2, 3, 4):
+        checkpoints.write(tmp_path, state, step, [0.5], limit=2)
+    assert [path.name for path in checkpoints.all_complete(tmp_path)] == ["step_000003", "step_000004"]
+    assert checkpoints.newest(tmp_path).name == "step_000004"
+
+
+def test_no_limit_keeps_all(state, tmp_path):
+    for step in (1, 2, 3):
+        checkpoints.write(tmp_path, state, step, [0.5], limit=None)
+    assert len(checkpoints.all_complete(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "half a manifest", "a file cut short", "a file missing"])
+def test_what_is_not_whole_is_passed_over(state, tmp_path, damage):
+    checkpoints.write(tmp_path, state, 1, [0.5], limit=None)
+    newest = checkpoints.write(tmp_path, state, 2, [0.5], limit=None)
+    match damage:
+        case "no manifest":
+            (newest / checkpoints.MANIFEST).unlink()
+        case "half a manifest":
+            (newest / checkpoints.MANIFEST).write_text('{"step": 2, "fil')
+        case "a file cut short":
+            (newest / lora.WEIGHTS).write_bytes(b"123")
+        case "a file missing":
+            (newest / checkpoints.OPTIMIZER).unlink()
+    assert checkpoints.newest(tmp_path).name == "step_000001"
+
+
+def test_a_folder_without_a_whole_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoints.newest(tmp_path)
+    (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
+    with pytest.raises(UserError, match="only step_000001, not complete"):
+        checkpoints.newest(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        checkpoints.newest(tmp_path / "nowhere")
+
+
+def test_a_failed_write_leaves_the_older_checkpoint_and_says_how_to_go_on(state, tmp_path, monkeypatch):
+    checkpoints.write(tmp_path, state, 1, [0.5], limit=1)
+    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"No space left on device.*train.resume="):
+        checkpoints.write(tmp_path, state, 2, [0.5], limit=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_the_rehearsal_leaves_nothing_and_finds_what_cannot_be_saved(state, tmp_path, monkeypatch):
+    checkpoints.rehearse(tmp_path, state, kept=2)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    save = lora.save
+
+    def save_without_alpha(transformer, folder):
+        save(transformer, folder)
+        tensors, _ = lora.read(folder)
+        from safetensors.torch import save_file
+
+        save_file({f"transformer.{name}": tensor for name, tensor in tensors.items()}, folder / lora.WEIGHTS)
+
+    monkeypatch.setattr(lora, "save", save_without_alpha)
+    with pytest.raises(UserError, match="lora_alpha is None, expected 2"):
+        checkpoints.rehearse(tmp_path, state, kept=2)
+
+
+def test_the_rehearsal_looks_at_the_free_space(state, tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    with pytest.raises(UserError, match=r"GiB free; 3 checkpoints of this run need up to"):
+        checkpoints.rehearse(tmp_path, state, kept=3)
+
+
+def test_the_manifest_names_step_and_files(state, tmp_path):
+    manifest = json.loads(
+        (checkpoints.write(tmp_path, state, 12, [0.5], limit=None) / checkpoints.MANIFEST).read_text()
+    )
+    assert manifest["step"] == 12 and set(manifest["files"]) == {lora.WEIGHTS, checkpoints.OPTIMIZER}
