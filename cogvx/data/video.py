@@ -106,8 +106,10 @@ def missing_bytes(path: Path) -> int:
 
 
 def open_video(path: Path):
-    import decord
     import torch  # noqa: F401      decord can crash when it is imported before torch
+
+    # isort: split
+    import decord
 
     if missing := missing_bytes(path):
         raise BadClip(f"is cut off: the last {missing} of its {missing + path.stat().st_size} bytes are missing")

@@ -69,8 +69,10 @@ def test_frames_are_cropped_never_stretched(compose, tmp_path, width, height):
 
 def test_decord_returns_what_ffmpeg_does(make_clip, tmp_path, compose):
     """Its wheel carries another ffmpeg; pixels, order and count must be the same."""
-    import decord
     import torch  # noqa: F401
+
+    # isort: split
+    import decord
 
     for number, (width, height) in enumerate([(176, 144), (320, 240), (162, 90), (128, 226)]):
         noise = numpy.random.default_rng(number).integers(0, 255, (9, height, width, 3), dtype=numpy.uint8)
