@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +77,25 @@ class Cache:
         partial.write_text(digest)
         partial.replace(note)
         return digest
+
+
+def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """The folder, filled unless it is there. That happens under another name, renamed when done: a folder of this name is
+    whole, even when several processes start together."""
+    if folder.is_dir():
+        return folder
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        partial.rename(folder)
+    except Exception as error:  # safetensors reports a full disk as its own error, not as OSError
+        shutil.rmtree(partial, ignore_errors=True)
+        if not folder.is_dir():  # else another process was first
+            raise UserError(
+                f"cannot write {folder}: {error}. Free some space there, or set data.cache_dir to another disk"
+            ) from error
+    return folder
 
 
 def key_of(*parts: object) -> str:

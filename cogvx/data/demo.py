@@ -3,10 +3,10 @@
 Each of them differs in size, frame rate or length, as found clips do. The same files on every machine with the same ffmpeg.
 """
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from cogvx.data.cache import filled
 
 COLOURS = {
     "red": (214, 48, 49),
@@ -53,26 +53,18 @@ SCENES = [
 
 
 def render(folder: Path) -> Path:
-    """The folder, with its clips, prompts.txt and videos.txt. Rendered under another name and then renamed, so that a
-    folder of this name is whole, even when several processes start together."""
-    if folder.is_dir():
-        return folder
+    """The folder with the clips, prompts.txt and videos.txt, rendered unless it is there."""
+    return filled(folder, render_scenes)
+
+
+def render_scenes(folder: Path) -> None:
     from cogvx.data.video import write_video
 
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    (partial / "videos").mkdir(parents=True)
     names = [f"videos/{number:02d}.mp4" for number in range(1, len(SCENES) + 1)]
     for name, scene in zip(names, SCENES, strict=True):
-        write_video(partial / name, draw(scene), fps=scene.fps)
-    (partial / "prompts.txt").write_text("".join(f"{scene.caption()}\n" for scene in SCENES), encoding="utf-8")
-    (partial / "videos.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(partial)  # another process was first
-    return folder
+        write_video(folder / name, draw(scene), fps=scene.fps)
+    (folder / "prompts.txt").write_text("".join(f"{scene.caption()}\n" for scene in SCENES), encoding="utf-8")
+    (folder / "videos.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def draw(scene: Scene) -> list:

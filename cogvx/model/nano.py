@@ -7,10 +7,9 @@ trains, samples and saves the 2B does it here too. The weights are random but al
 from __future__ import annotations
 
 import io
-import os
-import shutil
 from pathlib import Path
 
+from cogvx.data.cache import filled
 from cogvx.model.geometry import Geometry
 
 TEXT_TOKENS = 64
@@ -35,30 +34,23 @@ GEOMETRY = Geometry(
 
 
 def write(folder: Path) -> Path:
-    """The checkpoint, written unless it is there. Under another name first, then renamed: a folder of this name is whole."""
-    if folder.is_dir():
-        return folder
+    """The checkpoint's folder, written unless it is there."""
+    return filled(folder, write_parts)
+
+
+def write_parts(folder: Path) -> None:
     import torch
 
     from cogvx.model.checkpoint import library_bars
 
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     with library_bars(shown=False), torch.random.fork_rng():
         torch.manual_seed(0)
-        vocabulary = write_tokenizer(partial / "tokenizer")
-        transformer().save_pretrained(partial / "transformer")
-        narrow_posterior(vae()).save_pretrained(partial / "vae")
-        text_encoder(vocabulary).save_pretrained(partial / "text_encoder")
-    noise_scheduler().save_pretrained(partial / "scheduler")
-    (partial / "model_index.json").write_text(MODEL_INDEX, encoding="utf-8")
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(partial)  # another process was first
-    return folder
+        vocabulary = write_tokenizer(folder / "tokenizer")
+        transformer().save_pretrained(folder / "transformer")
+        narrow_posterior(vae()).save_pretrained(folder / "vae")
+        text_encoder(vocabulary).save_pretrained(folder / "text_encoder")
+    noise_scheduler().save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(MODEL_INDEX, encoding="utf-8")
 
 
 def transformer():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from cogvx.errors import UserError
 from cogvx.runs import record, report
 
 GRACE = 15  # seconds
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 FAILED = 2  # exit code of what the user can mend; its message is printed
 
 
@@ -76,32 +78,42 @@ def wait(ranks: list[subprocess.Popen]) -> list[int]:
 
 
 def run_here(folder: Path) -> int:
-    """The task, in this process; on a user's mistake its message, and 2. summary.json is written last, whatever happens."""
-    main_process = os.environ.get("RANK", "0") == "0"
+    """The task, in this process; its exit code. summary.json is written last, whatever happens."""
     config = configuration.read(folder / record.CONFIG)
-    summary, code = {"status": "failed", "reason": "ended without a word"}, 1
     try:
-        summary, code = config.task.run(config, folder), 0
-        if summary["status"] == "interrupted":
-            code = 128 + summary["signal"]
-    except UserError as error:
-        summary, code = {"status": "failed", "reason": str(error)}, FAILED
-        print(f"\nerror: {error}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        summary, code = {"status": "interrupted", "reason": "Ctrl-C"}, 130
-        if main_process:
-            print(
-                "\nstopped by Ctrl-C; clips and prompts encoded so far stay in the cache", file=sys.stderr, flush=True
-            )
+        summary = config.task.run(config, folder)
+        code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
-        summary = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-        raise
+        message, code = in_words(error)
+        summary = {"status": "interrupted" if code == 130 else "failed", "reason": message}
+        if code == 1:
+            raise
+        print(f"\n{'stopped' if code == 130 else 'error'}: {message}", file=sys.stderr, flush=True)
     finally:
-        if main_process:
-            record.finish(folder, summary)
-    if main_process and summary["status"] == "done":
-        print(f"report  {record.shown(report.write(folder))}", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            close(folder, summary)
     return code
+
+
+def in_words(error: BaseException) -> tuple[str, int]:
+    """What to tell the user, and the exit code: 1 for errors that are ours, which keep their traceback."""
+    if isinstance(error, UserError):
+        return str(error), FAILED
+    if isinstance(error, KeyboardInterrupt):
+        return "by Ctrl-C; clips and prompts encoded so far stay in the cache", 130
+    if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+        return f"{error}: free some space, or set output_dir and data.cache_dir to where this user can write", FAILED
+    return f"{type(error).__name__}: {error}", 1
+
+
+def close(folder: Path, summary: dict) -> None:
+    """Writes the summary and, for a run that is done, its report."""
+    try:
+        record.finish(folder, summary)
+        if summary["status"] == "done":
+            print(f"report  {record.shown(report.write(folder))}", flush=True)
+    except OSError as error:
+        print(f"\nwarning summary.json or report.html could not be written: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(
-                f"{run_folder} has {free / 2**30:.1f} GiB free; {kept} checkpoints of this run need up to {needed / 2**30:.1f} GiB. "
+                f"{run_folder} has {free / 2**20:.0f} MiB free; {kept} checkpoint(s) of this run and its result need up to {needed / 2**20:.0f} MiB. "
                 f"Free some, lower train.checkpoints_total_limit, or set output_dir to another disk"
             )
     except UserError:

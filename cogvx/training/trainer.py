@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from safetensors import safe_open
 
 from cogvx.config import Config, as_dict
@@ -156,6 +157,7 @@ class Prepared:
             geometry.text_tokens,
             say,
         )
+        clear_device_cache(garbage_collection=True)  # of the two encoders, which nothing refers to any more
         return cls(checkpoint, kept, aside, prompts, validation_prompts)
 
     def embeds(self, prompt: str) -> torch.Tensor:

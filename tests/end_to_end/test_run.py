@@ -309,3 +309,39 @@ def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cach
 def test_checkpoints_are_pruned_to_the_limit(run):
     folder = run("a", *SHORT, "train.checkpoints_total_limit=2")
     assert [path.name for path in checkpoints.all_complete(folder)] == ["step_000008", "step_000012"]
+
+
+def test_the_encoders_are_gone_before_the_first_step(run, monkeypatch):
+    import gc
+
+    from diffusers import AutoencoderKLCogVideoX
+    from transformers import T5EncoderModel
+
+    from cogvx.training import trainer
+
+    loss, alive = trainer.training_loss, []
+
+    def look_around(*arguments):
+        alive.append(sum(isinstance(thing, AutoencoderKLCogVideoX | T5EncoderModel) for thing in gc.get_objects()))
+        return loss(*arguments)
+
+    gc.collect()
+    monkeypatch.setattr(trainer, "training_loss", look_around)
+    run("a", "train.max_train_steps=3", "data.fps=7", "data.id_token=NEW")  # another frame rate and prompt: both encode
+    assert alive == [0, 0, 0]
+
+
+def test_a_full_disk_is_said_in_words(run, monkeypatch, capfd):
+    from cogvx.data import cache
+
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record, "note", full)
+    folder = run("a", "train.max_train_steps=3", expect=2)
+    assert "No space left on device: free some space" in capfd.readouterr().err
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    monkeypatch.setattr(cache.Path, "rename", full)
+    run("b", f"model.path={folder}/nano", expect=2)
+    assert "No space left on device. Free some space there, or set data.cache_dir" in capfd.readouterr().err
+    assert not list(folder.glob("*.partial"))

@@ -88,7 +88,7 @@ def test_the_rehearsal_looks_at_the_free_space(state, tmp_path, monkeypatch):
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
-    with pytest.raises(UserError, match=r"GiB free; 3 checkpoints of this run need up to"):
+    with pytest.raises(UserError, match=r"MiB free; 3 checkpoint\(s\) of this run and its result need up to"):
         checkpoints.rehearse(tmp_path, state, kept=3)
 
 
