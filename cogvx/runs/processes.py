@@ -16,6 +16,10 @@ from cogvx.errors import UserError
 from cogvx.runs import record, report
 
 GRACE = 15  # seconds
+OUT_OF_MEMORY = (
+    "the GPU's memory does not suffice. In order of cost: memory=balanced, train.train_batch_size=1 with more "
+    "train.gradient_accumulation_steps, fewer frames (data.max_num_frames), a smaller size (data.height, data.width)."
+)
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 FAILED = 2  # exit code of what the user can mend; its message is printed
 
@@ -103,6 +107,8 @@ def in_words(error: BaseException) -> tuple[str, int]:
         return "by Ctrl-C; clips and prompts encoded so far stay in the cache", 130
     if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
         return f"{error}: free some space, or set output_dir and data.cache_dir to where this user can write", FAILED
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        return f"{OUT_OF_MEMORY} torch says: {str(error).splitlines()[0]}", FAILED
     return f"{type(error).__name__}: {error}", 1
 
 

@@ -14,28 +14,19 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from accelerate.utils.memory import clear_device_cache
-from safetensors import safe_open
 
 from cogvx.config import Config, as_dict
-from cogvx.data.cache import Cache, key_of
-from cogvx.data.encode import EncodedClip, Encoder, encode_clips, encode_prompts
-from cogvx.data.inspect import write_contact_sheet, write_report
-from cogvx.data.sources import held_out
-from cogvx.errors import UserError, listed
+from cogvx.data.encode import EncodedClip
+from cogvx.errors import UserError
 from cogvx.inference import export
 from cogvx.model import lora
-from cogvx.model.checkpoint import Checkpoint
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import bar
-from cogvx.runs import record
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.metrics import Metrics
-from cogvx.training.options import Precision
+from cogvx.training.prepare import Prepared, read_tensor, start_processes
 from cogvx.training.step import Batch, Draw, sample_order, training_loss
-from cogvx.training.validation import HeldOutLoss, Videos, given_prompts, heldout_loss
-
-DTYPES = {Precision.no: torch.float32, Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16}
+from cogvx.training.validation import HeldOutLoss, Videos, heldout_loss
 
 
 def encode(config: Config, folder: Path) -> dict:
@@ -56,12 +47,6 @@ def train(config: Config, folder: Path) -> dict:
     trainer = Trainer.build(config, folder, accelerator, data)
     try:
         summary = trainer.run()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory on {accelerator.device}. In order of cost: memory=balanced, train.train_batch_size=1 with more "
-            f"train.gradient_accumulation_steps, fewer frames (data.max_num_frames), a smaller size (data.height, data.width). "
-            f"torch says: {str(error).splitlines()[0]}"
-        ) from error
     finally:
         if trainer.metrics:
             trainer.metrics.tracking.finish()
@@ -70,122 +55,6 @@ def train(config: Config, folder: Path) -> dict:
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_gib": peak_memory_gib(accelerator.device),
     }
-
-
-def start_processes(config: Config) -> Accelerator:
-    """Accelerate on the devices present, checked to be what was asked for: it falls back silently in several ways."""
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    precision = config.train.mixed_precision
-    if precision is Precision.fp16 and not gpu:
-        raise UserError(
-            "train.mixed_precision=fp16 needs a GPU, and torch sees none on this machine. "
-            "On a CPU: train.mixed_precision=bf16, or no for fp32"
-        )
-    if (
-        precision is Precision.bf16
-        and torch.cuda.is_available()
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise UserError(
-            f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; 2B trains in fp16, 5B needs a newer GPU"
-        )
-    accelerator = Accelerator(mixed_precision=precision.name, cpu=not gpu)
-    if accelerator.num_processes != config.parallel.num_processes:
-        raise UserError(
-            f"parallel.num_processes={config.parallel.num_processes}, but accelerate runs {accelerator.num_processes}: "
-            f"start it with python launch.py, without torchrun or accelerate launch"
-        )
-    return accelerator
-
-
-@dataclass
-class Prepared:
-    """The data, encoded: nothing of the two encoders is left in memory."""
-
-    checkpoint: Checkpoint
-    train: list[EncodedClip]
-    held_out: list[EncodedClip]
-    prompts: dict[str, Path]  # the cached embedding of every caption, validation prompt and ""
-    validation_prompts: list[str]
-
-    @classmethod
-    def from_config(cls, config: Config, folder: Path, accelerator: Accelerator) -> Prepared:
-        say, data, cache = accelerator.print, config.data, Cache(Path(config.data.cache_dir))
-        validation_prompts = given_prompts(config)
-        with accelerator.main_process_first():  # what it downloads or renders is there for the others
-            examples, model_folder = data.read(), config.model.prepare()
-        checkpoint = Checkpoint(model_folder, accelerator.device, DTYPES[config.train.mixed_precision])
-        geometry = checkpoint.geometry()
-        problems = geometry.frame_problems(data.max_num_frames) + geometry.size_problems(data.height, data.width)
-        if problems:
-            raise UserError(listed(f"{config.model.path} cannot take these clips:", problems))
-        say(f"model   {config.model.path}, {checkpoint.dtype} on {accelerator.device}")
-
-        vae = Encoder(
-            load=lambda: checkpoint.vae(tiling=config.memory.vae_tiling),
-            identity=f"{cache.fingerprint(model_folder / 'vae')} tiling={config.memory.vae_tiling}",
-            dtype=checkpoint.dtype,
-            device=accelerator.device,
-        )
-        clips, rejected = encode_clips(examples, data, cache, vae, say)
-        out = list(held_out(len(clips), data.validation_fraction, data.validation_seed))
-        kept, aside = (
-            [c for c, o in zip(clips, out, strict=True) if not o],
-            [c for c, o in zip(clips, out, strict=True) if o],
-        )
-        if accelerator.is_main_process:
-            write_report(folder, clips, out, rejected)
-            write_contact_sheet(folder, clips, out)
-            fingerprint = key_of([(clip.example.prompt, cache.fingerprint(clip.example.video)) for clip in clips])
-            record.note(
-                folder, device=device_name(accelerator.device), processes=accelerator.num_processes,
-                model_folder=str(model_folder), model_commit=hub_commit(model_folder), data_fingerprint=fingerprint,
-            )  # fmt: skip
-        describe_clips(clips, kept, aside, config, say)
-        if validation_prompts is None:
-            validation_prompts = [(aside or kept)[0].example.prompt]
-        prompts = encode_prompts(
-            ["", *(clip.example.prompt for clip in clips), *validation_prompts],
-            cache,
-            Encoder(
-                load=checkpoint.text_encoder,
-                identity=cache.fingerprint(model_folder / "text_encoder")
-                + cache.fingerprint(model_folder / "tokenizer"),
-                dtype=checkpoint.dtype,
-                device=accelerator.device,
-            ),
-            geometry.text_tokens,
-            say,
-        )
-        clear_device_cache(garbage_collection=True)  # of the two encoders, which nothing refers to any more
-        return cls(checkpoint, kept, aside, prompts, validation_prompts)
-
-    def embeds(self, prompt: str) -> torch.Tensor:
-        return read_tensor(self.prompts[prompt], "prompt_embeds")
-
-
-def describe_clips(clips: list[EncodedClip], train: list, aside: list, config: Config, say) -> None:
-    frames = sorted({clip.about["frames"] for clip in clips})
-    size = f"{config.data.width}x{config.data.height}"
-    lengths = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
-    say(
-        f"data    {len(train)} clips to train on, {len(aside)} held out; {lengths} frames of {size} at {config.data.fps or 'their own'} fps"
-    )
-    slow = [clip for clip in clips if clip.about["repeated"]]
-    if slow:
-        say(
-            f"warning {len(slow)} clips have a lower frame rate than data.fps={config.data.fps}: some of their frames are used twice "
-            f"(dataset_report.csv, column repeated). data.fps={math.floor(min(c.about['file_fps'] for c in slow))} would avoid it"
-        )
-    if not aside:
-        say("warning no clip is held out, so there is no held-out loss: add clips, or set data.validation_fraction")
-    if config.train.train_batch_size > 1 and len(frames) > 1:
-        shapes = [f"{sum(clip.about['frames'] == n for clip in clips)} clips of {n} frames" for n in frames]
-        raise UserError(
-            f"train.train_batch_size={config.train.train_batch_size} needs clips of one length, and there are {', '.join(shapes)}. "
-            f"Either train.train_batch_size=1 train.gradient_accumulation_steps={config.train.train_batch_size}, "
-            f"or data.max_num_frames={frames[0]}, or data.min_num_frames={frames[-1]} to leave the shorter ones out"
-        )
 
 
 @dataclass
@@ -469,24 +338,6 @@ def number_of_steps(config: Config, clips: int, processes: int) -> int:
     return math.ceil(
         train.num_train_epochs * clips / (train.train_batch_size * train.gradient_accumulation_steps * processes)
     )
-
-
-def read_tensor(path: Path, name: str) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
-
-
-def device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads"
-    )
-
-
-def hub_commit(model_folder: Path) -> str | None:
-    """The commit of a hub snapshot, which its folder is named after."""
-    return model_folder.name if model_folder.parent.name == "snapshots" else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
