@@ -24,7 +24,9 @@ from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.runs import processes, record
 
+STOPPED = (130, 143)  # exit codes after Ctrl-C and after a termination
 exit_codes: list[int] = []  # one for each job
+typed = list(sys.argv)  # the command, for the record
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
@@ -38,6 +40,8 @@ def main(composed: DictConfig) -> None:
         if sweeping and config.output_dir is None:
             config.output_dir = str(Path(settings.sweep.dir, settings.sweep.subdir).absolute())
         exit_codes.append(run(config, isolated=sweeping))
+        if sweeping and exit_codes[-1] in STOPPED:
+            raise KeyboardInterrupt
     except UserError as error:  # caught here: Hydra would print a line of its own before it passes an error on
         exit_codes.append(say(error))
 
@@ -51,13 +55,14 @@ def run(config: configuration.Config, *, isolated: bool) -> int:
     folder = record.open_folder(config)
     summary = record.finished(folder)
     if summary is not None:
-        print(
-            f"{record.shown(folder)} is finished: nothing to do. Its result: held-out loss {summary.get('objective')}"
-        )
+        loss = summary.get("objective")
+        result = "" if loss is None else f" Its held-out loss is {loss:.4f}."
+        print(f"{record.shown(folder)} is finished: nothing to do.{result}")
         return 0
     print(f"run     {record.shown(folder)}", flush=True)
-    record.environment(folder, sys.argv)
-    return processes.run(folder, isolated=isolated)
+    with record.locked(folder):
+        record.environment(folder, typed)
+        return processes.run(folder, isolated=isolated)
 
 
 def from_record(arguments: list[str], scratch: Path) -> list[str]:
@@ -84,16 +89,23 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
         )
     configuration.read(path)
     recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for group in configuration.GROUPS:  # a newly chosen option brings its own values
+    if any(a.startswith("experiment=") for a in arguments):
+        raise UserError(
+            "experiment=... starts from a recipe, and --config-dir or train.resume from a run's record: give one of them"
+        )
+    for group in configuration.GROUPS:
         if any(a.startswith(f"{group}=") for a in arguments):
-            del recorded[group]
+            configuration.forget(recorded, group)
     recorded["train"]["resume"] = None
     recorded["hydra"] = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))["hydra"]
     recorded["defaults"] += [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
     (scratch / "config.yaml").write_text(
         yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
-    return ["--config-path", str(scratch), f"hydra.searchpath=[{configuration.CONF}]", *arguments]
+    arguments.append(f"hydra.searchpath=[{configuration.CONF}]")
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    options = [a for a in arguments if a not in overrides]  # argparse wants the overrides in one place
+    return ["--config-path", str(scratch), *options, *overrides]
 
 
 def run_folder_of(place: Path) -> Path:
@@ -134,12 +146,19 @@ def entry(arguments: list[str]) -> int:
             ]
             sys.argv = [sys.argv[0], *translated]
             main()
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return STOPPED[0]
         except UserError as error:
             return say(error)
         except yaml.YAMLError as error:
             return say(f"a YAML file cannot be parsed: {error}")
         except (HydraException, OmegaConfBaseException) as error:
-            return say(configuration.explain(error, overrides, folder, searchpath))
+            return say(
+                configuration.explain(
+                    error, overrides, folder, searchpath, sweeping=bool({"-m", "--multirun"} & set(arguments))
+                )
+            )
     return max(exit_codes, default=0)
 
 

@@ -107,8 +107,11 @@ def rules(values: dict[str, object]) -> list[str]:
         found += own() if own else []
     model, data, scheduler, train = (values.get(name) for name in ("model", "data", "scheduler", "train"))
     if model and data:
-        geometry = model.expected_geometry()
-        found += geometry.frame_problems(data.max_num_frames) + geometry.size_problems(data.height, data.width)
+        try:
+            geometry = model.expected_geometry()
+            found += geometry.frame_problems(data.max_num_frames) + geometry.size_problems(data.height, data.width)
+        except UserError as error:
+            found.append(str(error))
     warmup = getattr(scheduler, "lr_warmup_steps", 0)
     if train and train.max_train_steps is not None and 0 < train.max_train_steps <= warmup:
         found.append(
@@ -208,6 +211,26 @@ def read(path: Path) -> Config:
         raise UserError(f"{path} is not the configuration of a run: {error!r}") from error
 
 
+def forget(recorded: dict, group: str) -> None:
+    """Takes out of a record what an option of this group set, so that a newly chosen one brings its own: the group's values,
+    those its file sets elsewhere, and those that conf/ takes from it, such as data.height from model.height."""
+    choices = {
+        g: c for entry in recorded["defaults"] if isinstance(entry, dict) for g, c in entry.items() if g in GROUPS
+    }
+    composed = composed_from([f"{g}={c}" for g, c in choices.items()], CONF)
+    del composed["hydra"]
+    for key, value in flat(OmegaConf.to_container(composed, resolve=False)).items():
+        section, _, name = key.rpartition(".")
+        if section and section != group and isinstance(value, str) and f"${{{group}." in value:
+            recorded[section][name] = value
+    elsewhere = yaml.safe_load((CONF / group / f"{choices[group]}.yaml").read_text(encoding="utf-8"))
+    if "@package _global_" in (CONF / group / f"{choices[group]}.yaml").read_text(encoding="utf-8"):
+        for section, values in elsewhere.items():
+            for name in values if section in SECTIONS else ():
+                del recorded[section][name]
+    del recorded[group]
+
+
 def differences(ours: Config, theirs: Config) -> list[str]:
     """Keys that differ in what is computed, as `key: theirs -> ours`."""
     one, other = flat(as_dict(theirs)), flat(as_dict(ours))
@@ -246,9 +269,16 @@ def composed_from(overrides: list[str], folder: Path, searchpath: tuple[str, ...
     return composed
 
 
-def explain(error: Exception, overrides: list[str], folder: Path, searchpath: tuple[str, ...]) -> str:
+def explain(
+    error: Exception, overrides: list[str], folder: Path, searchpath: tuple[str, ...], *, sweeping: bool
+) -> str:
     """All that is wrong with a command line that Hydra refused: it stops at the first mistake, we try them one by one."""
     problems, good, known = [], [], []
+    if sweeping:  # of several values, the first
+        overrides = [
+            f"{key}={value.split(',')[0] if '[' not in value else value}"
+            for key, _, value in (o.partition("=") for o in overrides)
+        ]
     choosing = [o for o in overrides if o.split("=")[0].lstrip("+~") in (*GROUPS, "experiment")]
     for override in [*choosing, *(o for o in overrides if o not in choosing)]:
         try:

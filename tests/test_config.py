@@ -143,6 +143,37 @@ def test_a_recorded_run_starts_again_with_changes(compose, tmp_path, launch):
     assert values["optimizer"] == yaml.safe_load((PROJECT / "conf/optimizer/adam.yaml").read_text())
 
 
+def test_a_newly_chosen_group_brings_everything_it_sets(compose, tmp_path, launch):
+    record.open_folder(compose(f"output_dir={tmp_path}", "lora.rank=7"))
+    again = ["--config-dir", str(tmp_path), "--config-name", "config", "--cfg", "job"]
+    memory = yaml.safe_load(launch(*again, "memory=balanced").stdout)
+    assert memory["train"]["gradient_checkpointing"] is True and memory["memory"]["vae_tiling"] is True
+    model = yaml.safe_load(launch(*again, "model=5b", "--resolve").stdout)
+    assert (model["data"]["height"], model["data"]["max_num_frames"], model["train"]["mixed_precision"]) == (
+        480,
+        49,
+        "bf16",
+    )
+    assert model["lora"]["rank"] == 7
+    assert "give one of them" in launch(*again, "experiment=seed_2b").stderr
+
+
+def test_two_processes_do_not_run_in_one_folder(tmp_path):
+    with record.locked(tmp_path):
+        code = f"from cogvx.runs import record; from pathlib import Path; record.locked(Path({str(tmp_path)!r})).__enter__()"
+        ran = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+        assert "is in use by another process (process" in ran.stderr
+
+
+def test_a_bad_local_model_and_a_misspelt_key_are_both_named(launch, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text("{}")
+    ran = launch("model=2b", f"model.path={tmp_path}", "lora.rnk=3", "optimizer.beta1=2")
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    for part in ("vae/config.json does not exist", "lora.rnk; did you mean lora.rank?", "optimizer.beta1=2.0: must be"):
+        assert part in ran.stderr
+
+
 def test_a_folder_without_a_record_is_named(launch, tmp_path):
     ran = launch("--config-dir", str(tmp_path), "--config-name", "config")
     assert ran.returncode == 2 and "does not exist" in ran.stderr

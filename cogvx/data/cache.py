@@ -86,6 +86,7 @@ def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
         return folder
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number
         partial.mkdir(parents=True)
         fill(partial)
         partial.rename(folder)
@@ -93,7 +94,7 @@ def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         if not folder.is_dir():  # else another process was first
             raise UserError(
-                f"cannot write {folder}: {error}. Free some space there, or set data.cache_dir to another disk"
+                f"cannot write {folder}: {error}. If the disk is full, free some space there or set data.cache_dir to another"
             ) from error
     return folder
 

@@ -52,6 +52,9 @@ SCENES = [
 ]
 
 
+NAME = "demo_1"  # of the folder: another one when the scenes change
+
+
 def render(folder: Path) -> Path:
     """The folder with the clips, prompts.txt and videos.txt, rendered unless it is there."""
     return filled(folder, render_scenes)

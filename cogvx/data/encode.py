@@ -76,8 +76,11 @@ def encode_clips(
     encoded, rejected = [], []
     for index, (example, path) in enumerate(zip(examples, paths, strict=True)):
         reason = reasons.get(first_of.get(path, index))
+        about = None if reason else cache.about(path)
+        if about and about["frames"] < data.min_num_frames:
+            reason = f"is too short: {about['frames']} frames; data.min_num_frames is {data.min_num_frames}"
         if reason is None:
-            encoded.append(EncodedClip(example, path, cache.about(path)))
+            encoded.append(EncodedClip(example, path, about))
         else:
             rejected.append(Rejected(example, reason))
     refuse_too_many(rejected, len(examples), data.max_bad_fraction)
@@ -156,7 +159,6 @@ def clip_key(video: Path, data: Data, cache: Cache, vae: Encoder) -> str:
         data.width,
         data.fps,
         data.max_num_frames,
-        data.min_num_frames,
         data.skip_frames_start,
         data.skip_frames_end,
         data.video_reshape_mode.name,

@@ -6,7 +6,7 @@ To add a format: a class with read(), and its YAML.
 import csv
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -45,6 +45,7 @@ class Data:
     video_reshape_mode: Reshape
     cache_dir: str
     validation_fraction: float
+    max_validation_clips: int
     validation_seed: int
     max_bad_fraction: float
 
@@ -64,6 +65,15 @@ class Data:
     def described(self) -> str:
         return str(self.instance_data_root)
 
+    def held_out(self, examples: int) -> list[bool]:
+        """Of each example whether it is held out: a seeded choice of validation_fraction, at least one, never all."""
+        import numpy
+
+        wanted = max(1, min(round(self.validation_fraction * examples), self.max_validation_clips))
+        count = 0 if self.validation_fraction == 0 else min(examples - 1, wanted)
+        chosen = set(numpy.random.default_rng(self.validation_seed).permutation(examples)[:count].tolist())
+        return [index in chosen for index in range(examples)]
+
     def problems(self) -> list[str]:
         found = []
         for name in ("skip_frames_start", "skip_frames_end"):
@@ -77,6 +87,10 @@ class Data:
             )
         if not 0 <= self.validation_fraction < 1:
             found.append(f"data.validation_fraction={self.validation_fraction}: must be from 0 up to, but not, 1")
+        if self.max_validation_clips < 1:
+            found.append(
+                f"data.max_validation_clips={self.max_validation_clips}: must be 1 or more; none: data.validation_fraction=0"
+            )
         if not 0 <= self.max_bad_fraction <= 1:
             found.append(f"data.max_bad_fraction={self.max_bad_fraction}: must be from 0 to 1")
         return found
@@ -112,7 +126,7 @@ class Demo(TextFiles):
 
     def root(self) -> Path:
         if self.instance_data_root is None:
-            return demo.render(Path(self.cache_dir) / "demo")
+            return demo.render(Path(self.cache_dir) / demo.NAME)
         return super().root()
 
 
@@ -150,41 +164,48 @@ class Dataset(Data):
         return f"data.dataset_name={self.dataset_name}"
 
     def rows(self) -> list[tuple[str, Path, str]]:
+        import datasets
+
         root = None if self.instance_data_root is None else self.root()
+        try:
+            return located(self.cells(), root)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            here = Path(self.dataset_name).exists()
+            reason = (
+                "it is here, but not in a form that datasets reads"
+                if here
+                else "it is no folder or file here, and on the hub there is none of this name, or it is not public, or there is no network"
+            )
+            raise UserError(
+                f"data.dataset_name={self.dataset_name} (split {self.split}) could not be read: {reason}. "
+                f"datasets says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            ) from error
+
+    def cells(self) -> list[tuple[object, object, str]]:
         table = self.load()
         columns = table.column_names or list(next(iter(table), {}))  # a streamed table may not know them yet
         require_columns(self.dataset_name, columns, self.caption_column, self.video_column)
         for column, feature in (table.features or {}).items():
             if hasattr(feature, "decode"):  # Video, Image: keep path and bytes, decode ourselves
                 table = table.cast_column(column, type(feature)(decode=False))
-        rows = (
+        return [
             (row[self.caption_column], self.path_of(row[self.video_column]), f"{self.dataset_name} row {number}")
             for number, row in enumerate(table)
-        )
-        return located(list(rows), root)
+        ]
 
     def load(self):
         import datasets
 
         source = Path(self.dataset_name)
-        try:
-            if source.is_file():
-                kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(
-                    source.suffix[1:].lower()
-                )
-                if kind is None:
-                    raise UserError(f"data.dataset_name={source}: a file must end in csv, json, jsonl or parquet")
-                return datasets.load_dataset(kind, data_files=str(source), split=self.split, streaming=self.streaming)
+        if not source.is_file():
             return datasets.load_dataset(self.dataset_name, split=self.split, streaming=self.streaming)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(
-                f"data.dataset_name={self.dataset_name} (split {self.split}) could not be read: it is no folder or file here, "
-                f"and on the hub there is none of this name, or it is not public, or there is no network. "
-                f"datasets says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-            ) from error
+        kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(source.suffix[1:].lower())
+        if kind is None:
+            raise UserError(f"data.dataset_name={source}: a file must end in csv, json, jsonl or parquet")
+        return datasets.load_dataset(kind, data_files=str(source), split=self.split, streaming=self.streaming)
 
-    def path_of(self, value: object) -> str:
-        """The clip's path, from a path or from a Video cell {path, bytes}."""
+    def path_of(self, value: object) -> str | Path:
+        """The clip's path as listed; of a Video cell with bytes, the file they are written to."""
         if not isinstance(value, dict):
             return value
         if value.get("bytes") is None:
@@ -196,7 +217,7 @@ class Dataset(Data):
             partial = path.with_name(f"{name}.{os.getpid()}.partial")
             partial.write_bytes(value["bytes"])
             partial.replace(path)
-        return str(path)
+        return path
 
 
 def text_of(path: Path) -> str:
@@ -258,7 +279,7 @@ def located(rows: list[tuple[object, object, str]], root: Path | None) -> list[t
             problems.append(f"{origin} has no {'caption' if name else 'path'}")
             continue
         try:
-            found.append((prompt, locate(name, root), origin))
+            found.append((prompt, path if isinstance(path, Path) else locate(name, root), origin))
         except UserError as error:
             problems.append(f"{origin} {error}")
     if problems:
@@ -283,6 +304,8 @@ def locate(name: str, root: Path | None) -> Path:
         raise UserError(
             f"names {name!r}, which leads out of {base}: move the clip there, or set data.instance_data_root higher"
         )
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise UserError(f"names {name!r}, which this user may not read")
     if path.is_file():
         return path
     raise UserError(
@@ -323,12 +346,3 @@ def unquoted(value: object) -> str:
 
 def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def held_out(examples: int, fraction: float, seed: int) -> Iterator[bool]:
-    """For each example whether it is held out: a seeded choice of that fraction, at least one, never all."""
-    import numpy
-
-    count = 0 if fraction == 0 or examples < 2 else min(examples - 1, max(1, round(fraction * examples)))
-    chosen = set(numpy.random.default_rng(seed).permutation(examples)[:count].tolist())
-    return (index in chosen for index in range(examples))

@@ -39,8 +39,7 @@ def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
     them. BadClip says why a file yields none."""
     if path.stat().st_size == 0:
         raise BadClip("is empty (0 bytes)")
-    reader = open_video(path)
-    stamps = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
+    reader, stamps = open_video(path)
     first, last = data.skip_frames_start, len(stamps) - 1 - data.skip_frames_end
     if first > last:
         raise BadClip(
@@ -106,6 +105,7 @@ def missing_bytes(path: Path) -> int:
 
 
 def open_video(path: Path):
+    """The file's reader, and the seconds at which each of its frames appears."""
     import torch  # noqa: F401      decord can crash when it is imported before torch
 
     # isort: split
@@ -116,13 +116,14 @@ def open_video(path: Path):
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
-    except (decord.DECORDError, RuntimeError, OSError) as error:
+        stamps = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
+    except (decord.DECORDError, RuntimeError, OSError, IndexError) as error:
         raise BadClip(
             f"cannot be opened as a video ({path.stat().st_size} bytes): truncated, or another kind of file"
         ) from error
-    if len(reader) == 0:
+    if len(stamps) == 0:
         raise BadClip("has no frames")
-    return reader
+    return reader, stamps
 
 
 def decode(reader, indices: list[int]) -> numpy.ndarray:
@@ -168,13 +169,10 @@ def resize_and_crop(pixels: numpy.ndarray, data: Data, place: tuple[float, float
 
 
 def write_video(path: Path, frames, fps: float) -> None:
-    """An mp4 (or gif, by the ending) of frames [H, W, 3] uint8, playable in browsers."""
+    """An mp4 of frames [H, W, 3] uint8, playable in browsers."""
     import imageio.v3
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".gif":
-        imageio.v3.imwrite(path, list(frames), duration=1000 / fps, loop=0)
-        return
     # H.264 with 4:2:0 colour is what every browser plays; macro_block_size 2 because that format wants even sizes.
     imageio.v3.imwrite(
         path,

@@ -7,21 +7,20 @@ from pathlib import Path
 
 from cogvx.config import Config
 from cogvx.model import lora
-from cogvx.model.geometry import Geometry
+from cogvx.model.checkpoint import Checkpoint
 
 SETTINGS = "inference.json"
-TORCH_DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def deliver(folder: Path, transformer, config: Config, prompt: str, geometry: Geometry) -> str:
+def deliver(folder: Path, transformer, config: Config, prompt: str, checkpoint: Checkpoint) -> str:
     """Writes lora.WEIGHTS and SETTINGS into the run's folder; returns the lines that use them."""
     lora.save(transformer, folder)
     sampling, data = config.validation, config.data
     settings = {
         "pipeline": "CogVideoXPipeline",
         "base_model": config.model.path,
-        "revision": config.model.revision,
-        "torch_dtype": TORCH_DTYPES[config.train.mixed_precision.name],
+        "revision": checkpoint.hub_commit() or config.model.revision,
+        "torch_dtype": config.train.mixed_precision.value,
         "rank": config.lora.rank,
         "lora_alpha": config.lora.lora_alpha,
         "lora_scale": config.lora.lora_alpha / config.lora.rank,
@@ -35,7 +34,7 @@ def deliver(folder: Path, transformer, config: Config, prompt: str, geometry: Ge
             "num_inference_steps": sampling.num_inference_steps,
             "guidance_scale": sampling.guidance_scale,
             "use_dynamic_cfg": sampling.use_dynamic_cfg,
-            "max_sequence_length": geometry.text_tokens,
+            "max_sequence_length": checkpoint.geometry().text_tokens,
         },
         "fps": data.fps,
     }
@@ -47,6 +46,7 @@ def snippet(folder: Path, settings: dict) -> str:
     revision = "" if settings["revision"] is None else f", revision={settings['revision']!r}"
     return (
         f"import json, torch; from diffusers import CogVideoXPipeline; how = json.load(open({str(folder / SETTINGS)!r}))\n"
-        f"pipe = CogVideoXPipeline.from_pretrained({settings['base_model']!r}{revision}, torch_dtype=torch.{settings['torch_dtype']})\n"
+        f"pipe = CogVideoXPipeline.from_pretrained({settings['base_model']!r}{revision}, torch_dtype=torch.{settings['torch_dtype']})"
+        f'.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         f"pipe.load_lora_weights({str(folder)!r}); video = pipe(**how['call']).frames[0]"
     )

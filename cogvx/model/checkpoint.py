@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 LONG_TO_LOAD = 10**9  # bytes; from here on a part is loaded with a progress bar
-PRECISIONS = ("no", "fp16", "bf16")
 
 
 @dataclass
@@ -30,11 +29,6 @@ class Model:
     num_frames: int
     fps: int
     precision: str
-
-    def problems(self) -> list[str]:
-        if self.precision not in PRECISIONS:
-            return [f"model.precision={self.precision}: must be one of {', '.join(PRECISIONS)}"]
-        return []
 
     def is_local(self) -> bool:
         """A hub id has the form name/name; anything that exists here, or has another form, is a folder."""
@@ -118,6 +112,10 @@ class Checkpoint:
     folder: Path
     device: torch.device
     dtype: torch.dtype  # of the frozen weights
+
+    def hub_commit(self) -> str | None:
+        """The commit of a hub snapshot, which its folder is named after; None for a local folder."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     def geometry(self) -> Geometry:
         geometry = read_geometry(self.folder)

@@ -108,8 +108,11 @@ def load(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
     """Puts a folder's tensors into the attached adapter; every tensor must find its place, with its shape."""
     from peft import set_peft_model_state_dict
 
-    tensors, _ = read(folder)
+    tensors, settings = read(folder)
     differences = compare(state(transformer), tensors, values=False)
+    alpha = transformer.peft_config["default"].lora_alpha
+    if settings.get("lora_alpha", alpha) != alpha:
+        differences.append(f"it was trained with lora.lora_alpha={settings['lora_alpha']:g}, not {alpha:g}")
     if differences:
         raise UserError(listed(f"{folder / WEIGHTS} does not fit this model and lora settings:", differences))
     set_peft_model_state_dict(transformer, tensors)

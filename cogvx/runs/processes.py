@@ -29,13 +29,27 @@ def run(folder: Path, *, isolated: bool) -> int:
     count = configuration.read(folder / record.CONFIG).parallel.num_processes
     if count == 1 and not isolated:
         return run_here(folder)
+    (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
     ranks = start(folder, count)
     signal.signal(signal.SIGTERM, lambda number, frame: [rank.terminate() for rank in ranks])
     codes = wait(ranks)
-    for rank, code in enumerate(codes):
-        if code == FAILED and codes[0] != FAILED:
-            print(log_of(folder, rank).read_text(encoding="utf-8"), file=sys.stderr, end="")
+    if any(codes):
+        tell_of_ranks(folder, codes)
     return next((code for code in (FAILED, *sorted(set(codes))) if code in codes and code != 0), 0)
+
+
+def tell_of_ranks(folder: Path, codes: list[int]) -> None:
+    """Shows the end of the logs of failed ranks, unless rank 0 has already said the same to the terminal; and sees that there is
+    a summary, which a killed process could not write."""
+    for rank, code in enumerate(codes):
+        if (rank > 0 and code not in (0, FAILED, 130, 143)) or (rank > 0 and code == FAILED != codes[0]):
+            last = log_of(folder, rank).read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+            print(
+                "\n".join([f"rank {rank} ended with exit code {code}; the end of {log_of(folder, rank)}:", *last]),
+                file=sys.stderr,
+            )
+    if not (folder / record.SUMMARY).is_file():
+        record.finish(folder, {"status": "failed", "reason": f"exit codes of the processes: {codes}"})
 
 
 def start(folder: Path, count: int) -> list[subprocess.Popen]:

@@ -5,6 +5,7 @@ The folder holds one configuration for good. Whatever runs, runs from its config
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,6 +13,7 @@ import platform
 import secrets
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from cogvx import config as configuration
@@ -19,6 +21,14 @@ from cogvx.config import Config
 from cogvx.errors import UserError, listed
 
 CONFIG, ENVIRONMENT, SUMMARY = "config.yaml", "environment.json", "summary.json"
+STARTS = (
+    "command",
+    "started",
+    "git_commit",
+    "git_dirty",
+    "python",
+    "device",
+)  # what is kept of a start when the run is resumed
 PROJECT = Path(__file__).parent.parent.parent
 
 
@@ -43,6 +53,25 @@ def open_folder(config: Config) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from running in the folder at the same time. The lock ends with this process, however it ends."""
+    import fcntl
+
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by another process ({file.read().strip() or 'unknown'}): wait for it, or stop it"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
 def new_folder() -> Path:
     return Path.cwd() / "outputs" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
 
@@ -59,14 +88,18 @@ def finish(folder: Path, summary: dict) -> None:
 
 def environment(folder: Path, command: list[str]) -> None:
     """Records what the result may depend on besides the configuration, and the code's uncommitted changes as a patch."""
-    commit, patch = git("rev-parse", "HEAD"), git("diff", "HEAD", "--binary")
+    patch = git("diff", "HEAD", "--binary")
     if patch:
-        (folder / "uncommitted.patch").write_text(patch + "\n", encoding="utf-8")
+        (folder / "uncommitted.patch").write_text(patch, encoding="utf-8")
+    earlier = read_json(folder / ENVIRONMENT)
     note(
         folder,
+        earlier_starts=[*earlier.get("earlier_starts", []), {n: earlier[n] for n in STARTS if n in earlier}]
+        if earlier
+        else [],
         command=command,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        git_commit=commit,
+        git_commit=(git("rev-parse", "HEAD") or "").strip() or None,
         git_dirty=bool(git("status", "--porcelain")),
         python=platform.python_version(),
         platform=platform.platform(),
@@ -88,7 +121,7 @@ def git(*arguments: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return ran.stdout.strip() if ran.returncode == 0 else None
+    return ran.stdout if ran.returncode == 0 else None
 
 
 def read_json(path: Path) -> dict:

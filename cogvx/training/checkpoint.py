@@ -20,6 +20,7 @@ from cogvx.model import lora
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.pt"
+HYPERPARAMETERS = ("betas", "eps", "weight_decay", "decoupled_weight_decay")  # as configured, not as stored
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,12 @@ class TrainingState:
         """Restores everything; returns the number of optimizer steps done and the losses not logged yet."""
         lora.load(self.transformer, folder)
         stored = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        asked_for = [
+            {name: group[name] for name in HYPERPARAMETERS if name in group} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(stored["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, asked_for, strict=True):
+            group.update(settings)
         if self.scaler is not None and stored["scaler"] is not None:
             self.scaler.load_state_dict(stored["scaler"])
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -78,6 +84,7 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
     """Saves, reads back and compares before the first step, so that nothing unsavable trains for hours."""
     folder = run_folder / "checkpoints" / "rehearsal.partial"
     try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run
         folder.mkdir(parents=True)
         state.save(folder, 0, [])
         tensors, settings = lora.read(folder)
@@ -122,9 +129,8 @@ def newest(place: Path) -> Path:
 
 def all_complete(run_folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(
-        p for p in (run_folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name) and is_complete(p)
-    )
+    found = (path for path in (run_folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name))
+    return sorted(filter(is_complete, found), key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def is_complete(folder: Path) -> bool:

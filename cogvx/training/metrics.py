@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cogvx.runs.record import read_lines
+from cogvx.runs.record import read_lines, write_whole
 from cogvx.training.tracking import Tracking
 
 
@@ -16,7 +16,7 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         self.tracking = tracking
         self.kept = [line for line in read_lines(self.path) if line["step"] <= resumed_at] if resumed_at else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.kept), encoding="utf-8")
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
         tracking.start(folder, config)
 
     def has(self, name: str, step: int) -> bool:

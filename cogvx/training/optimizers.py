@@ -18,9 +18,18 @@ class Optimizer:
         raise TypeError(f"{type(self).__name__} has no build()")
 
     def problems(self) -> list[str]:
-        if not self.learning_rate >= 0:
-            return [f"optimizer.learning_rate={self.learning_rate}: must be 0 or more"]
-        return []
+        found = (
+            []
+            if 0 <= self.learning_rate < 100
+            else [f"optimizer.learning_rate={self.learning_rate}: must be 0 or more"]
+        )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name, 0) < 1:
+                found.append(f"optimizer.{name}={getattr(self, name)}: must be from 0 up to, but not, 1")
+        for name in ("epsilon", "weight_decay"):
+            if not 0 <= getattr(self, name, 0) < 100:
+                found.append(f"optimizer.{name}={getattr(self, name)}: must be 0 or more")
+        return found
 
 
 @dataclass

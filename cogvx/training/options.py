@@ -7,9 +7,9 @@ from enum import Enum
 class Precision(Enum):
     """Of the frozen weights and the arithmetic. What is trained, and the objective, are fp32 always."""
 
-    no = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
+    no = "float32"  # torch's names
+    fp16 = "float16"
+    bf16 = "bfloat16"
 
 
 @dataclass
@@ -67,6 +67,10 @@ class Validation:
             for name in ("validation_steps", "num_inference_steps", "heldout_steps", "heldout_timesteps")
             if (value := getattr(self, name)) is not None and value < 1
         ]
+        if self.num_inference_steps > 1000:
+            found.append(
+                f"validation.num_inference_steps={self.num_inference_steps}: must be at most 1000; 50 are usual"
+            )
         if self.num_validation_videos < 0:
             found.append(f"validation.num_validation_videos={self.num_validation_videos}: must be 0 (none) or more")
         if self.validation_prompt is not None and self.validation_prompts_file is not None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils.memory import clear_device_cache
 from safetensors import safe_open
 
@@ -16,14 +18,11 @@ from cogvx.config import Config
 from cogvx.data.cache import Cache, key_of
 from cogvx.data.encode import EncodedClip, Encoder, encode_clips, encode_prompts
 from cogvx.data.inspect import write_contact_sheet, write_report
-from cogvx.data.sources import held_out
 from cogvx.errors import UserError, listed
 from cogvx.model.checkpoint import Checkpoint
 from cogvx.runs import record
 from cogvx.training.options import Precision
 from cogvx.training.validation import given_prompts
-
-DTYPES = {Precision.no: torch.float32, Precision.fp16: torch.float16, Precision.bf16: torch.bfloat16}
 
 
 def start_processes(config: Config) -> Accelerator:
@@ -43,7 +42,23 @@ def start_processes(config: Config) -> Accelerator:
         raise UserError(
             f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; 2B trains in fp16, 5B needs a newer GPU"
         )
-    accelerator = Accelerator(mixed_precision=precision.name, cpu=not gpu)
+    if torch.cuda.is_available() and torch.cuda.device_count() < config.parallel.num_processes:
+        raise UserError(
+            f"parallel.num_processes={config.parallel.num_processes}: torch sees {torch.cuda.device_count()} GPU(s), and each "
+            f"process needs its own"
+        )
+    accelerator = Accelerator(
+        mixed_precision=precision.name,
+        cpu=not gpu,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False
+            ),  # they never change; without held-out clips a rank skips forwards
+            InitProcessGroupKwargs(
+                timeout=timedelta(days=1)
+            ),  # others wait while one downloads, encodes or makes videos
+        ],
+    )
     if accelerator.num_processes != config.parallel.num_processes:
         raise UserError(
             f"parallel.num_processes={config.parallel.num_processes}, but accelerate runs {accelerator.num_processes}: "
@@ -68,24 +83,33 @@ class Prepared:
         validation_prompts = given_prompts(config)
         with accelerator.main_process_first():  # what it downloads or renders is there for the others
             examples, model_folder = config.data.read(), config.model.prepare()
-        checkpoint = Checkpoint(model_folder, accelerator.device, DTYPES[config.train.mixed_precision])
+        checkpoint = Checkpoint(model_folder, accelerator.device, getattr(torch, config.train.mixed_precision.value))
         require_legal_sizes(config, checkpoint)
         say(f"model   {config.model.path}, {checkpoint.dtype} on {accelerator.device}")
 
         vae, text = encoders(checkpoint, cache, tiling=config.memory.vae_tiling)
         clips, rejected = encode_clips(examples, config.data, cache, vae, say)
-        out = list(held_out(len(clips), config.data.validation_fraction, config.data.validation_seed))
+        out = config.data.held_out(len(clips))
         if accelerator.is_main_process:
             write_report(folder, clips, out, rejected)
             write_contact_sheet(folder, clips, out)
             fingerprint = key_of([(clip.example.prompt, cache.fingerprint(clip.example.video)) for clip in clips])
+            before = record.read_json(folder / record.ENVIRONMENT).get("data_fingerprint", fingerprint)
+            if fingerprint != before:
+                say(
+                    "warning the clips or captions are not those this run began with; what it trains from here on is another mix"
+                )
             record.note(
                 folder, device=device_name(accelerator.device), processes=accelerator.num_processes,
-                model_folder=str(model_folder), model_commit=hub_commit(model_folder), data_fingerprint=fingerprint,
+                model_folder=str(model_folder), model_commit=checkpoint.hub_commit(), data_fingerprint=fingerprint,
             )  # fmt: skip
         train = [clip for clip, aside in zip(clips, out, strict=True) if not aside]
         aside = [clip for clip, aside in zip(clips, out, strict=True) if aside]
         describe_clips(clips, len(train), config, say)
+        say(
+            f"clips   {record.shown(folder / 'contact_sheet.png')} shows what the model sees of them, dataset_report.csv says it"
+        )
+        require_equal_lengths(train, config)
         if validation_prompts is None:
             validation_prompts = [(aside or train)[0].example.prompt]
         prompts = ["", *(clip.example.prompt for clip in clips), *validation_prompts]
@@ -95,6 +119,18 @@ class Prepared:
 
     def embeds(self, prompt: str) -> torch.Tensor:
         return read_tensor(self.prompts[prompt], "prompt_embeds")
+
+
+def require_equal_lengths(clips: list[EncodedClip], config: Config) -> None:
+    """Clips of a batch are stacked."""
+    frames = sorted({clip.about["frames"] for clip in clips})
+    if config.train.train_batch_size > 1 and len(frames) > 1:
+        shapes = [f"{sum(clip.about['frames'] == n for clip in clips)} clips of {n} frames" for n in frames]
+        raise UserError(
+            f"train.train_batch_size={config.train.train_batch_size} needs clips of one length, and there are {', '.join(shapes)}. "
+            f"Either train.train_batch_size=1 train.gradient_accumulation_steps={config.train.train_batch_size}, "
+            f"or data.max_num_frames={frames[0]}, or data.min_num_frames={frames[-1]} to leave the shorter ones out"
+        )
 
 
 def require_legal_sizes(config: Config, checkpoint: Checkpoint) -> None:
@@ -129,13 +165,6 @@ def describe_clips(clips: list[EncodedClip], train: int, config: Config, say: Ca
         )
     if train == len(clips):
         say("warning no clip is held out, so there is no held-out loss: add clips, or set data.validation_fraction")
-    if config.train.train_batch_size > 1 and len(frames) > 1:
-        shapes = [f"{sum(clip.about['frames'] == n for clip in clips)} clips of {n} frames" for n in frames]
-        raise UserError(
-            f"train.train_batch_size={config.train.train_batch_size} needs clips of one length, and there are {', '.join(shapes)}. "
-            f"Either train.train_batch_size=1 train.gradient_accumulation_steps={config.train.train_batch_size}, "
-            f"or data.max_num_frames={frames[0]}, or data.min_num_frames={frames[-1]} to leave the shorter ones out"
-        )
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
@@ -149,8 +178,3 @@ def device_name(device: torch.device) -> str:
         if device.type == "cuda"
         else f"{device.type}, {torch.get_num_threads()} threads"
     )
-
-
-def hub_commit(model_folder: Path) -> str | None:
-    """The commit of a hub snapshot, which its folder is named after."""
-    return model_folder.name if model_folder.parent.name == "snapshots" else None

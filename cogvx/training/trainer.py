@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from cogvx.config import Config, as_dict
 from cogvx.data.encode import EncodedClip
@@ -72,6 +71,7 @@ class Trainer:
     asked_to_stop: int | None = None  # the signal that asked
     clock: float = field(default_factory=time.monotonic)  # when the steps since the last log began,
     timed_from: int = 0  # and after which step
+    grad_norm: torch.Tensor | None = None  # of the last step, on the device
     since_logged: list[torch.Tensor] = field(default_factory=list)  # losses, on the device
 
     @classmethod
@@ -109,13 +109,17 @@ class Trainer:
         say(
             f"lora    rank {self.config.lora.rank}, alpha {self.config.lora.lora_alpha:g}: {count / 1e6:.2f} M trainable parameters"
         )
-        if self.step >= self.steps:
+        if self.step > self.steps:
             raise UserError(
                 f"the checkpoint is at step {self.step} and train.max_train_steps is {self.steps}: raise it to go on"
             )
         if self.accelerator.is_main_process:
             checkpoints.rehearse(self.folder, self.state, kept=self.checkpoints_kept())
-        before = latest = self.evaluate(base=True)
+        self.write_videos(base=True)
+        before = self.evaluate(base=True)
+        latest = (
+            self.evaluate() if self.step == self.steps else before
+        )  # all steps done, but it was killed before the end
         say(
             f"train   steps {self.step + 1} to {self.steps}"
             + (f"; held-out loss of the base model {before}" if before else "")
@@ -123,13 +127,13 @@ class Trainer:
         with self.stop_signals(), self.progress_bar() as progress:
             self.clock = time.monotonic()
             while self.step < self.steps and not self.must_stop():
-                loss, grad_norm, rate = self.optimizer_step()
+                loss, self.grad_norm, rate = self.optimizer_step()
                 self.since_logged.append(loss)
                 self.step += 1
                 progress.update()
                 at_end = self.step == self.steps
                 if self.step % train.logging_steps == 0 or at_end:
-                    self.log(progress, grad_norm, rate)
+                    self.log(progress, rate)
                 if self.step % validation.heldout_steps == 0 or at_end:
                     latest = self.evaluate()
                 if validation.validation_steps and self.step % validation.validation_steps == 0 and not at_end:
@@ -147,12 +151,11 @@ class Trainer:
 
     def finished(self, before: HeldOutLoss | None, after: HeldOutLoss | None) -> dict:
         say = self.accelerator.print
-        videos = self.write_videos()
         prompt = (self.data.validation_prompts or [self.data.train[0].example.prompt])[0]
         if self.accelerator.is_main_process:
-            lines = export.deliver(
-                self.folder, self.state.transformer, self.config, prompt, self.data.checkpoint.geometry()
-            )
+            lines = export.deliver(self.folder, self.state.transformer, self.config, prompt, self.data.checkpoint)
+        videos = self.write_videos()  # after the result is safe
+        if self.accelerator.is_main_process:
             if before and after:
                 verdict = (
                     "lower" if after.mean < before.mean else "NOT lower: more steps or another learning rate may help"
@@ -215,31 +218,38 @@ class Trainer:
 
     # -- seeing and keeping -------------------------------------------------------------------------------------------
 
-    def log(self, progress, grad_norm: torch.Tensor, rate: float) -> None:
+    def log(self, progress, rate: float) -> None:
         """The mean over the steps since the last call, and over all processes. The only place where the step's numbers are
         waited for."""
         loss = self.accelerator.reduce(torch.stack(self.since_logged).mean(), reduction="mean").item()
         seconds = (time.monotonic() - self.clock) / (self.step - self.timed_from)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {self.step}. Last good state: the newest checkpoint in {self.folder}/checkpoints. "
-                f"Usual causes: optimizer.learning_rate={self.config.optimizer.learning_rate} too high, fp16 where bf16 is needed"
-            )
+        self.require_finite([loss])
         self.since_logged.clear()
         self.clock, self.timed_from = time.monotonic(), self.step
+        grad_norm = float(self.grad_norm)
         progress.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}", refresh=sys.stderr.isatty())
         if self.metrics:
             self.metrics.log(
-                self.step, loss=loss, grad_norm=float(grad_norm), lr=rate, seconds=round(seconds, 4),
+                self.step, loss=loss, grad_norm=grad_norm if math.isfinite(grad_norm) else None, lr=rate, seconds=round(seconds, 4),
                 peak_memory_gib=peak_memory_gib(self.accelerator.device),
             )  # fmt: skip
 
+    def require_finite(self, losses: list[float]) -> None:
+        """Nothing that is not a number is logged or kept. fp16's loss scaling skips steps with infinite gradients by design."""
+        wrong = [loss for loss in losses if not math.isfinite(loss)]
+        if self.accelerator.scaler is None and self.grad_norm is not None and not math.isfinite(self.grad_norm):
+            wrong.append(float(self.grad_norm))
+        if wrong:
+            raise UserError(
+                f"the loss or its gradient is {wrong[0]} at step {self.step}. The checkpoints in {self.folder} are from before. "
+                f"Usual causes: optimizer.learning_rate={self.config.optimizer.learning_rate} too high, fp16 where bf16 is needed"
+            )
+
     def evaluate(self, *, base: bool = False) -> HeldOutLoss | None:
         """The held-out loss now, or the base model's, which stands in metrics.jsonl as step 0."""
-        clips = [self.load_batch([clip], [clip.example.prompt]) for clip in self.data.held_out]
-        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        clips, timesteps = self.data.held_out, self.config.validation.heldout_timesteps
         with self.not_timed(), self.adapters_off() if base else contextlib.nullcontext():
-            found = heldout_loss(self.model, clips, self.config.validation.heldout_timesteps, gather_object, share)
+            found = heldout_loss(self.model, len(clips), self.load_held_out, timesteps, self.accelerator)
         step = 0 if base else self.step
         if self.metrics and found and not self.metrics.has("heldout_loss", step):
             self.metrics.log(
@@ -247,6 +257,10 @@ class Trainer:
                 heldout_by_timestep={str(t): loss for t, loss in found.by_timestep.items()},
             )  # fmt: skip
         return found
+
+    def load_held_out(self, index: int) -> Batch:
+        clip = self.data.held_out[index]
+        return self.load_batch([clip], [clip.example.prompt])
 
     @contextlib.contextmanager
     def adapters_off(self):
@@ -262,7 +276,8 @@ class Trainer:
         yield
         self.clock += time.monotonic() - started
 
-    def write_videos(self) -> list[Path]:
+    def write_videos(self, *, base: bool = False) -> list[Path]:
+        """The videos of this step; or only the base model's, before the first step, so that a lack of memory shows then."""
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return []
@@ -271,7 +286,10 @@ class Trainer:
             {prompt: self.data.embeds(prompt) for prompt in self.data.validation_prompts}, self.data.embeds(""),
         )  # fmt: skip
         with self.not_timed():
-            written = videos.write(self.state.transformer, self.step)
+            if base:
+                with self.adapters_off():
+                    videos.write_base(self.state.transformer)
+            written = [] if base else videos.write(self.state.transformer, self.step)
         self.metrics.tracking.videos(written, self.step)
         self.accelerator.wait_for_everyone()
         return written
@@ -280,6 +298,7 @@ class Trainer:
         limit = self.config.train.checkpoints_total_limit
         with self.not_timed():
             losses = [self.accelerator.reduce(loss, reduction="mean").item() for loss in self.since_logged]
+            self.require_finite(losses)
             if self.accelerator.is_main_process:
                 checkpoints.write(self.folder, self.state, self.step, losses, limit=limit)
             self.accelerator.wait_for_everyone()
@@ -295,7 +314,7 @@ class Trainer:
             initial=self.step,
             desc="train ",
             unit="step",
-            disable=not self.accelerator.is_main_process,
+            disable=not self.accelerator.is_main_process or self.step == self.steps,
         )
 
     # -- stopping -----------------------------------------------------------------------------------------------------

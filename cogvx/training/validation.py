@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from cogvx.config import Config
 from cogvx.data.sources import text_of
@@ -33,29 +35,30 @@ class HeldOutLoss:
 
 
 def heldout_loss(
-    model: CogVideoX, clips: list[Batch], timesteps: int, gather: Callable[[list], list], share: slice
+    model: CogVideoX, clips: int, load: Callable[[int], Batch], timesteps: int, accelerator: Accelerator
 ) -> HeldOutLoss | None:
     """The training loss without caption dropout, at fixed timesteps with fixed noise; None without held-out clips.
 
-    gather joins lists across processes, of which this one computes clips[share].
+    load(index) gives a clip as a batch of one. Processes share the clips.
     """
     if not clips:
         return None
     fixed = [int((k + 0.5) * model.num_timesteps / timesteps) for k in range(timesteps)]
     mine = []
     with torch.no_grad():
-        for index in range(len(clips))[share]:
+        for index in range(accelerator.process_index, clips, accelerator.num_processes):
+            batch = load(index)
             for timestep in fixed:
                 draw = FixedDraw(
                     seed=HELD_OUT_SEED, samples=[(timestep, index)], device=model.device, timestep=timestep
                 )
-                mine.append((index, timestep, training_loss(model, clips[index], draw).item()))
-    losses = {(index, timestep): loss for index, timestep, loss in gather(mine)}
-    per_clip = [statistics.fmean(losses[index, t] for t in fixed) for index in range(len(clips))]
+                mine.append((index, timestep, training_loss(model, batch, draw).item()))
+    losses = {(index, timestep): loss for index, timestep, loss in gather_object(mine)}
+    per_clip = [statistics.fmean(losses[index, t] for t in fixed) for index in range(clips)]
     return HeldOutLoss(
         mean=statistics.fmean(per_clip),
         standard_error=statistics.stdev(per_clip) / len(per_clip) ** 0.5 if len(per_clip) > 1 else None,
-        by_timestep={t: statistics.fmean(losses[index, t] for index in range(len(clips))) for t in fixed},
+        by_timestep={t: statistics.fmean(losses[index, t] for index in range(clips)) for t in fixed},
     )
 
 
@@ -88,24 +91,34 @@ class Videos:
     prompt_embeds: dict[str, torch.Tensor]  # of every validation prompt
     negative_prompt_embeds: torch.Tensor
 
+    def write_base(self, transformer) -> None:
+        """The base model's videos, unless they are there. `transformer` has its adapters switched off."""
+        missing = [
+            (name, prompt, seed) for name, prompt, seed in self.wanted() if not self.frames_of_base(name).is_file()
+        ]
+        vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling) if missing else None
+        for name, prompt, seed in missing:
+            frames = self.generate(transformer, vae, prompt, seed, f"video {name}, base model")
+            self.save(self.frames_of_base(name).with_suffix(".mp4"), frames)
+            partial = self.frames_of_base(name).with_suffix(".partial.npz")
+            numpy.savez_compressed(partial, frames=frames)
+            partial.replace(self.frames_of_base(name))
+
+    def frames_of_base(self, name: str) -> Path:
+        """Kept beside the mp4 without its losses, for the later comparisons."""
+        return self.folder / "validation" / "base" / f"{name}.npz"
+
     def write(self, transformer, step: int) -> list[Path]:
-        """The mp4 files of this step: before (base) on the left, after on the right."""
+        """The mp4 files of this step: before (base) on the left, after on the right. write_base() comes first."""
         if not self.prompt_embeds:
             return []
         vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling)
-        here, base = self.folder / "validation" / f"step_{step:06d}", self.folder / "validation" / "base"
+        here = self.folder / "validation" / f"step_{step:06d}"
         written = []
         for name, prompt, seed in self.wanted():
-            before = base / f"{name}.npz"
-            if not before.is_file():
-                transformer.disable_adapters()
-                frames = self.generate(transformer, vae, prompt, seed, f"video {name}, base model")
-                transformer.enable_adapters()
-                self.save(base / f"{name}.mp4", frames)
-                numpy.savez_compressed(before, frames=frames)
             tuned = self.generate(transformer, vae, prompt, seed, f"video {name}, step {step}")
             self.save(here / f"{name}.mp4", tuned)
-            both = side_by_side(numpy.load(before)["frames"], tuned)
+            both = side_by_side(numpy.load(self.frames_of_base(name))["frames"], tuned)
             self.save(here / f"{name}_before_after.mp4", both)
             written.append(here / f"{name}_before_after.mp4")
             write_strip(here / f"{name}_before_after.png", both)

@@ -82,6 +82,18 @@ def test_bad_clips_are_named_and_the_others_go_on(compose, clips, nano_folder, t
     assert "warning videos.txt:5 4.mp4 is empty (0 bytes); left out" in said
 
 
+def test_a_higher_minimum_leaves_cached_clips_out_without_encoding_again(
+    compose, clips, make_clip, nano_folder, tmp_path
+):
+    make_clip(clips / "videos" / "2.mp4", frames=6)
+    cache, loads = Cache(tmp_path / "cache"), []
+    for least, kept in ((5, 6), (9, 5)):
+        data = compose(f"data.instance_data_root={clips}", f"data.min_num_frames={least}").data
+        encoded, rejected = encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
+        assert (len(encoded), len(rejected)) == (kept, 6 - kept)
+    assert len(loads) == 1 and "too short: 5 frames" in rejected[0].reason
+
+
 def test_too_many_bad_clips_stop_the_run(compose, clips, nano_folder, tmp_path):
     for name in ("1.mp4", "4.mp4"):
         (clips / "videos" / name).write_bytes(b"no video")

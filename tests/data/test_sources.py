@@ -4,7 +4,6 @@ import csv
 
 import pytest
 
-from cogvx.data.sources import held_out
 from cogvx.errors import UserError
 
 
@@ -138,9 +137,11 @@ def test_a_dataset_that_cannot_be_fetched_says_why_it_may_be(compose):
 
 
 @pytest.mark.parametrize(
-    ("examples", "fraction", "count"), [(12, 0.15, 2), (3, 0.15, 1), (2, 0.9, 1), (1, 0.5, 0), (9, 0, 0)]
+    ("examples", "fraction", "count"),
+    [(12, 0.15, 2), (3, 0.15, 1), (2, 0.9, 1), (1, 0.5, 0), (9, 0, 0), (999, 0.5, 20)],
 )
-def test_some_are_held_out_but_never_all(examples, fraction, count):
-    chosen = list(held_out(examples, fraction, seed=0))
+def test_some_are_held_out_but_never_all(compose, examples, fraction, count):
+    data = compose(f"data.validation_fraction={fraction}").data
+    chosen = data.held_out(examples)
     assert (len(chosen), sum(chosen)) == (examples, count)
-    assert chosen == list(held_out(examples, fraction, seed=0))
+    assert chosen == data.held_out(examples)

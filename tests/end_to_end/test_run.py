@@ -111,6 +111,17 @@ def test_stopping_and_resuming_changes_nothing(run, compose, tmp_path):
         assert metrics(whole, name) == metrics(again, name)
 
 
+def test_a_run_killed_after_its_last_step_is_finished(run):
+    whole = run("a", *SHORT, *QUICK_VIDEO)
+    for path in (whole / lora.WEIGHTS, whole / "summary.json", *(whole / "validation").glob("step_*/*")):
+        path.unlink()
+    before = metrics(whole, "loss")
+    again = run("a", *SHORT, *QUICK_VIDEO)
+    assert json.loads((again / "summary.json").read_text())["status"] == "done"
+    assert (again / lora.WEIGHTS).is_file() and metrics(again, "loss") == before
+    assert (again / "validation/step_000012/01_seed42.mp4").is_file()
+
+
 def test_resuming_from_another_runs_checkpoint(run):
     first = run("a", *SHORT)
     on = run("b", *SHORT, f"train.resume={first}/checkpoints/step_000004")
@@ -166,7 +177,7 @@ def test_unequal_clips_in_a_batch_are_refused_in_words(run, clips, make_clip, ca
     make_clip(clips / "videos" / "0.mp4", frames=6)
     run("a", f"data.instance_data_root={clips}", "train.train_batch_size=2", expect=2)
     said = capfd.readouterr().err
-    assert "1 clips of 5 frames, 5 clips of 9 frames" in said and "data.min_num_frames=9" in said
+    assert "1 clips of 5 frames, 4 clips of 9 frames" in said and "data.min_num_frames=9" in said
     run("b", *SHORT, f"data.instance_data_root={clips}")
 
 
@@ -290,6 +301,30 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, cache, tmp_path
 
 
 @pytest.mark.slow
+def test_a_single_held_out_clip_in_two_processes(launch, cache, tmp_path):
+    """One of them has none to evaluate; it must not wait for the other for ever."""
+    ran = launch(*arguments(cache, tmp_path / "a", *SHORT, "parallel=ddp", "data.validation_fraction=0.05"))
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.slow
+def test_stopping_a_multirun_stops_all_of_it(cache, tmp_path):
+    settings = arguments(
+        cache, "null", "train.max_train_steps=2000", "train.checkpointing_steps=5", f"hydra.sweep.dir={tmp_path}"
+    )
+    command = [sys.executable, str(PROJECT / "launch.py"), "-m", *settings, "seed=0,1,2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "0/checkpoints").glob("step_00000*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, complaints = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in complaints
+    assert not (tmp_path / "1").exists()
+    assert json.loads((tmp_path / "0/summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
 def test_a_mistake_in_two_processes_is_said_once_with_exit_code_2(launch, cache, tmp_path):
     ran = launch(*arguments(cache, tmp_path / "a", "parallel=ddp", f"data.instance_data_root={tmp_path / 'nowhere'}"))
     assert ran.returncode == 2
@@ -343,5 +378,5 @@ def test_a_full_disk_is_said_in_words(run, monkeypatch, capfd):
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
     monkeypatch.setattr(cache.Path, "rename", full)
     run("b", f"model.path={folder}/nano", expect=2)
-    assert "No space left on device. Free some space there, or set data.cache_dir" in capfd.readouterr().err
+    assert "No space left on device. If the disk is full, free some space there" in capfd.readouterr().err
     assert not list(folder.glob("*.partial"))

@@ -82,6 +82,12 @@ def test_another_rank_is_refused_with_the_shapes(nano_folder, tmp_path):
         lora.load(trained(nano_folder, 8, 2), tmp_path)
 
 
+def test_another_alpha_is_refused(nano_folder, tmp_path):
+    lora.save(trained(nano_folder, 4, 2), tmp_path)
+    with pytest.raises(UserError, match=r"trained with lora\.lora_alpha=2, not 8"):
+        lora.load(trained(nano_folder, 4, 8), tmp_path)
+
+
 def test_a_target_that_matches_nothing_is_named(nano_folder):
     transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
     with pytest.raises(UserError, match=r"no linear layer is called to_w.*attn1.to_q"):

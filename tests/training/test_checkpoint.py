@@ -65,6 +65,24 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_says_how_to_go_on(state,
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
 
 
+def test_a_resumed_optimizer_has_the_settings_asked_for(state, tmp_path):
+    folder = checkpoints.write(tmp_path, state, 3, [0.5], limit=None)
+    parameters = lora.trainable(state.transformer)
+    other = checkpoints.TrainingState(
+        state.transformer, torch.optim.AdamW(parameters, betas=(0.8, 0.9), weight_decay=0.5), None
+    )
+    assert other.load(folder) == (3, [0.5])
+    assert (other.optimizer.param_groups[0]["betas"], other.optimizer.param_groups[0]["weight_decay"]) == (
+        (0.8, 0.9),
+        0.5,
+    )
+
+
+def test_a_rehearsal_that_was_killed_does_not_stop_the_next(state, tmp_path):
+    (tmp_path / "checkpoints" / "rehearsal.partial").mkdir(parents=True)
+    checkpoints.rehearse(tmp_path, state, kept=1)
+
+
 def test_the_rehearsal_leaves_nothing_and_finds_what_cannot_be_saved(state, tmp_path, monkeypatch):
     checkpoints.rehearse(tmp_path, state, kept=2)
     assert list((tmp_path / "checkpoints").iterdir()) == []
