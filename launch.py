@@ -138,6 +138,7 @@ def entry(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         overrides, folder, searchpath = arguments, configuration.CONF, ()
         try:
+            arguments = [configuration.as_text(argument) for argument in arguments]
             translated = from_record(arguments, Path(scratch))
             if translated and translated[0] == "--config-path":
                 folder, searchpath = Path(scratch), (str(configuration.CONF),)

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -256,6 +257,19 @@ def compose_config(overrides: list[str], folder: Path = CONF, searchpath: tuple[
     return check(composed, choices)
 
 
+def as_text(argument: str) -> str:
+    """KEY=VALUE, with the value quoted if Hydra's grammar has no place for it: paths and prompts with brackets, umlauts or =."""
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-"):
+        return argument
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        escaped = value.replace("'", "\\'")
+        return f"{key}='{escaped}'"
+    return argument
+
+
 def composed_from(overrides: list[str], folder: Path, searchpath: tuple[str, ...] = ()) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
@@ -314,13 +328,6 @@ def in_words(error: Exception, override: str, known: list[str]) -> str:
         return f"unknown setting {key}{nearest(key, [k for k in known if not k.startswith('hydra.')])}"
     if text.startswith("Ambiguous value"):
         return f"{override}: to run one job for each value, add -m; for a list, write [{value}]; for text, quote it: '{key}=\"{value}\"'"
-    if (
-        "mismatched input" in text
-        or "token recognition" in text
-        or "no viable alternative" in text
-        or "extraneous input" in text
-    ):
-        return f"{override}: Hydra cannot parse this; put quotes inside quotes, as in '{key}=\"{value}\"', or use a file for prompts"
     return f"{override}: {first_line(error)}"
 
 

@@ -65,12 +65,13 @@ def transformer():
 
 
 def vae():
+    """Tiles are half of sample_height and sample_width; of these sizes their overlaps are whole latent pixels, as the 2B's are."""
     from diffusers import AutoencoderKLCogVideoX
 
     return AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3,
         block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=LATENT_CHANNELS,
-        sample_height=64, sample_width=64, scaling_factor=SCALING_FACTOR,
+        sample_height=96, sample_width=80, scaling_factor=SCALING_FACTOR,
     )  # fmt: skip
 
 

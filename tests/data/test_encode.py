@@ -6,7 +6,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 
 from cogvx.data.cache import Cache, key_of
-from cogvx.data.encode import Encoder, encode_clips, encode_prompts
+from cogvx.data.encode import Encoder, encode_clips, encode_prompts, latent_moments
 from cogvx.errors import UserError
 from cogvx.model.checkpoint import Checkpoint
 
@@ -63,6 +63,16 @@ def test_cached_moments_are_the_vaes_posterior(compose, clips, nano_folder, tmp_
         expected = vae.encode(pixels).latent_dist
     cached = DiagonalGaussianDistribution(load_file(encoded[2].path)["latent_moments"][None])
     assert torch.equal(cached.mean, expected.mean) and torch.equal(cached.logvar, expected.logvar)
+
+
+def test_tiles_that_do_not_fit_are_refused(nano_folder):
+    vae = Checkpoint(nano_folder, CPU, torch.float32).vae(tiling=True)
+    encoder = Encoder(lambda: vae, "nano", torch.float32, CPU)
+    frames = torch.zeros(5, 3, 64, 96)
+    assert latent_moments(vae, frames, encoder).shape == (32, 2, 16, 24)
+    vae.enable_tiling(tile_sample_min_height=32)
+    with pytest.raises(UserError, match=r"memory\.vae_tiling=false"):
+        latent_moments(vae, frames, encoder)
 
 
 def test_half_a_cached_file_is_encoded_again(compose, clips, nano_folder, tmp_path):

@@ -147,6 +147,18 @@ def test_gradient_checkpointing_and_accumulation_do_not_change_the_result(run):
             assert torch.allclose(tensor, weights(other)[name], atol=2e-5), name
 
 
+def test_a_wide_clip_in_tiles_with_text_and_odd_names(run, tmp_path, make_clip):
+    root = tmp_path / "My Clips ü (1)"
+    for name in ("fahrräder 🚲.mp4", "b = 2, c.mp4", "it's.mp4"):
+        make_clip(root / name, frames=20, width=320, height=180)
+    (root / "videos.txt").write_text("fahrräder 🚲.mp4\nb = 2, c.mp4\nit's.mp4\n", encoding="utf-8")
+    (root / "prompts.txt").write_text('"Bikes" = many\na, b\n(c)\n', encoding="utf-8")
+    size = ["data.height=64", "data.width=96", "data.max_num_frames=13"]
+    folder = run("a", *SHORT, *QUICK_VIDEO, *size, "memory=balanced", f'data.instance_data_root="{root}"')
+    rows = list(csv.DictReader((folder / "dataset_report.csv").open(encoding="utf-8")))
+    assert [row["latent_shape"] for row in rows] == ["32x4x16x24"] * 3
+
+
 def test_bf16_trains_fp32_adapters(run):
     folder = run("a", *SHORT, "train.mixed_precision=bf16", "optimizer.learning_rate=1e-5")
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
