@@ -199,12 +199,8 @@ def read(path: Path) -> Config:
     """The configuration recorded in a file written from to_yaml()."""
     try:
         recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        choices = {
-            group: choice
-            for entry in recorded.pop("defaults")
-            if isinstance(entry, dict)
-            for group, choice in entry.items()
-        }
+        choices = choices_of(recorded)
+        del recorded["defaults"]
         if missing := [group for group in GROUPS if choices.get(group) not in GROUPS[group]]:
             raise UserError(f"{path}: its defaults list names no known option of {', '.join(missing)}")
         return check(OmegaConf.create(recorded), choices)
@@ -212,21 +208,25 @@ def read(path: Path) -> Config:
         raise UserError(f"{path} is not the configuration of a run: {error!r}") from error
 
 
+def choices_of(recorded: dict) -> dict[str, str]:
+    """The option of every group, from a record's defaults list."""
+    entries = [entry for entry in recorded["defaults"] if isinstance(entry, dict)]
+    return {group: option for entry in entries for group, option in entry.items() if group in GROUPS}
+
+
 def forget(recorded: dict, group: str) -> None:
     """Takes out of a record what an option of this group set, so that a newly chosen one brings its own: the group's values,
     those its file sets elsewhere, and those that conf/ takes from it, such as data.height from model.height."""
-    choices = {
-        g: c for entry in recorded["defaults"] if isinstance(entry, dict) for g, c in entry.items() if g in GROUPS
-    }
+    choices = choices_of(recorded)
     composed = composed_from([f"{g}={c}" for g, c in choices.items()], CONF)
     del composed["hydra"]
     for key, value in flat(OmegaConf.to_container(composed, resolve=False)).items():
         section, _, name = key.rpartition(".")
         if section and section != group and isinstance(value, str) and f"${{{group}." in value:
             recorded[section][name] = value
-    elsewhere = yaml.safe_load((CONF / group / f"{choices[group]}.yaml").read_text(encoding="utf-8"))
-    if "@package _global_" in (CONF / group / f"{choices[group]}.yaml").read_text(encoding="utf-8"):
-        for section, values in elsewhere.items():
+    option = (CONF / group / f"{choices[group]}.yaml").read_text(encoding="utf-8")
+    if "@package _global_" in option:
+        for section, values in yaml.safe_load(option).items():
             for name in values if section in SECTIONS else ():
                 del recorded[section][name]
     del recorded[group]
@@ -234,7 +234,7 @@ def forget(recorded: dict, group: str) -> None:
 
 def differences(ours: Config, theirs: Config) -> list[str]:
     """Keys that differ in what is computed, as `key: theirs -> ours`."""
-    one, other = flat(as_dict(theirs)), flat(as_dict(ours))
+    one, other = theirs.choices | flat(as_dict(theirs)), ours.choices | flat(as_dict(ours))
     keys = [key for key in dict.fromkeys([*one, *other]) if key not in NOT_COMPARED]
     return [f"{key}: {one.get(key)} -> {other.get(key)}" for key in keys if one.get(key) != other.get(key)]
 

@@ -130,6 +130,12 @@ def test_a_folder_holds_one_configuration(compose, tmp_path):
         record.open_folder(compose(f"output_dir={tmp_path}", "lora.rank=16"))
 
 
+def test_another_task_is_another_run(compose, tmp_path):
+    record.open_folder(compose(f"output_dir={tmp_path}", "task=encode"))
+    with pytest.raises(UserError, match="task: encode -> train"):
+        record.open_folder(compose(f"output_dir={tmp_path}"))
+
+
 def test_an_unwritable_output_folder_is_refused_before_torch(launch, tmp_path):
     (tmp_path / "file").write_text("")
     ran = launch(f"output_dir={tmp_path}/file/run")

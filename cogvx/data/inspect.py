@@ -41,7 +41,8 @@ def write_report(folder: Path, clips: list[EncodedClip], held_out: list[bool], r
 
 def write_contact_sheet(folder: Path, clips: list[EncodedClip], held_out: list[bool]) -> None:
     """First, middle and last frame of up to MOST_ON_SHEET clips, as resized and cropped for the model."""
-    from PIL import Image, ImageDraw
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
     from safetensors.torch import load_file
 
     shown = list(zip(clips, held_out, strict=True))[:MOST_ON_SHEET]
@@ -52,15 +53,15 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], held_out: list[b
     rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     pen = ImageDraw.Draw(sheet)
+    pen.font = ImageFont.truetype(
+        Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 10
+    )  # has most alphabets
     for number, ((clip, out), strip) in enumerate(zip(shown, strips, strict=True)):
         left, top = gap + number % columns * cell_width, gap + number // columns * cell_height
         for place, frame in enumerate(strip):
             sheet.paste(Image.fromarray(frame), (left + place * width, top))
-        pen.text(
-            (left, top + height + 1),
-            f"{clip.example.video.name}  {clip.about['frames']} frames{'  held out' if out else ''}",
-            "black",
-        )
+        label = f"{'held out: ' if out else ''}{clip.example.video.name}, {clip.about['frames']} frames"
+        pen.text((left, top + height + 1), fitted(pen, label, 3 * width), "black")
         pen.text((left, top + height + 14), fitted(pen, clip.example.prompt, 3 * width), "dimgray")
     sheet.save(folder / "contact_sheet.png")
 
