@@ -78,7 +78,7 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
     if folder is None and resume not in ("auto", "null"):
         folder = str(run_folder_of(Path(resume)))
         if Path(resume).absolute() == Path(folder).absolute() and all(a.startswith("train.resume=") for a in arguments):
-            arguments.append(f"output_dir='{Path(folder).absolute()}'")
+            arguments.append(f"output_dir={Path(folder).absolute()}")
     if folder is None:
         return arguments
     name = take_option(arguments, "--config-name", "-cn") or "config"
@@ -102,7 +102,7 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
     (scratch / "config.yaml").write_text(
         yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
-    arguments.append(f"hydra.searchpath=[{configuration.CONF}]")
+    arguments.append(f"hydra.searchpath=['{configuration.CONF}']")
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
     options = [a for a in arguments if a not in overrides]  # argparse wants the overrides in one place
     return ["--config-path", str(scratch), *options, *overrides]
@@ -137,9 +137,10 @@ def entry(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code. What a user can mend is said without a traceback, with exit code 2."""
     with tempfile.TemporaryDirectory() as scratch:
         overrides, folder, searchpath = arguments, configuration.CONF, ()
+        sweeping = bool({"-m", "--multirun"} & set(arguments))
         try:
-            arguments = [configuration.as_text(argument) for argument in arguments]
             translated = from_record(arguments, Path(scratch))
+            translated = [configuration.as_text(argument, sweeping=sweeping) for argument in translated]
             if translated and translated[0] == "--config-path":
                 folder, searchpath = Path(scratch), (str(configuration.CONF),)
             overrides = [
@@ -155,11 +156,7 @@ def entry(arguments: list[str]) -> int:
         except yaml.YAMLError as error:
             return say(f"a YAML file cannot be parsed: {error}")
         except (HydraException, OmegaConfBaseException) as error:
-            return say(
-                configuration.explain(
-                    error, overrides, folder, searchpath, sweeping=bool({"-m", "--multirun"} & set(arguments))
-                )
-            )
+            return say(configuration.explain(error, overrides, folder, searchpath, sweeping=sweeping))
     return max(exit_codes, default=0)
 
 

@@ -257,17 +257,29 @@ def compose_config(overrides: list[str], folder: Path = CONF, searchpath: tuple[
     return check(composed, choices)
 
 
-def as_text(argument: str) -> str:
-    """KEY=VALUE, with the value quoted if Hydra's grammar has no place for it: paths and prompts with brackets, umlauts or =."""
+def as_text(argument: str, *, sweeping: bool) -> str:
+    """KEY=VALUE, with the value quoted where it can only be meant as it stands: when Hydra's grammar has no place for it (paths
+    and prompts with brackets, umlauts or =), and when it is a text with commas that asks for no sweep."""
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-"):
         return argument
     try:
-        OverridesParser.create().parse_override(argument)
+        override = OverridesParser.create().parse_override(argument)
     except HydraException:
-        escaped = value.replace("'", "\\'")
-        return f"{key}='{escaped}'"
-    return argument
+        override = None
+    if override is not None and (
+        sweeping or not override.is_sweep_override() or key.lstrip("+") not in text_settings()
+    ):
+        return argument
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def text_settings() -> set[str]:
+    """The settings that hold text: prompts and paths."""
+    sections = [(group, c) for group, options in GROUPS.items() for c in options.values()] + list(SECTIONS.items())
+    found = {f"{section}.{f.name}" for section, c in sections for f in dataclasses.fields(c) if "str" in str(f.type)}
+    return found - {"lora.target_modules"} | {"output_dir"}
 
 
 def composed_from(overrides: list[str], folder: Path, searchpath: tuple[str, ...] = ()) -> DictConfig:
@@ -275,7 +287,7 @@ def composed_from(overrides: list[str], folder: Path, searchpath: tuple[str, ...
     try:
         with initialize_config_dir(str(folder.absolute()), version_base="1.3", job_name="cogvx"):
             composed = compose(
-                "config", [*(f"hydra.searchpath=[{p}]" for p in searchpath), *overrides], return_hydra_config=True
+                "config", [*(f"hydra.searchpath=['{p}']" for p in searchpath), *overrides], return_hydra_config=True
             )
     finally:
         GlobalHydra.instance().clear()

@@ -81,7 +81,20 @@ def test_a_wrong_setting_is_named_with_exit_code_2(launch, override, said):
     assert said in ran.stderr and "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize("text", ["/My Clips ü (1)", "a=b", "it's (a) cat", '"quoted" = yes', "🚲 {x}", "a: b; c"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/My Clips ü (1)",
+        "a=b",
+        "it's (a) cat",
+        '"quoted" = yes',
+        "🚲 {x}",
+        "a: b; c",
+        "a cat, a dog",
+        "/my clips, all",
+        "[x], y",
+    ],
+)
 def test_paths_and_prompts_are_taken_as_typed(launch, text):
     ran = launch(f"validation.validation_prompt={text}", "--cfg", "job")
     assert yaml.safe_load(ran.stdout)["validation"]["validation_prompt"] == text, ran.stderr

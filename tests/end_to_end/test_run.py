@@ -279,24 +279,25 @@ def test_a_recorded_run_repeats_bit_for_bit(launch, cache, tmp_path):
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_run_goes_on_to_the_same_result(launch, cache, tmp_path, kill):
     settings = ["train.max_train_steps=60", "train.checkpointing_steps=5", "train.checkpoints_total_limit=null"]
+    killed = tmp_path / "killed, by me (1)"
     assert launch(*arguments(cache, tmp_path / "whole", *settings)).returncode == 0
-    command = [sys.executable, str(PROJECT / "launch.py"), *arguments(cache, tmp_path / "killed", *settings)]
+    command = [sys.executable, str(PROJECT / "launch.py"), *arguments(cache, killed, *settings)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed/checkpoints/step_000010").is_dir() and time.monotonic() < deadline:
+    while not (killed / "checkpoints/step_000010").is_dir() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(kill)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == (-9 if kill == signal.SIGKILL else 128 + kill)
-    assert not (tmp_path / "killed" / lora.WEIGHTS).exists()
+    assert not (killed / lora.WEIGHTS).exists()
     if kill != signal.SIGKILL:
         assert "everything is kept" in said
-        assert json.loads((tmp_path / "killed/summary.json").read_text())["status"] == "interrupted"
-    resumed = launch(f"train.resume={tmp_path / 'killed'}")
+        assert json.loads((killed / "summary.json").read_text())["status"] == "interrupted"
+    resumed = launch(f"train.resume={killed}")
     assert resumed.returncode == 0, resumed.stderr
     assert "resume  " in resumed.stdout
-    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
-    assert metrics(tmp_path / "whole", "loss") == metrics(tmp_path / "killed", "loss")
+    assert_same_weights(tmp_path / "whole", killed)
+    assert metrics(tmp_path / "whole", "loss") == metrics(killed, "loss")
 
 
 @pytest.mark.slow
