@@ -47,18 +47,13 @@ def start_processes(config: Config) -> Accelerator:
             f"parallel.num_processes={config.parallel.num_processes}: torch sees {torch.cuda.device_count()} GPU(s), and each "
             f"process needs its own"
         )
-    accelerator = Accelerator(
-        mixed_precision=precision.name,
-        cpu=not gpu,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False
-            ),  # they never change; without held-out clips a rank skips forwards
-            InitProcessGroupKwargs(
-                timeout=timedelta(days=1)
-            ),  # others wait while one downloads, encodes or makes videos
-        ],
-    )
+    # Buffers never change, and sending them would wait for ranks that have no held-out clip to evaluate. The timeout is
+    # for the others, while one process downloads, encodes or makes videos.
+    settings = [
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+        InitProcessGroupKwargs(timeout=timedelta(days=1)),
+    ]
+    accelerator = Accelerator(mixed_precision=precision.name, cpu=not gpu, kwargs_handlers=settings)
     if accelerator.num_processes != config.parallel.num_processes:
         raise UserError(
             f"parallel.num_processes={config.parallel.num_processes}, but accelerate runs {accelerator.num_processes}: "
@@ -106,9 +101,8 @@ class Prepared:
         train = [clip for clip, aside in zip(clips, out, strict=True) if not aside]
         aside = [clip for clip, aside in zip(clips, out, strict=True) if aside]
         describe_clips(clips, len(train), config, say)
-        say(
-            f"clips   {record.shown(folder / 'contact_sheet.png')} shows what the model sees of them, dataset_report.csv says it"
-        )
+        sheet = record.shown(folder / "contact_sheet.png")
+        say(f"clips   {sheet} shows what the model sees of them, dataset_report.csv says it")
         require_equal_lengths(train, config)
         if validation_prompts is None:
             validation_prompts = [(aside or train)[0].example.prompt]

@@ -117,13 +117,10 @@ class Trainer:
             checkpoints.rehearse(self.folder, self.state, kept=self.checkpoints_kept())
         self.write_videos(base=True)
         before = self.evaluate(base=True)
-        latest = (
-            self.evaluate() if self.step == self.steps else before
-        )  # all steps done, but it was killed before the end
-        say(
-            f"train   steps {self.step + 1} to {self.steps}"
-            + (f"; held-out loss of the base model {before}" if before else "")
-        )
+        # A run that was killed after its last step has only its end before it.
+        latest = self.evaluate() if self.step == self.steps else before
+        doing = "all steps are done" if self.step == self.steps else f"steps {self.step + 1} to {self.steps}"
+        say(f"train   {doing}" + (f"; held-out loss of the base model {before}" if before else ""))
         with self.stop_signals(), self.progress_bar() as progress:
             self.clock = time.monotonic()
             while self.step < self.steps and not self.must_stop():
