@@ -161,4 +161,7 @@ def entry(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry(sys.argv[1:]))
+    try:
+        sys.exit(entry(sys.argv[1:]))
+    except KeyboardInterrupt:  # a second one, while the first was dealt with
+        sys.exit(STOPPED[0])

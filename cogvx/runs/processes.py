@@ -118,7 +118,7 @@ def in_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), FAILED
     if isinstance(error, KeyboardInterrupt):
-        return "by Ctrl-C; clips and prompts encoded so far stay in the cache", 130
+        return "by Ctrl-C; what is in the cache and the checkpoints written so far are kept", 130
     if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
         return f"{error}: free some space, or set output_dir and data.cache_dir to where this user can write", FAILED
     if type(error).__name__ == "OutOfMemoryError":  # torch's
