@@ -80,7 +80,7 @@ class Prepared:
             examples, model_folder = config.data.read(), config.model.prepare()
         checkpoint = Checkpoint(model_folder, accelerator.device, getattr(torch, config.train.mixed_precision.value))
         require_legal_sizes(config, checkpoint)
-        say(f"model   {config.model.path}, {checkpoint.dtype} on {accelerator.device}")
+        say(f"model   {record.shown(Path(config.model.path))}, {checkpoint.dtype} on {accelerator.device}")
 
         vae, text = encoders(checkpoint, cache, tiling=config.memory.vae_tiling)
         clips, rejected = encode_clips(examples, config.data, cache, vae, say)

@@ -21,6 +21,7 @@ from cogvx.inference import export
 from cogvx.model import lora
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import bar
+from cogvx.runs import record
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.metrics import Metrics
 from cogvx.training.prepare import Prepared, read_tensor, start_processes
@@ -86,7 +87,7 @@ class Trainer:
         source = resume_source(config.train.resume, folder)
         step, losses = (0, []) if source is None else state.load(source)
         if source is not None:
-            accelerator.print(f"resume  {source} after step {step}")
+            accelerator.print(f"resume  {record.shown(source)} after step {step}")
         elif config.train.resume == "auto":
             accelerator.print("resume  nothing to go on from yet: starting at step 0")
         model = CogVideoX(
@@ -142,7 +143,7 @@ class Trainer:
     def stopped(self) -> dict:
         self.keep()
         self.accelerator.print(
-            f"stopped after step {self.step} of {self.steps}; everything is kept. Go on with:  python launch.py train.resume={self.folder}"
+            f"stopped after step {self.step} of {self.steps}; everything is kept. Go on with:  python launch.py train.resume={record.shown(self.folder)}"
         )
         return {"status": "interrupted", "signal": self.asked_to_stop, "step": self.step}
 
@@ -159,8 +160,8 @@ class Trainer:
                 )
                 say(f"done    held-out loss {before} before, {after} after: {verdict}")
             for path in videos:
-                say(f"video   {path} (base model left, tuned right)")
-            say(f"result  {self.folder / lora.WEIGHTS}\n\nUse it in plain diffusers:\n\n{lines}\n")
+                say(f"video   {record.shown(path)} (base model left, tuned right)")
+            say(f"result  {record.shown(self.folder / lora.WEIGHTS)}\n\nUse it in plain diffusers:\n\n{lines}\n")
         return {
             "status": "done",
             "step": self.step,
