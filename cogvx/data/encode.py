@@ -124,9 +124,8 @@ def latent_moments(model: AutoencoderKLCogVideoX, frames: Tensor, vae: Encoder) 
         moments = model.encode(pixels).latent_dist.parameters[0].cpu().contiguous()
     stride = 2 ** (len(model.config.block_out_channels) - 1)
     expected = [side // stride for side in frames.shape[2:]]
-    if (
-        list(moments.shape[2:]) != expected
-    ):  # diffusers' tiles overlap by whole latent pixels only at the released VAE's sizes
+    # diffusers' tiles overlap by whole latent pixels at the released VAE's sizes, not at any.
+    if list(moments.shape[2:]) != expected:
         raise UserError(
             f"this VAE gives latents of {list(moments.shape[2:])} where {expected} are expected"
             + (": its tiles do not fit; set memory.vae_tiling=false" if model.use_tiling else "")

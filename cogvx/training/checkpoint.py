@@ -96,9 +96,8 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
         if differences:
             raise UserError(listed(f"what was saved to {folder} does not read back as it is in memory:", differences))
         weights = (folder / lora.WEIGHTS).stat().st_size
-        needed = weights * (
-            1 + 3 * (kept + 1)
-        )  # the result; per checkpoint weights and Adam's two moments; one more while writing
+        # The result; per checkpoint the weights and Adam's two moments, and one more checkpoint while it is written.
+        needed = weights * (1 + 3 * (kept + 1))
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(
