@@ -30,11 +30,18 @@ CONF = Path(__file__).parent.parent / "conf"
 
 GROUPS: dict[str, dict[str, type]] = {
     "task": {"train": tasks.Train, "encode": tasks.Encode},
-    "model": {"nano": checkpoint.Nano, "2b": checkpoint.Model, "5b": checkpoint.Model},
+    "model": {
+        "nano": checkpoint.Nano, "nano_i2v": checkpoint.Nano, "2b": checkpoint.Model, "5b": checkpoint.Model,
+        "5b_i2v": checkpoint.Model, "1_5_5b": checkpoint.Model, "1_5_5b_i2v": checkpoint.Model,
+    },
     "data": {
         "demo": sources.Demo, "text_files": sources.TextFiles, "csv": sources.Csv, "dataset": sources.Dataset,
     },
-    "optimizer": {"adam": optimizers.Adam, "adamw": optimizers.AdamW},
+    "optimizer": {
+        "adam": optimizers.Adam, "adamw": optimizers.AdamW, "adam8bit": optimizers.Adam8bit, "adamw8bit": optimizers.AdamW8bit,
+        "adamw8bit_torchao": optimizers.AdamW8bitTorchao, "prodigy": optimizers.Prodigy,
+        "schedule_free": optimizers.ScheduleFree, "muon": optimizers.Muon,
+    },
     "scheduler": {
         "constant": schedules.Constant, "constant_with_warmup": schedules.ConstantWithWarmup, "linear": schedules.Linear,
         "cosine": schedules.Cosine, "cosine_with_restarts": schedules.CosineWithRestarts, "polynomial": schedules.Polynomial,
@@ -52,7 +59,7 @@ class Config:
     task: tasks.Task
     model: checkpoint.Model
     data: sources.Data
-    lora: Lora
+    lora: Lora | None  # None: every weight is trained
     optimizer: optimizers.Optimizer
     scheduler: schedules.Schedule
     train: options.Train
@@ -63,6 +70,9 @@ class Config:
     seed: int
     output_dir: str | None
     choices: dict[str, str]  # the option chosen of every group
+
+    def asked_of_model(self) -> dict:
+        return asked_of_model(self.data, self.train)
 
 
 def check(composed: DictConfig, choices: dict[str, str]) -> Config:
@@ -75,12 +85,14 @@ def check(composed: DictConfig, choices: dict[str, str]) -> Config:
         values[group], found = typed(composed, group, classes[choices[group]])
         problems += found
     for section, section_class in SECTIONS.items():
-        if section == "lora" and composed.get(section) is None:
-            problems.append("lora=null: full fine-tuning is not built yet; train a LoRA: lora.rank=128")
+        if section == "lora" and "lora" in composed and composed.lora is None:
+            values["lora"] = None
             continue
         values[section], found = typed(composed, section, section_class)
         problems += found
     problems += rules(values)
+    if composed.get("lora") is None and choices["optimizer"] == "muon":
+        problems.append("optimizer=muon trains matrices only, and lora=null trains other weights too: optimizer=adamw")
     top, found = typed(OmegaConf.create({"top": {k: composed.get(k) for k in ("seed", "output_dir")}}), "top", Top)
     problems += [problem.replace("top.", "") for problem in found]
     if top is not None and top.seed < 0:
@@ -107,12 +119,12 @@ def rules(values: dict[str, object]) -> list[str]:
         own = getattr(section, "problems", None)
         found += own() if own else []
     model, data, scheduler, train = (values.get(name) for name in ("model", "data", "scheduler", "train"))
-    if model and data:
-        try:
-            geometry = model.expected_geometry()
-            found += geometry.frame_problems(data.max_num_frames) + geometry.size_problems(data.height, data.width)
-        except UserError as error:
-            found.append(str(error))
+    if model and data and train:
+        found += model.refusals(**asked_of_model(data, train))
+    if model and not model.image_to_video:
+        for name, section in (("data.image_column", data), ("validation.validation_images", values.get("validation"))):
+            if getattr(section, name.split(".")[1], None) is not None:
+                found.append(f"{name} is for image-to-video, and this is text-to-video: model=5b_i2v, or {name}=null")
     warmup = getattr(scheduler, "lr_warmup_steps", 0)
     if train and train.max_train_steps is not None and 0 < train.max_train_steps <= warmup:
         found.append(
@@ -120,6 +132,16 @@ def rules(values: dict[str, object]) -> list[str]:
             f"never reached; lower the first (0: no warm-up) or raise the second"
         )
     return found
+
+
+def asked_of_model(data: sources.Data, train: options.Train) -> dict:
+    """What decides whether a checkpoint can be trained so."""
+    return {
+        "frames": data.max_num_frames,
+        "height": data.height,
+        "width": data.width,
+        "precision": train.mixed_precision.name,
+    }
 
 
 @dataclass
@@ -157,11 +179,17 @@ def typed(composed: DictConfig, section: str, section_class: type) -> tuple[obje
 def make_paths_absolute(config: Config) -> None:
     for owner, name in (
         (config.data, "instance_data_root"), (config.data, "cache_dir"),
-        (config.validation, "validation_prompts_file"), (config, "output_dir"),
+        (config.validation, "validation_prompts_file"), (config, "output_dir"), (config.lora, "init_from"),
     ):  # fmt: skip
-        value = getattr(owner, name)
+        value = getattr(owner, name, None)
         if value is not None:
             setattr(owner, name, str(Path(value).expanduser().absolute()))
+    if config.validation.validation_images is not None:
+        separator = config.validation.validation_prompt_separator
+        images = config.validation.validation_images.split(separator)
+        config.validation.validation_images = separator.join(
+            str(Path(image.strip()).expanduser().absolute()) for image in images
+        )
     if config.model.is_local():
         config.model.path = str(Path(config.model.path).expanduser().absolute())
     if config.train.resume not in (None, "auto"):
@@ -279,7 +307,7 @@ def text_settings() -> set[str]:
     """The settings that hold text: prompts and paths."""
     sections = [(group, c) for group, options in GROUPS.items() for c in options.values()] + list(SECTIONS.items())
     found = {f"{section}.{f.name}" for section, c in sections for f in dataclasses.fields(c) if "str" in str(f.type)}
-    return found - {"lora.target_modules"} | {"output_dir"}
+    return found | {"output_dir"}
 
 
 def composed_from(overrides: list[str], folder: Path, searchpath: tuple[str, ...] = ()) -> DictConfig:

@@ -1,5 +1,6 @@
 """Shared: a nano checkpoint, small clips, and runs in this process."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import numpy
 import pytest
 
 PROJECT = Path(__file__).parent.parent
-sys.path.insert(0, str(PROJECT))
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import families  # noqa: E402
 
 from cogvx import config as configuration  # noqa: E402
 from cogvx.data.video import write_video  # noqa: E402
@@ -27,6 +30,13 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def nano_folder(cache) -> Path:
     return nano.write(cache / "models" / "nano")
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory):
+    """family_folder("5b_i2v"): a tiny checkpoint with that released family's flags."""
+    folder = tmp_path_factory.mktemp("families")
+    return functools.cache(lambda family: families.write(folder / family, family))
 
 
 @pytest.fixture

@@ -5,14 +5,16 @@ F frames, C channels, H height, W width of the clip; F' H' W' of its latents; S 
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.data.cache import Cache, key_of
 from cogvx.data.sources import Data, Example
-from cogvx.data.video import BadClip, Clip, read_clip
+from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
 from cogvx.progress import bar
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-VERSION = 1  # raise it when the same inputs would encode to other values
+VERSION = 2  # raise it when the same inputs would encode to other values
 THUMBNAIL = 96  # pixels of a thumbnail's longer side, for the contact sheet
 
 
@@ -41,6 +43,7 @@ class EncodedClip:
     example: Example
     path: Path  # latent_moments [2C, F', H', W'] and thumbnails, in the cache
     about: dict  # frames, file_frames, file_fps, file_width, file_height, repeated, shapes
+    image_path: Path | None = None  # image-to-video: image_moments [1 + variants, 2C, 1, H', W'], in the cache
 
     @property
     def latent_shape(self) -> list[int]:
@@ -133,15 +136,88 @@ def latent_moments(model: AutoencoderKLCogVideoX, frames: Tensor, vae: Encoder) 
     return moments
 
 
+def encode_images(
+    clips: list[EncodedClip], data: Data, cache: Cache, vae: Encoder, say: Callable[[str], None]
+) -> tuple[list[EncodedClip], list[Rejected]]:
+    """For image-to-video: the clips with the latents of the image each starts from, as it is and with noise, and the clips whose
+    image cannot be used. Processes share the work. UserError as encode_clips().
+
+    Training adds noise of standard deviation exp(N(-3, 0.5)) to the pixels (CogVideo's own trainer, diffusers' guide), anew at
+    every step; that would take the VAE. A posterior of one frame is small (0.35 MB at 480x720 in bf16), so data.image_noise_variants
+    of them are kept, at evenly spread standard deviations, and used in turn; their posterior is sampled anew at every step.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    paths = [cache.path("images", image_key(clip.example, data, cache, vae)) for clip in clips]
+    first_of = {path: index for index, path in reversed(list(enumerate(paths))) if cache.about(path) is None}
+    state.wait_for_everyone()  # all have looked before the first one writes
+    missing = sorted(first_of.values())
+    say(cached("images", len(set(paths)), len(missing)))
+    mine, reasons = missing[state.process_index :: state.num_processes], {}
+    model = vae.load() if mine else None
+    for index in bar(mine, desc="encode  images", unit="image", leave=False):
+        try:
+            moments = image_moments(model, clips[index].example, data, vae, seed=paths[index].stem)
+            cache.write(paths[index], {"image_moments": moments})
+        except BadClip as bad:
+            reasons[index] = str(bad)
+    reasons = dict(gather_object(list(reasons.items())))
+    state.wait_for_everyone()
+    bad = {index: reasons[first_of[path]] for index, path in enumerate(paths) if first_of.get(path) in reasons}
+    rejected = [Rejected(clips[index].example, reason) for index, reason in bad.items()]
+    refuse_too_many(rejected, len(clips), data.max_bad_fraction)
+    for left_out in rejected:
+        say(f"warning {left_out.example.origin} {left_out.example.video.name} {left_out.reason}; left out")
+    return [
+        replace(c, image_path=p) for i, (c, p) in enumerate(zip(clips, paths, strict=True)) if i not in bad
+    ], rejected
+
+
+def image_of(example: Example, data: Data) -> Tensor:
+    """What an image-to-video clip starts from, [1, C, H, W] in [-1, 1]. BadClip when the file yields none."""
+    return read_first_frame(example.video, data) if example.image is None else read_image(example.image, data)
+
+
+def image_moments(model: AutoencoderKLCogVideoX, example: Example, data: Data, vae: Encoder, seed: str) -> Tensor:
+    """[1 + variants, 2C, 1, H', W']: of the image itself, then with noise."""
+    import numpy
+    import torch
+
+    image = image_of(example, data)
+    moments = [latent_moments(model, image, vae)]
+    generator = numpy.random.default_rng(int(seed, 16))
+    for sigma in noise_levels(data.image_noise_variants):
+        noise = torch.from_numpy(generator.standard_normal(image.shape, dtype=numpy.float32))
+        moments.append(latent_moments(model, image + sigma * noise, vae))
+    return torch.stack(moments)
+
+
+def noise_levels(count: int) -> list[float]:
+    """`count` standard deviations at the middles of as many equal shares of exp(N(-3, 0.5)), of pixels in [-1, 1]."""
+    normal = statistics.NormalDist(-3.0, 0.5)
+    return [math.exp(normal.inv_cdf((k + 0.5) / count)) for k in range(count)]
+
+
+def image_key(example: Example, data: Data, cache: Cache, vae: Encoder) -> str:
+    """Of all that decides an image's latents."""
+    source = ("frame", data.skip_frames_start) if example.image is None else ("image",)
+    return key_of(
+        VERSION, *source, cache.fingerprint(example.image or example.video), vae.identity, str(vae.dtype), data.height, data.width,
+        data.video_reshape_mode.name, data.image_noise_variants,
+    )  # fmt: skip
+
+
 def thumbnails(frames: Tensor) -> Tensor:
     """First, middle and last frame, [3, h, w, C] uint8."""
+    import torch
     import torch.nn.functional as F
 
     chosen = frames[[0, len(frames) // 2, len(frames) - 1]]
     scale = min(1.0, THUMBNAIL / max(chosen.shape[2:]))
     size = [max(1, round(side * scale)) for side in chosen.shape[2:]]
-    small = F.interpolate(chosen, size, mode="bilinear", antialias=True)
-    return ((small + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+    return torch.from_numpy(to_bytes(F.interpolate(chosen, size, mode="bilinear", antialias=True)))
 
 
 def facts_of(clip: Clip) -> dict[str, object]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 from cogvx.data import demo
 from cogvx.errors import UserError, did_you_mean, listed
@@ -20,6 +21,16 @@ class Example:
     prompt: str
     video: Path
     origin: str  # where it was listed, for messages: "prompts.txt:4"
+    image: Path | None = None  # image-to-video: what the clip starts from; None: its first frame
+
+
+class Row(NamedTuple):
+    """What a list says of a clip; `image` is None where no image column is asked for."""
+
+    prompt: object
+    video: object
+    image: object
+    origin: str
 
 
 class Reshape(Enum):
@@ -34,6 +45,8 @@ class Data:
     instance_data_root: str | None
     caption_column: str
     video_column: str
+    image_column: str | None
+    image_noise_variants: int
     id_token: str | None
     height: int  # pixels
     width: int
@@ -52,15 +65,19 @@ class Data:
     def read(self) -> list[Example]:
         """The examples, in the order listed, with id_token before every prompt. UserError names all that is wrong."""
         examples = [
-            Example(f"{self.id_token} {prompt}" if self.id_token else prompt, video, origin)
-            for prompt, video, origin in self.rows()
+            Example(f"{self.id_token} {prompt}" if self.id_token else prompt, video, origin, image)
+            for prompt, video, image, origin in self.rows()
         ]
         if not examples:
             raise UserError(f"{self.described()} lists no clips: a caption and a path are needed for each")
         return examples
 
-    def rows(self) -> Iterable[tuple[str, Path, str]]:
+    def rows(self) -> Iterable[Row]:
+        """With the paths found on disk."""
         raise TypeError(f"{type(self).__name__} has no rows()")
+
+    def columns(self) -> list[str]:
+        return [self.caption_column, self.video_column, *([] if self.image_column is None else [self.image_column])]
 
     def described(self) -> str:
         return str(self.instance_data_root)
@@ -79,6 +96,8 @@ class Data:
         for name in ("skip_frames_start", "skip_frames_end"):
             if getattr(self, name) < 0:
                 found.append(f"data.{name}={getattr(self, name)}: must be 0 or more frames of the file")
+        if self.image_noise_variants < 0:
+            found.append(f"data.image_noise_variants={self.image_noise_variants}: must be 0 (no noise) or more")
         if self.fps is not None and not self.fps > 0:
             found.append(f"data.fps={self.fps}: must be above 0, or null for every frame of the file")
         if not 1 <= self.min_num_frames <= max(1, self.max_num_frames):
@@ -107,17 +126,16 @@ class Data:
 class TextFiles(Data):
     """The seed's small format: caption_column and video_column name two text files; line i belongs to line i."""
 
-    def rows(self) -> list[tuple[str, Path, str]]:
+    def rows(self) -> list[Row]:
         root = self.root()
-        absent = [name for name in (self.caption_column, self.video_column) if not (root / name).is_file()]
+        absent = [name for name in self.columns() if not (root / name).is_file()]
         if absent:
             here = sorted(p.name for p in root.iterdir() if p.is_file())[:8]
             raise UserError(
                 f"{' and '.join(absent)} not found in {root}. One caption per line goes into {self.caption_column}, one path "
                 f"per line into {self.video_column}. Files there now: {', '.join(here) or 'none'}. For a CSV file: data=csv"
             )
-        prompts, videos = read_lines(root / self.caption_column), read_lines(root / self.video_column)
-        return paired(prompts, videos, root, self.caption_column, self.video_column)
+        return located(paired({name: read_lines(root / name) for name in self.columns()}, root), root)
 
 
 @dataclass
@@ -136,16 +154,21 @@ class Csv(Data):
 
     dataset_name: str
 
-    def rows(self) -> list[tuple[str, Path, str]]:
+    def rows(self) -> list[Row]:
         root = self.root()
         path = root / self.dataset_name
         if not path.is_file():
             tables = ", ".join(sorted(p.name for p in root.glob("*.csv"))) or "none"
             raise UserError(f"{path} does not exist (data.dataset_name). CSV files in {root}: {tables}")
         reader = csv.DictReader(text_of(path).splitlines(keepends=True), skipinitialspace=True)
-        require_columns(path.name, reader.fieldnames or [], self.caption_column, self.video_column)
+        require_columns(path.name, reader.fieldnames or [], self.columns())
         found = [
-            (row[self.caption_column], row[self.video_column], f"{path.name}:{reader.line_num}")
+            Row(
+                row[self.caption_column],
+                row[self.video_column],
+                self.image_column and (row[self.image_column] or ""),
+                f"{path.name}:{reader.line_num}",
+            )
             for row in reader
             if any(value and value.strip() for value in row.values() if isinstance(value, str))
         ]
@@ -163,7 +186,7 @@ class Dataset(Data):
     def described(self) -> str:
         return f"data.dataset_name={self.dataset_name}"
 
-    def rows(self) -> list[tuple[str, Path, str]]:
+    def rows(self) -> list[Row]:
         import datasets
 
         root = None if self.instance_data_root is None else self.root()
@@ -181,15 +204,20 @@ class Dataset(Data):
                 f"datasets says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
             ) from error
 
-    def cells(self) -> list[tuple[object, object, str]]:
+    def cells(self) -> list[Row]:
         table = self.load()
         columns = table.column_names or list(next(iter(table), {}))  # a streamed table may not know them yet
-        require_columns(self.dataset_name, columns, self.caption_column, self.video_column)
+        require_columns(self.dataset_name, columns, self.columns())
         for column, feature in (table.features or {}).items():
             if hasattr(feature, "decode"):  # Video, Image: keep path and bytes, decode ourselves
                 table = table.cast_column(column, type(feature)(decode=False))
         return [
-            (row[self.caption_column], self.path_of(row[self.video_column]), f"{self.dataset_name} row {number}")
+            Row(
+                row[self.caption_column],
+                self.path_of(row[self.video_column]),
+                self.image_column and (self.path_of(row[self.image_column]) or ""),
+                f"{self.dataset_name} row {number}",
+            )
             for number, row in enumerate(table)
         ]
 
@@ -205,7 +233,7 @@ class Dataset(Data):
         return datasets.load_dataset(kind, data_files=str(source), split=self.split, streaming=self.streaming)
 
     def path_of(self, value: object) -> str | Path:
-        """The clip's path as listed; of a Video cell with bytes, the file they are written to."""
+        """The path as listed; of a Video or Image cell with bytes, the file they are written to."""
         if not isinstance(value, dict):
             return value
         if value.get("bytes") is None:
@@ -243,45 +271,56 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def paired(
-    prompts: list[str], videos: list[str], root: Path, prompt_file: str, video_file: str
-) -> list[tuple[str, Path, str]]:
-    """Line i with line i. Lines blank in both files are passed over; blank in one is an error, never a shift."""
-    if len(prompts) != len(videos):
-        longer, shorter, lines = (
-            (prompt_file, video_file, prompts) if len(prompts) > len(videos) else (video_file, prompt_file, videos)
-        )
-        line = min(len(prompts), len(videos)) + 1
-        raise UserError(
-            f"{root}: {prompt_file} has {len(prompts)} lines, {video_file} {len(videos)}. The first line without a partner "
-            f"is {longer}:{line} ({shortened(lines[line - 1])!r}). Line i of both must belong together: add the missing "
-            f"line to {shorter} or remove it here"
-        )
+def paired(columns: dict[str, list[str]], root: Path) -> list[Row]:
+    """Line i of every file with line i of the others: captions, videos and (if there) images, by file name. Lines blank in all
+    are passed over; blank in one is an error, never a shift."""
+    prompt_file, *others = columns
+    for other in others:
+        require_as_many_lines(columns, prompt_file, other, root)
     problems, found = [], []
-    for line, (prompt, video) in enumerate(zip(prompts, videos, strict=True), start=1):
-        if prompt and video:
-            found.append((prompt, video, f"{video_file}:{line}"))
-        elif video:
-            problems.append(f"{prompt_file}:{line} is blank, but {video_file}:{line} names {video}")
-        elif prompt:
-            problems.append(f"{video_file}:{line} is blank, but {prompt_file}:{line} says {shortened(prompt)!r}")
+    for line, values in enumerate(zip(*columns.values(), strict=True), start=1):
+        blank = next((name for name, value in zip(columns, values, strict=True) if not value), None)
+        filled = next((name for name, value in zip(columns, values, strict=True) if value), None)
+        if blank is None:
+            found.append(Row(values[0], values[1], values[2] if len(values) > 2 else None, f"{others[0]}:{line}"))
+        elif filled is not None:
+            value = columns[filled][line - 1]
+            says = f"says {shortened(value)!r}" if filled == prompt_file else f"names {value}"
+            problems.append(f"{blank}:{line} is blank, but {filled}:{line} {says}")
     if problems:
         raise UserError(listed(f"{root}: captions and clips do not pair up:", problems))
-    return located(found, root)
+    return found
 
 
-def located(rows: list[tuple[object, object, str]], root: Path | None) -> list[tuple[str, Path, str]]:
+def require_as_many_lines(columns: dict[str, list[str]], one: str, other: str, root: Path) -> None:
+    longer, shorter = sorted((one, other), key=lambda name: -len(columns[name]))
+    line = len(columns[shorter]) + 1
+    if len(columns[longer]) >= line:
+        raise UserError(
+            f"{root}: {one} has {len(columns[one])} lines, {other} {len(columns[other])}. The first line without a partner "
+            f"is {longer}:{line} ({shortened(columns[longer][line - 1])!r}). Line i of both must belong together: add the missing "
+            f"line to {shorter} or remove it here"
+        )
+
+
+def located(rows: list[Row], root: Path | None) -> list[Row]:
     """Rows with their paths found on disk; UserError lists every row that has no caption or no file."""
     problems, found = [], []
-    for caption, path, origin in rows:
-        prompt, name = unquoted(caption), unquoted(path)
-        if not prompt or not name:
-            problems.append(f"{origin} has no {'caption' if name else 'path'}")
+    for row in rows:
+        wanted = {"caption": row.prompt, "path": row.video} | ({} if row.image is None else {"image": row.image})
+        texts = {name: unquoted(value) for name, value in wanted.items()}
+        lacking = [name for name, text in texts.items() if not text]
+        if lacking:
+            problems.append(f"{row.origin} has no {lacking[0]}")
             continue
         try:
-            found.append((prompt, path if isinstance(path, Path) else locate(name, root), origin))
+            paths = [
+                value if value is None or isinstance(value, Path) else locate(unquoted(value), root)
+                for value in (row.video, row.image)
+            ]
+            found.append(Row(texts["caption"], *paths, row.origin))
         except UserError as error:
-            problems.append(f"{origin} {error}")
+            problems.append(f"{row.origin} {error}")
     if problems:
         raise UserError(listed(f"{len(problems)} of {len(rows)} clips cannot be used as listed:", problems))
     return found
@@ -327,7 +366,7 @@ def nearby(path: Path, root: Path) -> str:
     return f"; there is no folder {path.parent}"
 
 
-def require_columns(table: str, columns: list[str], *wanted: str) -> None:
+def require_columns(table: str, columns: list[str], wanted: list[str]) -> None:
     missing = [name for name in wanted if name not in columns]
     if missing:
         raise UserError(

@@ -64,6 +64,32 @@ def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
     )
 
 
+def read_image(path: Path, data: Data) -> Tensor:
+    """A picture as a clip's first frame would be, [1, C, H, W] in [-1, 1]. BadClip says why a file yields none."""
+    import numpy
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            pixels = numpy.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise BadClip(f"has an image, {path}, that is no picture ({path.stat().st_size} bytes)") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as PIL reports damaged files
+        raise BadClip(f"has an image, {path}, that cannot be read: {error}") from error
+    return resize_and_crop(pixels[None], data, place=crop_place(path, data.video_reshape_mode))
+
+
+def read_first_frame(path: Path, data: Data) -> Tensor:
+    """The first frame that read_clip() takes, [1, C, H, W] in [-1, 1]."""
+    reader, _ = open_video(path)
+    return resize_and_crop(decode(reader, [data.skip_frames_start]), data, crop_place(path, data.video_reshape_mode))
+
+
+def to_bytes(frames: Tensor) -> numpy.ndarray:
+    """[F, C, H, W] in [-1, 1] -> [F, H, W, C] uint8."""
+    return ((frames + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
 def by_timestamp(stamps: list[float], fps: float | None, most: int) -> list[int]:
     """Indices of the frames shown at 0, 1/fps, 2/fps ... seconds after the first, `most` at most; every frame if fps is None.
 
@@ -164,7 +190,8 @@ def resize_and_crop(pixels: numpy.ndarray, data: Data, place: tuple[float, float
     for part in torch.from_numpy(pixels).split(FRAMES_AT_ONCE):
         part = part.permute(0, 3, 1, 2).float()  # [F, H, W, C] -> [F, C, H, W]
         part = F.interpolate(part, (new_height, new_width), mode="bicubic", antialias=True, align_corners=False)
-        parts.append(part[:, :, top : top + data.height, left : left + data.width].clamp(0, 255) / 127.5 - 1)
+        part = part[:, :, top : top + data.height, left : left + data.width].clamp(0, 255)
+        parts.append(2 * (part / 255) - 1)  # rounded as diffusers' VideoProcessor rounds
     return torch.cat(parts)
 
 

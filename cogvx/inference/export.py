@@ -1,4 +1,4 @@
-"""The result: a LoRA that plain diffusers loads at the trained strength, and how to use it."""
+"""The result: weights that plain diffusers loads, a LoRA at the trained strength, and how to use them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,35 @@ import json
 from pathlib import Path
 
 from cogvx.config import Config
-from cogvx.model import lora
+from cogvx.model import full, lora
 from cogvx.model.checkpoint import Checkpoint
 
 SETTINGS = "inference.json"
 
 
-def deliver(folder: Path, transformer, config: Config, prompt: str, checkpoint: Checkpoint) -> str:
-    """Writes lora.WEIGHTS and SETTINGS into the run's folder; returns the lines that use them."""
-    lora.save(transformer, folder)
-    sampling, data = config.validation, config.data
+def deliver(folder: Path, transformer, config: Config, prompt: str, image: Path | None, checkpoint: Checkpoint) -> str:
+    """Writes the weights and SETTINGS into the run's folder; returns the lines that use them. `image`: what image-to-video
+    starts from in those lines."""
+    if config.lora is None:
+        full.save(transformer, folder, checkpoint.dtype)
+        strength = {}
+    else:
+        lora.save(transformer, folder)
+        strength = {
+            "rank": config.lora.rank,
+            "lora_alpha": config.lora.lora_alpha,
+            "lora_scale": config.lora.scale,
+            "lora_scale_note": "applied by load_lora_weights itself, from the file's metadata; set no adapter weight for it",
+        }
+    sampling, data, geometry = config.validation, config.data, checkpoint.geometry()
     settings = {
-        "pipeline": "CogVideoXPipeline",
+        "pipeline": "CogVideoXImageToVideoPipeline" if geometry.image_to_video else "CogVideoXPipeline",
         "base_model": config.model.path,
         "revision": checkpoint.hub_commit() or config.model.revision,
         "torch_dtype": config.train.mixed_precision.value,
-        "rank": config.lora.rank,
-        "lora_alpha": config.lora.lora_alpha,
-        "lora_scale": config.lora.lora_alpha / config.lora.rank,
-        "lora_scale_note": "applied by load_lora_weights itself, from the file's metadata; set no adapter weight for it",
-        "id_token": config.data.id_token,
+        **strength,
+        "id_token": data.id_token,
+        "image": None if image is None else str(image),
         "call": {
             "prompt": prompt,
             "height": data.height,
@@ -34,7 +43,7 @@ def deliver(folder: Path, transformer, config: Config, prompt: str, checkpoint: 
             "num_inference_steps": sampling.num_inference_steps,
             "guidance_scale": sampling.guidance_scale,
             "use_dynamic_cfg": sampling.use_dynamic_cfg,
-            "max_sequence_length": checkpoint.geometry().text_tokens,
+            "max_sequence_length": geometry.text_tokens,
         },
         "fps": data.fps,
     }
@@ -43,10 +52,24 @@ def deliver(folder: Path, transformer, config: Config, prompt: str, checkpoint: 
 
 
 def snippet(folder: Path, settings: dict) -> str:
-    revision = "" if settings["revision"] is None else f", revision={settings['revision']!r}"
-    return (
-        f"import json, torch; from diffusers import CogVideoXPipeline; how = json.load(open({str(folder / SETTINGS)!r}))\n"
-        f"pipe = CogVideoXPipeline.from_pretrained({settings['base_model']!r}{revision}, torch_dtype=torch.{settings['torch_dtype']})"
-        f'.to("cuda" if torch.cuda.is_available() else "cpu")\n'
-        f"pipe.load_lora_weights({str(folder)!r}); video = pipe(**how['call']).frames[0]"
+    pipeline, model, dtype = (
+        settings["pipeline"],
+        "CogVideoXTransformer3DModel",
+        f"torch_dtype=torch.{settings['torch_dtype']}",
     )
+    tuned = "lora_scale" not in settings
+    base = repr(settings["base_model"])
+    base += "" if settings["revision"] is None else f", revision={settings['revision']!r}"
+    names = ", ".join([pipeline, *([model] if tuned else [])])
+    load = "from diffusers.utils import load_image; " if settings["image"] else ""
+    start = "image=load_image(how['image']), " if settings["image"] else ""
+    lines = [
+        f"import json, torch; from diffusers import {names}; {load}how = json.load(open({str(folder / SETTINGS)!r}))",
+        f'pipe = {pipeline}.from_pretrained({base}, {dtype}).to("cuda" if torch.cuda.is_available() else "cpu")',
+        f"pipe.load_lora_weights({str(folder)!r}); video = pipe({start}**how['call']).frames[0]",
+    ]
+    if tuned:
+        lines[1] = lines[1].replace(", torch_dtype", ", transformer=tuned, torch_dtype")
+        lines[1:1] = [f"tuned = {model}.from_pretrained({str(folder)!r}, subfolder={full.FOLDER!r}, {dtype})"]
+        lines[-1] = f"video = pipe({start}**how['call']).frames[0]"
+    return "\n".join(lines)

@@ -17,17 +17,22 @@ if TYPE_CHECKING:
 
 def generate(
     *, transformer, vae, noise_scheduler, prompt_embeds: Tensor, negative_prompt_embeds: Tensor,
-    data: Data, sampling: Validation, seed: int, description: str,
+    image: numpy.ndarray | None, data: Data, sampling: Validation, seed: int, description: str,
 ) -> numpy.ndarray:  # fmt: skip
-    """A video of data's size, [F, H, W, 3] uint8; embeddings [S, D]. The same seed gives the same starting noise on every device."""
-    from diffusers import CogVideoXPipeline
+    """A video of data's size, [F, H, W, 3] uint8; embeddings [S, D]; image [H, W, 3] uint8 to start from, or None for
+    text-to-video. The same seed gives the same starting noise on every device."""
+    from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+    from PIL import Image
 
-    pipeline = CogVideoXPipeline(
+    pipeline_class = CogVideoXPipeline if image is None else CogVideoXImageToVideoPipeline
+    start = {} if image is None else {"image": Image.fromarray(image)}
+    pipeline = pipeline_class(
         tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=noise_scheduler
     )
     pipeline.set_progress_bar_config(desc=description, leave=False, disable=not sys.stderr.isatty())
     device = vae.device
     frames = pipeline(
+        **start,
         prompt_embeds=prompt_embeds[None].to(device),
         negative_prompt_embeds=negative_prompt_embeds[None].to(device),
         height=data.height,

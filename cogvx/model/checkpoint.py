@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError, listed
-from cogvx.model.geometry import LAYOUT, RELEASED, Geometry, read_config, read_geometry
+from cogvx.model.geometry import LAYOUT, Geometry, read_config, read_geometry, released
 
 if TYPE_CHECKING:
     import torch
@@ -29,20 +30,39 @@ class Model:
     num_frames: int
     fps: int
     precision: str
+    image_to_video: bool  # what it is to be trained as; a checkpoint of the other kind is refused
 
     def is_local(self) -> bool:
         """A hub id has the form name/name; anything that exists here, or has another form, is a folder."""
         return Path(self.path).exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
 
-    def expected_geometry(self) -> Geometry:
-        """What can be known about legal sizes before anything is downloaded."""
-        return (
-            read_geometry(Path(self.path)) if (Path(self.path) / "transformer" / "config.json").is_file() else RELEASED
+    def expected_geometry(self) -> Geometry | None:
+        """What can be known before anything is downloaded; None for a checkpoint of an unknown name that is not here."""
+        here = (Path(self.path) / "transformer" / "config.json").is_file()
+        return read_geometry(Path(self.path)) if here else released(self.path)
+
+    def refusals(self, *, frames: int, height: int, width: int, precision: str) -> list[str]:
+        """Why it cannot be trained so, as far as that can be known now."""
+        try:
+            geometry = self.expected_geometry()
+        except UserError as error:
+            return [str(error)]
+        if geometry is None:
+            return []
+        return geometry.problems(
+            frames=frames, height=height, width=width, precision=precision, image_to_video=self.image_to_video
         )
 
-    def prepare(self) -> Path:
-        """The local folder of the checkpoint, downloaded if it is on the hub, with all its parts."""
-        folder = self.local_folder() if self.is_local() else self.download()
+    def prepare(self, **asked_for) -> Path:
+        """The local folder of the checkpoint, downloaded if it is on the hub, with all its parts. UserError when it cannot be
+        trained as asked (see refusals), which its configuration files tell before the weights are fetched."""
+        folder = self.local_folder() if self.is_local() else self.download("*.json")
+        require_known_settings(folder)
+        found = replace(self, path=str(folder)).refusals(**asked_for)
+        if found:
+            raise UserError(listed(f"{self.path} cannot be trained like this:", found))
+        if not self.is_local():
+            folder = self.download("*")
         require_parts(folder)
         return folder
 
@@ -52,7 +72,8 @@ class Model:
             raise UserError(f"model.path={self.path} does not exist here, and is not a hub id (name/name). {LAYOUT}")
         return folder
 
-    def download(self) -> Path:
+    def download(self, files: str) -> Path:
+        """The files of this form of every part, from the hub or its cache."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             HfHubHTTPError,
@@ -62,7 +83,7 @@ class Model:
         )
 
         try:
-            wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]
+            wanted = ["model_index.json", *(f"{part}/{files}" for part in PARTS)]
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted))
         except RevisionNotFoundError as error:
             raise UserError(f"model.revision={self.revision} does not exist in {self.path} on the hub") from error
@@ -83,14 +104,35 @@ class Nano(Model):
         return True
 
     def expected_geometry(self) -> Geometry:
-        from cogvx.model import nano
-
-        return nano.GEOMETRY
+        return self.tiny().geometry
 
     def local_folder(self) -> Path:
         from cogvx.model import nano
 
-        return nano.write(Path(self.path))
+        return nano.write(Path(self.path), self.tiny())
+
+    def tiny(self):
+        from cogvx.model import nano
+
+        return nano.NANO_I2V if self.image_to_video else nano.NANO
+
+
+def require_known_settings(folder: Path) -> None:
+    """Every setting of the transformer's and VAE's config.json is one that the installed diffusers reads: it would pass over
+    others with a warning, and build another model."""
+    import diffusers
+
+    for part, class_name in (("transformer", "CogVideoXTransformer3DModel"), ("vae", "AutoencoderKLCogVideoX")):
+        settings = read_config(folder, part)
+        if settings.get("_class_name", class_name) != class_name:
+            raise UserError(f"{folder / part} is a {settings['_class_name']}; CogVideoX has a {class_name} there")
+        known = inspect.signature(getattr(diffusers, class_name).__init__).parameters
+        unknown = [name for name in settings if not name.startswith("_") and name not in known]
+        if unknown:
+            raise UserError(
+                f"{folder / part / 'config.json'} sets {', '.join(unknown)}, which diffusers {diffusers.__version__} does not know: "
+                f"a newer checkpoint needs a newer diffusers (pip install -U diffusers)"
+            )
 
 
 def require_parts(folder: Path) -> None:
@@ -118,18 +160,13 @@ class Checkpoint:
         return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     def geometry(self) -> Geometry:
-        geometry = read_geometry(self.folder)
-        if geometry.unsupported():
-            headline = (
-                f"{self.folder} is a kind of CogVideoX this version does not train yet; model=2b and model=5b it does:"
-            )
-            raise UserError(listed(headline, geometry.unsupported()))
-        return geometry
+        return read_geometry(self.folder)
 
-    def transformer(self):
+    def transformer(self, dtype: torch.dtype | None = None):
+        """Its weights in `dtype`, else in that of the frozen weights."""
         from diffusers import CogVideoXTransformer3DModel
 
-        return self.loaded(CogVideoXTransformer3DModel, "transformer", torch_dtype=self.dtype)
+        return self.loaded(CogVideoXTransformer3DModel, "transformer", torch_dtype=dtype or self.dtype)
 
     def vae(self, *, tiling: bool):
         from diffusers import AutoencoderKLCogVideoX

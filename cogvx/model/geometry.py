@@ -1,15 +1,17 @@
 """What a checkpoint's own configuration files say about frames, sizes and positions. No torch, no weights."""
 
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogvx.errors import UserError
+from cogvx.model.released import NAMES, RELEASED
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything of a checkpoint that decides which clips it takes, read from its config.json files."""
+    """Everything of a checkpoint that decides what it takes and how it is trained, read from its config.json files."""
 
     spatial_stride: int  # pixels per latent pixel
     temporal_stride: int  # frames per latent frame, after the first
@@ -17,16 +19,73 @@ class Geometry:
     patch_size_t: int | None  # latent frames per token; None: 1 (CogVideoX 1.0)
     in_channels: int  # of the transformer; twice the latents' for image-to-video
     latent_channels: int
-    sample_height: int  # latent pixels the positions were trained for
+    sample_height: int  # latent pixels the positions were trained for; the most there can be (1.5)
     sample_width: int
+    sample_frames: int  # frames of the clip, not of its latents
     head_dim: int
     rotary: bool  # positions rotate queries and keys (5B), or a sine table is added (2B)
+    learned_positions: bool  # besides, a learned table is added (5B-I2V)
+    ofs: bool  # an offset is embedded beside the timestep (1.5-5B-I2V)
     text_tokens: int
     scaling_factor: float
+    invert_scale_latents: bool  # image latents are divided by the factor (1.5-5B-I2V)
+    stored_dtype: str | None  # of the transformer's weights, as safetensors names it: F16, BF16, F32
+
+    @classmethod
+    def from_configs(cls, transformer: dict, vae: dict, stored_dtype: str | None):
+        """KeyError when a setting is missing that the first released checkpoints had."""
+        return cls(
+            spatial_stride=2 ** (len(vae["block_out_channels"]) - 1),
+            temporal_stride=int(vae["temporal_compression_ratio"]),
+            patch_size=transformer["patch_size"],
+            patch_size_t=transformer.get("patch_size_t"),
+            in_channels=transformer["in_channels"],
+            latent_channels=vae["latent_channels"],
+            sample_height=transformer["sample_height"],
+            sample_width=transformer["sample_width"],
+            sample_frames=transformer["sample_frames"],
+            head_dim=transformer["attention_head_dim"],
+            rotary=transformer["use_rotary_positional_embeddings"],
+            learned_positions=transformer.get("use_learned_positional_embeddings", False),
+            ofs=transformer.get("ofs_embed_dim") is not None,
+            text_tokens=transformer["max_text_seq_length"],
+            scaling_factor=vae["scaling_factor"],
+            invert_scale_latents=vae.get("invert_scale_latents", False),
+            stored_dtype=stored_dtype,
+        )
 
     @property
     def pixel_multiple(self) -> int:
         return self.spatial_stride * self.patch_size
+
+    @property
+    def image_to_video(self) -> bool:
+        return self.in_channels == 2 * self.latent_channels
+
+    def padding(self, latent_frames: int) -> int:
+        """Latent frames put in front of a clip so that whole tokens come out (1.5; CogVideoXPipeline drops as many again)."""
+        return -latent_frames % (self.patch_size_t or 1)
+
+    def problems(self, *, frames: int, height: int, width: int, image_to_video: bool, precision: str) -> list[str]:
+        """Why this checkpoint cannot be trained so; each with what is legal. `precision`: no, fp16 or bf16."""
+        return [
+            *self.kind_problems(image_to_video),
+            *self.frame_problems(frames),
+            *self.size_problems(height, width),
+            *self.precision_problems(precision),
+        ]
+
+    def kind_problems(self, image_to_video: bool) -> list[str]:
+        if self.in_channels not in (self.latent_channels, 2 * self.latent_channels):
+            return [
+                f"the transformer takes {self.in_channels} channels over {self.latent_channels} latent channels: neither "
+                f"text-to-video ({self.latent_channels}) nor image-to-video ({2 * self.latent_channels})"
+            ]
+        if image_to_video and not self.image_to_video:
+            return ["model.image_to_video=true, but this is a text-to-video checkpoint: model=2b, 5b or 1_5_5b"]
+        if self.image_to_video and not image_to_video:
+            return ["model.image_to_video=false, but this is an image-to-video checkpoint: model=5b_i2v or 1_5_5b_i2v"]
+        return []
 
     def frame_problems(self, frames: int) -> list[str]:
         step = self.temporal_stride
@@ -37,67 +96,72 @@ class Geometry:
 
     def size_problems(self, height: int, width: int) -> list[str]:
         found, multiple = [], self.pixel_multiple
-        for name, value in (("height", height), ("width", width)):
-            if value < multiple or value % multiple:
+        for name, value, latent in (("height", height, self.sample_height), ("width", width, self.sample_width)):
+            native = latent * self.spatial_stride
+            if self.learned_positions and value != native:
+                found.append(f"data.{name}={value}: must be {native}, the only one this checkpoint has positions for")
+            elif value < multiple or value % multiple:
                 below = value // multiple * multiple
                 nearest = f"{below} or {below + multiple}" if below >= multiple else f"{multiple}"
                 found.append(
                     f"data.{name}={value}: must be a multiple of {multiple} "
                     f"(VAE {self.spatial_stride} x patch {self.patch_size}); nearest: {nearest}"
                 )
+            elif self.patch_size_t is not None and value > native:
+                found.append(f"data.{name}={value}: must be at most {native}, where this checkpoint's positions end")
         return found
 
-    def unsupported(self) -> list[str]:
-        """Kinds of checkpoints that later versions will train."""
-        found = []
-        if self.patch_size_t is not None:
-            found.append(f"patch_size_t={self.patch_size_t}: this is a CogVideoX 1.5 checkpoint")
-        if self.in_channels != self.latent_channels:
-            found.append(
-                f"in_channels={self.in_channels} over {self.latent_channels} latent channels: this is an image-to-video checkpoint"
-            )
-        return found
+    def precision_problems(self, precision: str) -> list[str]:
+        if precision == "fp16" and self.stored_dtype == "BF16":
+            return [
+                "train.mixed_precision=fp16: this checkpoint was trained in bf16 and overflows in fp16; "
+                "train.mixed_precision=bf16"
+            ]
+        return []
+
+    def cautions(self, frames: int) -> list[str]:
+        """What is legal and yet not what the checkpoint was made for."""
+        if self.learned_positions and frames != self.sample_frames:
+            return [
+                f"this checkpoint's learned positions are for {self.sample_frames} frames; at {frames} diffusers puts a sine "
+                f"table in their place, here and in its pipeline, which the checkpoint has not seen"
+            ]
+        if self.patch_size_t is None and frames > self.sample_frames:
+            return [f"this checkpoint was trained on up to {self.sample_frames} frames, and these are {frames}"]
+        return []
 
 
-# What the released text-to-video checkpoints of 1.0 share; used to check sizes before a checkpoint is on this machine.
-RELEASED = Geometry(
-    spatial_stride=8,
-    temporal_stride=4,
-    patch_size=2,
-    patch_size_t=None,
-    in_channels=16,
-    latent_channels=16,
-    sample_height=60,
-    sample_width=90,
-    head_dim=64,
-    rotary=False,
-    text_tokens=226,
-    scaling_factor=1.15258426,
-)
+def released(path: str) -> Geometry | None:
+    """Of a released checkpoint by its hub id or folder's name, before it is on this machine; None for others."""
+    option = NAMES.get(path.rstrip("/").split("/")[-1])
+    if option is None:
+        return None
+    transformer, vae, _, stored_dtype = RELEASED[option]
+    return Geometry.from_configs(transformer, vae, stored_dtype)
 
 
 def read_geometry(folder: Path) -> Geometry:
     """From a folder in diffusers layout. UserError when a part is missing or cannot be read."""
-    transformer, vae = read_config(folder, "transformer"), read_config(folder, "vae")
     try:
-        return Geometry(
-            spatial_stride=2 ** (len(vae["block_out_channels"]) - 1),
-            temporal_stride=int(vae["temporal_compression_ratio"]),
-            patch_size=transformer["patch_size"],
-            patch_size_t=transformer.get("patch_size_t"),
-            in_channels=transformer["in_channels"],
-            latent_channels=vae["latent_channels"],
-            sample_height=transformer["sample_height"],
-            sample_width=transformer["sample_width"],
-            head_dim=transformer["attention_head_dim"],
-            rotary=transformer["use_rotary_positional_embeddings"],
-            text_tokens=transformer["max_text_seq_length"],
-            scaling_factor=vae["scaling_factor"],
+        return Geometry.from_configs(
+            read_config(folder, "transformer"), read_config(folder, "vae"), stored_dtype(folder / "transformer")
         )
     except KeyError as error:
         raise UserError(
             f"{folder}: a config.json of this model does not say {error}: is it a CogVideoX checkpoint?"
         ) from error
+
+
+def stored_dtype(part: Path) -> str | None:
+    """Of the first tensor in a part's safetensors files, from the file's header; None when there is none to read."""
+    for path in sorted(part.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        except (OSError, ValueError, struct.error, MemoryError, OverflowError):
+            return None  # loading it will say more
+        return next((about["dtype"] for name, about in header.items() if name != "__metadata__"), None)
+    return None
 
 
 def read_config(folder: Path, part: str) -> dict:

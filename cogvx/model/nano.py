@@ -1,78 +1,76 @@
 """A CogVideoX checkpoint of 2 million parameters, written to disk in the released checkpoints' own format.
 
 The real classes at tiny size, like 2B: sine positions, no rotary; VAE 4 x 4 x 4, patch 2. Everything that loads,
-trains, samples and saves the 2B does it here too. The weights are random but always the same.
+trains, samples and saves the 2B does it here too; nano_i2v is the same for image-to-video. The weights are random but
+always the same.
 """
 
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cogvx.data.cache import filled
 from cogvx.model.geometry import Geometry
+from cogvx.model.released import SCHEDULER, TRANSFORMER_2B, VAE_2B
 
 TEXT_TOKENS = 64
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 16
 SCALING_FACTOR = 2.65  # 1 / standard deviation of the random VAE's latents of the demo's clips; a test measures it
 
-GEOMETRY = Geometry(
-    spatial_stride=4,
-    temporal_stride=4,
-    patch_size=2,
-    patch_size_t=None,
-    in_channels=LATENT_CHANNELS,
-    latent_channels=LATENT_CHANNELS,
-    sample_height=16,
-    sample_width=16,
-    head_dim=32,
-    rotary=False,
-    text_tokens=TEXT_TOKENS,
-    scaling_factor=SCALING_FACTOR,
-)
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint to be written: what its transformer, VAE and noise schedule are built from."""
+
+    transformer: dict
+    vae: dict
+    snr_shift_scale: float
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry.from_configs(self.transformer, self.vae, "F32")
 
 
-def write(folder: Path) -> Path:
+NANO = Tiny(
+    transformer=TRANSFORMER_2B | {
+        "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 4, "time_embed_dim": 128,
+        "text_embed_dim": TEXT_WIDTH, "max_text_seq_length": TEXT_TOKENS, "sample_frames": 9, "sample_height": 16, "sample_width": 16,
+    },
+    # Tiles are half of sample_height and sample_width; of these sizes their overlaps are whole latent pixels, as the 2B's are.
+    vae=VAE_2B | {
+        "down_block_types": ["CogVideoXDownBlock3D"] * 3, "up_block_types": ["CogVideoXUpBlock3D"] * 3,
+        "block_out_channels": [16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8, "latent_channels": LATENT_CHANNELS,
+        "sample_height": 96, "sample_width": 80, "scaling_factor": SCALING_FACTOR,
+    },
+    snr_shift_scale=3.0,
+)  # fmt: skip
+NANO_I2V = replace(NANO, transformer=NANO.transformer | {"in_channels": 2 * LATENT_CHANNELS})
+
+
+def write(folder: Path, tiny: Tiny = NANO) -> Path:
     """The checkpoint's folder, written unless it is there."""
-    return filled(folder, write_parts)
+    return filled(folder, lambda partial: write_parts(partial, tiny))
 
 
-def write_parts(folder: Path) -> None:
+def write_parts(folder: Path, tiny: Tiny) -> None:
     import torch
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
     from cogvx.model.checkpoint import library_bars
 
     with library_bars(shown=False), torch.random.fork_rng():
         torch.manual_seed(0)
         vocabulary = write_tokenizer(folder / "tokenizer")
-        transformer().save_pretrained(folder / "transformer")
-        narrow_posterior(vae()).save_pretrained(folder / "vae")
+        CogVideoXTransformer3DModel(**tiny.transformer).save_pretrained(folder / "transformer")
+        narrow_posterior(AutoencoderKLCogVideoX(**tiny.vae)).save_pretrained(folder / "vae")
         text_encoder(vocabulary).save_pretrained(folder / "text_encoder")
-    noise_scheduler().save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(MODEL_INDEX, encoding="utf-8")
-
-
-def transformer():
-    from diffusers import CogVideoXTransformer3DModel
-
-    return CogVideoXTransformer3DModel(
-        num_attention_heads=4, attention_head_dim=GEOMETRY.head_dim, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
-        time_embed_dim=128, text_embed_dim=TEXT_WIDTH, num_layers=4, sample_width=GEOMETRY.sample_width,
-        sample_height=GEOMETRY.sample_height, sample_frames=9, patch_size=2, max_text_seq_length=TEXT_TOKENS,
-        use_rotary_positional_embeddings=False,
-    )  # fmt: skip
-
-
-def vae():
-    """Tiles are half of sample_height and sample_width; of these sizes their overlaps are whole latent pixels, as the 2B's are."""
-    from diffusers import AutoencoderKLCogVideoX
-
-    return AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3,
-        block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8, latent_channels=LATENT_CHANNELS,
-        sample_height=96, sample_width=80, scaling_factor=SCALING_FACTOR,
-    )  # fmt: skip
+    noise_scheduler(tiny.snr_shift_scale).save_pretrained(folder / "scheduler")
+    pipeline = "CogVideoXImageToVideoPipeline" if tiny.geometry.image_to_video else "CogVideoXPipeline"
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline} | PARTS, indent=2), encoding="utf-8")
 
 
 def narrow_posterior(vae):
@@ -104,7 +102,6 @@ def text_encoder(vocabulary: int):
 
 def write_tokenizer(folder: Path) -> int:
     """A sentencepiece model of the demo's captions and single letters, as T5's spiece.model; returns its size."""
-    import json
     import string
 
     import sentencepiece
@@ -127,22 +124,17 @@ def write_tokenizer(folder: Path) -> int:
     return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue()).get_piece_size()
 
 
-def noise_scheduler():
-    """The 2B's: scaled linear betas, SNR shift 3, zero terminal SNR, v-prediction, trailing spacing."""
+def noise_scheduler(snr_shift_scale: float = NANO.snr_shift_scale):
+    """As released: scaled linear betas, zero terminal SNR, v-prediction, trailing spacing; the shift is 3 for 2B, 1 for the others."""
     from diffusers import CogVideoXDDIMScheduler
 
-    return CogVideoXDDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0, timestep_spacing="trailing",
-    )  # fmt: skip
+    return CogVideoXDDIMScheduler(**SCHEDULER, snr_shift_scale=snr_shift_scale)
 
 
-MODEL_INDEX = """{
-  "_class_name": "CogVideoXPipeline",
-  "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
-  "text_encoder": ["transformers", "T5EncoderModel"],
-  "tokenizer": ["transformers", "T5Tokenizer"],
-  "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-  "vae": ["diffusers", "AutoencoderKLCogVideoX"]
+PARTS = {
+    "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+    "vae": ["diffusers", "AutoencoderKLCogVideoX"],
 }
-"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import socket
@@ -21,6 +22,8 @@ OUT_OF_MEMORY = (
     "train.gradient_accumulation_steps, fewer frames (data.max_num_frames), a smaller size (data.height, data.width)."
 )
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# They warn, when diffusers looks whether they are there, of parts that are missing and not used here.
+NOISY = ("bitsandbytes", "diffusers.quantizers", "torch.utils._pytree", "torchao")
 FAILED = 2  # exit code of what the user can mend; its message is printed
 
 
@@ -98,6 +101,8 @@ def wait(ranks: list[subprocess.Popen]) -> list[int]:
 def run_here(folder: Path) -> int:
     """The task, in this process; its exit code. summary.json is written last, whatever happens."""
     config = configuration.read(folder / record.CONFIG)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         summary = config.task.run(config, folder)
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0

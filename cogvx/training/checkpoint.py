@@ -6,6 +6,7 @@ are older ones removed. A folder without a fitting manifest is no checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,36 +17,52 @@ from pathlib import Path
 import torch
 
 from cogvx.errors import UserError, listed
-from cogvx.model import lora
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.pt"
-HYPERPARAMETERS = ("betas", "eps", "weight_decay", "decoupled_weight_decay")  # as configured, not as stored
+HYPERPARAMETERS = (
+    "betas",
+    "beta3",
+    "eps",
+    "momentum",
+    "weight_decay",
+    "decoupled_weight_decay",
+)  # as configured, not as stored
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What changes while training. `optimizer` and `scaler` are anything with state_dict and load_state_dict."""
+    """What changes while training. `weights` is the module model.lora or model.full, which saves and loads what is trained;
+    `optimizer` and `scaler` are anything with state_dict and load_state_dict, `average` a diffusers EMAModel."""
 
     transformer: object
+    weights: object
+    parameters: list[torch.nn.Parameter]
     optimizer: object
     scaler: object | None
+    average: object | None
 
-    def save(self, folder: Path, step: int, losses: list[float]) -> None:
-        """`losses`: of the steps not logged yet, so that a resumed run logs the same means."""
-        lora.save(self.transformer, folder)
-        scaler = None if self.scaler is None else self.scaler.state_dict()
-        torch.save({"optimizer": self.optimizer.state_dict(), "scaler": scaler}, folder / OPTIMIZER)
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_text(
-            json.dumps({"step": step, "losses": losses, "files": sizes}, indent=2), encoding="utf-8"
-        )
-        for path in folder.iterdir():
+    def save(self, folder: Path, step: int, pending: list, heldout_loss: float | None) -> None:
+        """`pending`: the losses of the steps not logged yet, so that a resumed run logs the same means."""
+        self.weights.save(self.transformer, folder)
+        scaler, average = ((None if part is None else part.state_dict()) for part in (self.scaler, self.average))
+        states = {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "average": average}
+        torch.save(states, folder / OPTIMIZER)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        about = {"step": step, "pending": pending, "heldout_loss": heldout_loss}
+        about["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        (folder / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
+        for path in [*files, folder / MANIFEST]:
             flush_to_disk(path)
 
-    def load(self, folder: Path) -> tuple[int, list[float]]:
-        """Restores everything; returns the number of optimizer steps done and the losses not logged yet."""
-        lora.load(self.transformer, folder)
+    def require_fit(self, folder: Path) -> None:
+        """UserError when a checkpoint's weights are not those of this model and configuration."""
+        found = self.weights.differences(self.transformer, folder, values=False)
+        if found:
+            raise UserError(listed(f"{folder} does not fit this model and these settings:", found))
+
+    def load(self, folder: Path) -> None:
+        self.weights.load(self.transformer, folder)
         stored = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         asked_for = [
             {name: group[name] for name in HYPERPARAMETERS if name in group} for group in self.optimizer.param_groups
@@ -55,18 +72,55 @@ class TrainingState:
             group.update(settings)
         if self.scaler is not None and stored["scaler"] is not None:
             self.scaler.load_state_dict(stored["scaler"])
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["step"], manifest["losses"]
+        if self.average is not None and stored["average"] is not None:
+            self.average.load_state_dict(stored["average"])
+            self.average.to(self.parameters[0].device)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """With the weights that are judged and delivered, where those are an average; afterwards each trained bit is back."""
+        schedule_free = callable(getattr(inner(self.optimizer), "eval", None))
+        if self.average is None and not schedule_free:
+            yield
+            return
+        trained = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        if schedule_free:
+            inner(self.optimizer).eval()
+        else:
+            self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, trained, strict=True):
+                    parameter.copy_(value)
+            if schedule_free:
+                for group in self.optimizer.param_groups:
+                    group["train_mode"] = True
 
 
-def write(run_folder: Path, state: TrainingState, step: int, losses: list[float], *, limit: int | None) -> Path:
-    """The checkpoint of this step, in place when this returns; then the oldest beyond `limit` are removed."""
+def inner(optimizer: object) -> object:
+    """Without accelerate's wrapping."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def write(
+    run_folder: Path,
+    state: TrainingState,
+    step: int,
+    pending: list,
+    heldout_loss: float | None = None,
+    *,
+    limit: int | None,
+) -> Path:
+    """The checkpoint of this step, in place when this returns; then the oldest beyond `limit` are removed, but not the one of
+    the lowest held-out loss."""
     folder = run_folder / "checkpoints" / f"step_{step:06d}"
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        state.save(partial, step, losses)
+        state.save(partial, step, pending, heldout_loss)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except Exception as error:  # torch and safetensors report a full disk as errors of their own
@@ -75,9 +129,17 @@ def write(run_folder: Path, state: TrainingState, step: int, losses: list[float]
             f"cannot write the checkpoint {folder}: {error}. Older checkpoints are untouched. Free some space, then: "
             f"python launch.py train.resume={run_folder}"
         ) from error
+    kept = best(run_folder)
     for old in all_complete(run_folder)[: -limit if limit else 0]:
-        shutil.rmtree(old)
+        if old != kept:
+            shutil.rmtree(old)
     return folder
+
+
+def best(run_folder: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss, the earliest of equals; None when none has one."""
+    losses = {path: manifest(path)["heldout_loss"] for path in all_complete(run_folder)}
+    return min((path for path in losses if losses[path] is not None), key=losses.get, default=None)
 
 
 def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
@@ -86,18 +148,14 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run
         folder.mkdir(parents=True)
-        state.save(folder, 0, [])
-        tensors, settings = lora.read(folder)
-        differences = lora.compare(lora.state(state.transformer), tensors, values=True)
-        trained = state.transformer.peft_config["default"]
-        for name in ("r", "lora_alpha"):
-            if settings.get(name) != getattr(trained, name):
-                differences.append(f"{name} is {settings.get(name)}, expected {getattr(trained, name)}")
-        if differences:
-            raise UserError(listed(f"what was saved to {folder} does not read back as it is in memory:", differences))
-        weights = (folder / lora.WEIGHTS).stat().st_size
-        # The result; per checkpoint the weights and Adam's two moments, and one more checkpoint while it is written.
-        needed = weights * (1 + 3 * (kept + 1))
+        state.save(folder, 0, [], None)
+        found = state.weights.differences(state.transformer, folder, values=True)
+        if found:
+            raise UserError(listed(f"what was saved to {folder} does not read back as it is in memory:", found))
+        weights = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        # The result; per checkpoint the weights, Adam's two moments and the average; one more checkpoint while it is written,
+        # and the best one.
+        needed = weights * (1 + (3 if state.average is None else 4) * (kept + 2))
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(
@@ -132,9 +190,13 @@ def all_complete(run_folder: Path) -> list[Path]:
     return sorted(filter(is_complete, found), key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
 def is_complete(folder: Path) -> bool:
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = manifest(folder)["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):
         return False

@@ -12,6 +12,24 @@ class Precision(Enum):
     bf16 = "bfloat16"
 
 
+class Timesteps(Enum):
+    """How training timesteps are drawn."""
+
+    uniform = "uniform"
+    stratified = "stratified"
+    logit_normal = "logit_normal"
+
+
+@dataclass(frozen=True)
+class TimestepSampling:
+    """uniform; or stratified: uniform too, but evenly spread over the samples of a batch, as the explicit uniform sampling of
+    CogVideoX (Yang et al. 2024) is over its processes; or logit_normal (Esser et al. 2024, Stable Diffusion 3)."""
+
+    timesteps: Timesteps
+    logit_mean: float
+    logit_std: float
+
+
 @dataclass
 class Train:
     num_train_epochs: int
@@ -22,6 +40,13 @@ class Train:
     mixed_precision: Precision
     gradient_checkpointing: bool
     caption_dropout: float
+    image_dropout: float
+    timestep_sampling: Timesteps
+    logit_mean: float
+    logit_std: float
+    min_snr_gamma: float | None
+    ema_decay: float | None
+    max_skipped_steps: int
     logging_steps: int
     checkpointing_steps: int
     checkpoints_total_limit: int | None
@@ -35,14 +60,21 @@ class Train:
                 "max_train_steps",
                 "train_batch_size",
                 "gradient_accumulation_steps",
+                "max_skipped_steps",
                 "logging_steps",
                 "checkpointing_steps",
                 "checkpoints_total_limit",
             )
             if (value := getattr(self, name)) is not None and value < 1
         ]
-        if not 0 <= self.caption_dropout < 1:
-            found.append(f"train.caption_dropout={self.caption_dropout}: must be from 0 up to, but not, 1")
+        for name in ("caption_dropout", "image_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"train.{name}={getattr(self, name)}: must be from 0 up to, but not, 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            found.append(f"train.ema_decay={self.ema_decay}: must be between 0 and 1; 0.999 is usual; null: no average")
+        for name in ("min_snr_gamma", "logit_std"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                found.append(f"train.{name}={getattr(self, name)}: must be above 0")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             found.append(f"train.max_grad_norm={self.max_grad_norm}: must be above 0, or null for no clipping")
         return found
@@ -53,6 +85,7 @@ class Validation:
     validation_prompt: str | None
     validation_prompt_separator: str
     validation_prompts_file: str | None
+    validation_images: str | None
     num_validation_videos: int
     validation_steps: int | None
     num_inference_steps: int
@@ -60,11 +93,18 @@ class Validation:
     use_dynamic_cfg: bool
     heldout_steps: int
     heldout_timesteps: int
+    heldout_draws: int
 
     def problems(self) -> list[str]:
         found = [
             f"validation.{name}={value}: must be 1 or more"
-            for name in ("validation_steps", "num_inference_steps", "heldout_steps", "heldout_timesteps")
+            for name in (
+                "validation_steps",
+                "num_inference_steps",
+                "heldout_steps",
+                "heldout_timesteps",
+                "heldout_draws",
+            )
             if (value := getattr(self, name)) is not None and value < 1
         ]
         if self.num_inference_steps > 1000:

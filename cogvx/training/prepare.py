@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -16,13 +17,15 @@ from safetensors import safe_open
 
 from cogvx.config import Config
 from cogvx.data.cache import Cache, key_of
-from cogvx.data.encode import EncodedClip, Encoder, encode_clips, encode_prompts
+from cogvx.data.encode import EncodedClip, Encoder, encode_clips, encode_images, encode_prompts, image_of
 from cogvx.data.inspect import write_contact_sheet, write_report
-from cogvx.errors import UserError, listed
+from cogvx.data.sources import Data, Example
+from cogvx.data.video import BadClip, to_bytes
+from cogvx.errors import UserError
 from cogvx.model.checkpoint import Checkpoint
 from cogvx.runs import record
 from cogvx.training.options import Precision
-from cogvx.training.validation import given_prompts
+from cogvx.training.validation import given_images, given_prompts
 
 
 def start_processes(config: Config) -> Accelerator:
@@ -71,19 +74,23 @@ class Prepared:
     held_out: list[EncodedClip]
     prompts: dict[str, Path]  # the cached embedding of every caption, validation prompt and ""
     validation_prompts: list[str]
+    validation_images: dict[str, numpy.ndarray]  # image-to-video: for each prompt the first frame, [H, W, 3] uint8
 
     @classmethod
     def from_config(cls, config: Config, folder: Path, accelerator: Accelerator) -> Prepared:
         say, cache = accelerator.print, Cache(Path(config.data.cache_dir))
         validation_prompts = given_prompts(config)
         with accelerator.main_process_first():  # what it downloads or renders is there for the others
-            examples, model_folder = config.data.read(), config.model.prepare()
+            examples = config.data.read()
+            model_folder = config.model.prepare(**config.asked_of_model())
         checkpoint = Checkpoint(model_folder, accelerator.device, getattr(torch, config.train.mixed_precision.value))
-        require_legal_sizes(config, checkpoint)
         say(f"model   {record.shown(Path(config.model.path))}, {checkpoint.dtype} on {accelerator.device}")
 
         vae, text = encoders(checkpoint, cache, tiling=config.memory.vae_tiling)
         clips, rejected = encode_clips(examples, config.data, cache, vae, say)
+        if checkpoint.geometry().image_to_video:
+            clips, without_image = encode_images(clips, config.data, cache, vae, say)
+            rejected += without_image
         out = config.data.held_out(len(clips))
         if accelerator.is_main_process:
             write_report(folder, clips, out, rejected)
@@ -104,12 +111,20 @@ class Prepared:
         sheet = record.shown(folder / "contact_sheet.png")
         say(f"clips   {sheet} shows what the model sees of them, dataset_report.csv says it")
         require_equal_lengths(train, config)
+        for caution in checkpoint.geometry().cautions(config.data.max_num_frames):
+            say(f"warning {caution}")
+        shown = (aside or train)[0].example
         if validation_prompts is None:
-            validation_prompts = [(aside or train)[0].example.prompt]
+            validation_prompts = [shown.prompt]
+        images = {}
+        if checkpoint.geometry().image_to_video:
+            given = given_images(config, len(validation_prompts)) or [None] * len(validation_prompts)
+            for prompt, path in zip(validation_prompts, given, strict=True):
+                images[prompt] = picture(shown if path is None else replace(shown, image=path), config.data)
         prompts = ["", *(clip.example.prompt for clip in clips), *validation_prompts]
         embeds = encode_prompts(prompts, cache, text, checkpoint.geometry().text_tokens, say)
         clear_device_cache(garbage_collection=True)  # of the two encoders, which nothing refers to any more
-        return cls(checkpoint, train, aside, embeds, validation_prompts)
+        return cls(checkpoint, train, aside, embeds, validation_prompts, images)
 
     def embeds(self, prompt: str) -> torch.Tensor:
         return read_tensor(self.prompts[prompt], "prompt_embeds")
@@ -127,12 +142,12 @@ def require_equal_lengths(clips: list[EncodedClip], config: Config) -> None:
         )
 
 
-def require_legal_sizes(config: Config, checkpoint: Checkpoint) -> None:
-    """The checkpoint's own strides: what the door could not know before it was on this machine."""
-    data, geometry = config.data, checkpoint.geometry()
-    problems = geometry.frame_problems(data.max_num_frames) + geometry.size_problems(data.height, data.width)
-    if problems:
-        raise UserError(listed(f"{config.model.path} cannot take these clips:", problems))
+def picture(example: Example, data: Data) -> numpy.ndarray:
+    """What an image-to-video clip starts from, [H, W, 3] uint8. UserError when the file yields none."""
+    try:
+        return to_bytes(image_of(example, data))[0]
+    except BadClip as bad:
+        raise UserError(f"a validation video's {bad}") from bad
 
 
 def encoders(checkpoint: Checkpoint, cache: Cache, *, tiling: bool) -> tuple[Encoder, Encoder]:
@@ -161,9 +176,10 @@ def describe_clips(clips: list[EncodedClip], train: int, config: Config, say: Ca
         say("warning no clip is held out, so there is no held-out loss: add clips, or set data.validation_fraction")
 
 
-def read_tensor(path: Path, name: str) -> torch.Tensor:
+def read_tensor(path: Path, name: str, row: int | None = None) -> torch.Tensor:
+    """A tensor of a file, or one row of it."""
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+        return file.get_tensor(name) if row is None else file.get_slice(name)[row]
 
 
 def device_name(device: torch.device) -> str:

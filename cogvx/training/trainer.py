@@ -13,19 +13,24 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
 
 from cogvx.config import Config, as_dict
 from cogvx.data.encode import EncodedClip
 from cogvx.errors import UserError
 from cogvx.inference import export
-from cogvx.model import lora
+from cogvx.model import full, lora
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import bar
 from cogvx.runs import record
 from cogvx.training import checkpoint as checkpoints
+from cogvx.training import guards
 from cogvx.training.metrics import Metrics
+from cogvx.training.optimizers import Prodigy, adaptation, set_learning_rate
+from cogvx.training.options import TimestepSampling
 from cogvx.training.prepare import Prepared, read_tensor, start_processes
-from cogvx.training.step import Batch, Draw, sample_order, training_loss
+from cogvx.training.step import Batch, Draw, sample_order, training_losses
 from cogvx.training.validation import HeldOutLoss, Videos, heldout_loss
 
 
@@ -64,79 +69,87 @@ class Trainer:
     accelerator: Accelerator
     data: Prepared
     model: CogVideoX
-    parameters: list[torch.nn.Parameter]
     state: checkpoints.TrainingState
-    metrics: Metrics
+    source: Path | None  # the checkpoint to go on from
+    watch: guards.Watch
+    metrics: Metrics | None  # of the main process
     steps: int  # optimizer steps of the whole run
-    step: int = 0  # of these, done
-    asked_to_stop: int | None = None  # the signal that asked
-    clock: float = field(default_factory=time.monotonic)  # when the steps since the last log began,
-    timed_from: int = 0  # and after which step
+    step: int  # of these, done
+    timed_from: int  # the step after which, at `clock`, the steps since the last log began
+    clock: float = field(default_factory=time.monotonic)
     grad_norm: torch.Tensor | None = None  # of the last step, on the device
-    since_logged: list[torch.Tensor] = field(default_factory=list)  # losses, on the device
+    judged: tuple[int, HeldOutLoss | None] | None = None  # the step of the last held-out loss, and it
+    asked_to_stop: int | None = None  # the signal that asked
 
     @classmethod
     def build(cls, config: Config, folder: Path, accelerator: Accelerator, data: Prepared) -> Trainer:
-        transformer = data.checkpoint.transformer()
-        config.lora.attach(transformer, config.seed)
-        if config.train.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        say, weights = accelerator.print, full if config.lora is None else lora
+        transformer, found = load_to_train(config, data)
         parameters = lora.trainable(transformer)
+        types = guards.audit(transformer, data.checkpoint.dtype)
+        for line in (
+            *found,
+            f"types   {guards.in_words(types)}",
+            *(f"warning {w}" for w in learning_rate_warnings(config)),
+        ):
+            say(line)
         optimizer = accelerator.prepare(config.optimizer.build(parameters))
-        state = checkpoints.TrainingState(transformer, optimizer, accelerator.scaler)
-        source = resume_source(config.train.resume, folder)
-        step, losses = (0, []) if source is None else state.load(source)
+        average = None if config.train.ema_decay is None else EMAModel(parameters, decay=config.train.ema_decay)
+        state = checkpoints.TrainingState(transformer, weights, parameters, optimizer, accelerator.scaler, average)
+        source, step, pending = resume_source(config.train.resume, folder), 0, []
         if source is not None:
-            accelerator.print(f"resume  {record.shown(source)} after step {step}")
+            state.require_fit(source)
+            about = checkpoints.manifest(source)
+            step, pending = about["step"], about["pending"][accelerator.process_index :: accelerator.num_processes]
+            say(f"resume  {record.shown(source)} after step {step}")
         elif config.train.resume == "auto":
-            accelerator.print("resume  nothing to go on from yet: starting at step 0")
+            say("resume  nothing to go on from yet: starting at step 0")
+        steps = number_of_steps(config, len(data.train), accelerator.num_processes)
+        if step > steps:
+            raise UserError(f"the checkpoint is at step {step} and train.max_train_steps is {steps}: raise it to go on")
         model = CogVideoX(
             accelerator.prepare(transformer), data.checkpoint.noise_scheduler(), data.checkpoint.geometry(),
             device=accelerator.device, dtype=data.checkpoint.dtype,
         )  # fmt: skip
-        tracked = accelerator.is_main_process
-        metrics = Metrics(folder, config.tracking, as_dict(config), resumed_at=step) if tracked else None
+        origins = [f"{clip.example.origin} {clip.example.video.name}" for clip in data.train]
+        watch = guards.Watch(origins, config.train.max_skipped_steps, rows=pending)
+        metrics = None
+        if accelerator.is_main_process:
+            record.note(folder, dtypes=types)
+            metrics = Metrics(folder, config.tracking, as_dict(config), resumed_at=step)
         return cls(
-            config, folder, accelerator, data, model, parameters, state, metrics, step=step,
-            steps=number_of_steps(config, len(data.train), accelerator.num_processes), timed_from=step,
-            since_logged=[torch.tensor(loss, device=accelerator.device) for loss in losses],
+            config, folder, accelerator, data, model, state, source, watch, metrics, steps=steps, step=step, timed_from=step
         )  # fmt: skip
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict:
         say, train, validation = self.accelerator.print, self.config.train, self.config.validation
-        count = sum(p.numel() for p in self.parameters)
-        say(
-            f"lora    rank {self.config.lora.rank}, alpha {self.config.lora.lora_alpha:g}: {count / 1e6:.2f} M trainable parameters"
-        )
-        if self.step > self.steps:
-            raise UserError(
-                f"the checkpoint is at step {self.step} and train.max_train_steps is {self.steps}: raise it to go on"
-            )
         if self.accelerator.is_main_process:
             checkpoints.rehearse(self.folder, self.state, kept=self.checkpoints_kept())
         self.write_videos(base=True)
         before = self.evaluate(base=True)
+        if self.source is not None:
+            self.state.load(self.source)
         # A run that was killed after its last step has only its end before it.
         latest = self.evaluate() if self.step == self.steps else before
         doing = "all steps are done" if self.step == self.steps else f"steps {self.step + 1} to {self.steps}"
-        say(f"train   {doing}" + (f"; held-out loss of the base model {before}" if before else ""))
+        say(f"train   {doing}" + (f"; held-out loss of the base model {before}{floor_of(before)}" if before else ""))
         with self.stop_signals(), self.progress_bar() as progress:
             self.clock = time.monotonic()
             while self.step < self.steps and not self.must_stop():
-                loss, self.grad_norm, rate = self.optimizer_step()
-                self.since_logged.append(loss)
+                rate = self.optimizer_step()
                 self.step += 1
                 progress.update()
                 at_end = self.step == self.steps
+                keeping = self.step % train.checkpointing_steps == 0 or at_end
                 if self.step % train.logging_steps == 0 or at_end:
                     self.log(progress, rate)
-                if self.step % validation.heldout_steps == 0 or at_end:
+                if self.step % validation.heldout_steps == 0 or keeping:
                     latest = self.evaluate()
                 if validation.validation_steps and self.step % validation.validation_steps == 0 and not at_end:
                     self.write_videos()
-                if self.step % train.checkpointing_steps == 0 or at_end:
+                if keeping:
                     self.keep()
         return self.stopped() if self.step < self.steps else self.finished(before, latest)
 
@@ -148,20 +161,31 @@ class Trainer:
         return {"status": "interrupted", "signal": self.asked_to_stop, "step": self.step}
 
     def finished(self, before: HeldOutLoss | None, after: HeldOutLoss | None) -> dict:
-        say = self.accelerator.print
+        say, lines = self.accelerator.print, ""
         prompt = (self.data.validation_prompts or [self.data.train[0].example.prompt])[0]
         if self.accelerator.is_main_process:
-            lines = export.deliver(self.folder, self.state.transformer, self.config, prompt, self.data.checkpoint)
+            image = self.folder / "validation" / "01_image.png" if self.data.validation_images else None
+            with self.state.averaged():
+                lines = export.deliver(
+                    self.folder, self.state.transformer, self.config, prompt, image, self.data.checkpoint
+                )
         videos = self.write_videos()  # after the result is safe
+        best = checkpoints.best(self.folder)
+        best_at = None if best is None else checkpoints.manifest(best)
         if self.accelerator.is_main_process:
             if before and after:
                 verdict = (
                     "lower" if after.mean < before.mean else "NOT lower: more steps or another learning rate may help"
                 )
                 say(f"done    held-out loss {before} before, {after} after: {verdict}")
+            if best is not None and best_at["step"] != self.step:
+                say(
+                    f"best    held-out loss {best_at['heldout_loss']:.4f} after step {best_at['step']}: {record.shown(best)}"
+                )
             for path in videos:
                 say(f"video   {record.shown(path)} (base model left, tuned right)")
-            say(f"result  {record.shown(self.folder / lora.WEIGHTS)}\n\nUse it in plain diffusers:\n\n{lines}\n")
+            result = self.folder / (full.FOLDER if self.config.lora is None else lora.WEIGHTS)
+            say(f"result  {record.shown(result)}\n\nUse it in plain diffusers:\n\n{lines}\n")
         return {
             "status": "done",
             "step": self.step,
@@ -169,100 +193,137 @@ class Trainer:
             "heldout_loss_before": before.mean if before else None,
             "heldout_loss_after": after.mean if after else None,
             "heldout_standard_error": after.standard_error if after else None,
+            "heldout_noise_floor": after.noise_floor if after else None,
+            "best_heldout_loss": best_at["heldout_loss"] if best_at else None,
+            "best_step": best_at["step"] if best_at else None,
         }
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def optimizer_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Mean loss of this process's samples and gradient norm, both still on the device, and the learning rate."""
-        accumulation, peak = self.config.train.gradient_accumulation_steps, self.config.optimizer.learning_rate
+    def optimizer_step(self) -> float:
+        """Returns the learning rate. Losses and gradient norm stay on the device; whether the gradient is finite is waited for."""
+        train, peak, optimizer = self.config.train, self.config.optimizer.learning_rate, self.state.optimizer
+        accumulation = train.gradient_accumulation_steps
         rate = peak * self.config.scheduler.multiplier(self.step, self.steps, peak)
-        optimizer = self.state.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        losses = []
+        set_learning_rate(optimizer, rate)
         for micro_step in range(self.step * accumulation, (self.step + 1) * accumulation):
             last = (micro_step + 1) % accumulation == 0
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model.transformer):
                 batch, draw = self.batch(micro_step)
-                loss = training_loss(self.model, batch, draw)
-                self.accelerator.backward(loss / accumulation)
-            losses.append(loss.detach())
-        most = self.config.train.max_grad_norm
-        grad_norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if most is None else most)
-        optimizer.step()
+                losses, timesteps = training_losses(self.model, batch, draw)
+                self.watch.saw([sample.index for sample in draw.samples], timesteps, losses)
+                if train.min_snr_gamma is not None:
+                    losses = losses * self.model.min_snr_weight(timesteps, train.min_snr_gamma)
+                self.accelerator.backward(losses.mean() / accumulation)
+        most = math.inf if train.max_grad_norm is None else train.max_grad_norm
+        self.grad_norm = self.accelerator.clip_grad_norm_(self.state.parameters, most)
+        scaled = self.accelerator.scaler is not None
+        not_finite = self.watch.finite(self.grad_norm, accumulation * train.train_batch_size, expected=scaled)
+        if not_finite is None or scaled:  # a scaler leaves the step out by itself, and lowers its scale
+            optimizer.step()
         optimizer.zero_grad()
-        return torch.stack(losses).mean(), grad_norm, rate
+        if not_finite is None and self.state.average is not None:
+            self.state.average.step(self.state.parameters)
+        if not_finite:
+            self.skipped(not_finite)
+        return rate
+
+    def skipped(self, named: list[str]) -> None:
+        if self.metrics:
+            self.metrics.log(self.step + 1, skipped=named)
+            tqdm.write(f"warning step {self.step + 1} left out, its gradient is not finite: {'; '.join(named)}")
 
     def batch(self, micro_step: int) -> tuple[Batch, Draw]:
         """This process's clips of a micro-step. All processes together take consecutive places of the sample order, so the
         clips and draws of an optimizer step depend on its total batch alone, not on how many processes share it."""
-        size, processes = self.config.train.train_batch_size, self.accelerator.num_processes
+        train, processes = self.config.train, self.accelerator.num_processes
+        size = train.train_batch_size
         start = (micro_step * processes + self.accelerator.process_index) * size
         samples = sample_order(self.config.seed, len(self.data.train), start, size)
-        draw = Draw(self.config.seed, samples, self.accelerator.device)
-        clips = [self.data.train[index] for _, index in samples]
-        dropped = draw.drops_caption(self.config.train.caption_dropout)
-        prompts = ["" if drop else clip.example.prompt for clip, drop in zip(clips, dropped, strict=True)]
-        return self.load_batch(clips, prompts), draw
+        draw = Draw(
+            self.config.seed, samples, self.accelerator.device,
+            timestep_sampling=TimestepSampling(train.timestep_sampling, train.logit_mean, train.logit_std),
+            caption_dropout=train.caption_dropout, image_dropout=train.image_dropout,
+        )  # fmt: skip
+        clips = [self.data.train[sample.index] for sample in samples]
+        prompts = ["" if drop else clip.example.prompt for clip, drop in zip(clips, draw.drops_caption(), strict=True)]
+        noisy = self.config.data.image_noise_variants
+        variants = [1 + variant for variant in draw.image_variants(noisy)] if noisy else [0] * size
+        return self.load_batch(clips, prompts, variants), draw
 
-    def load_batch(self, clips: list[EncodedClip], prompts: list[str]) -> Batch:
+    def load_batch(self, clips: list[EncodedClip], prompts: list[str], images: list[int]) -> Batch:
+        """`images`: which encoding of its image each clip starts from; 0 is without noise."""
+        device = self.accelerator.device
+        latents = [read_tensor(clip.path, "latent_moments") for clip in clips]
+        image_moments = None
+        if self.model.geometry.image_to_video:
+            rows = [read_tensor(c.image_path, "image_moments", row) for c, row in zip(clips, images, strict=True)]
+            image_moments = torch.stack(rows).to(device)
         return Batch(
-            latent_moments=torch.stack([read_tensor(clip.path, "latent_moments") for clip in clips]).to(
-                self.accelerator.device
-            ),
-            prompt_embeds=torch.stack([self.data.embeds(prompt) for prompt in prompts]).to(self.accelerator.device),
+            latent_moments=torch.stack(latents).to(device),
+            prompt_embeds=torch.stack([self.data.embeds(prompt) for prompt in prompts]).to(device),
+            image_moments=image_moments,
         )
 
     # -- seeing and keeping -------------------------------------------------------------------------------------------
 
     def log(self, progress, rate: float) -> None:
-        """The mean over the steps since the last call, and over all processes. The only place where the step's numbers are
-        waited for."""
-        loss = self.accelerator.reduce(torch.stack(self.since_logged).mean(), reduction="mean").item()
+        """The mean over the steps since the last call, and over all processes."""
         seconds = (time.monotonic() - self.clock) / (self.step - self.timed_from)
-        self.require_finite([loss])
-        self.since_logged.clear()
+        losses = self.watch.means()
         self.clock, self.timed_from = time.monotonic(), self.step
         grad_norm = float(self.grad_norm)
-        progress.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}", refresh=sys.stderr.isatty())
+        if losses:
+            progress.set_postfix_str(f"loss {losses['loss']:.4f}, lr {rate:.2e}", refresh=sys.stderr.isatty())
         if self.metrics:
             self.metrics.log(
-                self.step, loss=loss, grad_norm=grad_norm if math.isfinite(grad_norm) else None, lr=rate, seconds=round(seconds, 4),
+                self.step, **losses, grad_norm=grad_norm if math.isfinite(grad_norm) else None, lr=rate,
+                **adaptation(self.state.optimizer), seconds=round(seconds, 4),
                 peak_memory_gib=peak_memory_gib(self.accelerator.device),
             )  # fmt: skip
 
-    def require_finite(self, losses: list[float]) -> None:
-        """Nothing that is not a number is logged or kept. fp16's loss scaling skips steps with infinite gradients by design."""
-        wrong = [loss for loss in losses if not math.isfinite(loss)]
-        if self.accelerator.scaler is None and self.grad_norm is not None and not math.isfinite(self.grad_norm):
-            wrong.append(float(self.grad_norm))
-        if wrong:
-            raise UserError(
-                f"the loss or its gradient is {wrong[0]} at step {self.step}. The checkpoints in {self.folder} are from before. "
-                f"Usual causes: optimizer.learning_rate={self.config.optimizer.learning_rate} too high, fp16 where bf16 is needed"
-            )
-
     def evaluate(self, *, base: bool = False) -> HeldOutLoss | None:
-        """The held-out loss now, or the base model's, which stands in metrics.jsonl as step 0."""
-        clips, timesteps = self.data.held_out, self.config.validation.heldout_timesteps
-        with self.not_timed(), self.adapters_off() if base else contextlib.nullcontext():
-            found = heldout_loss(self.model, len(clips), self.load_held_out, timesteps, self.accelerator)
-        step = 0 if base else self.step
+        """The held-out loss now, of the weights that would be delivered; or the base model's, which stands in metrics.jsonl as
+        step 0. Where an average of the weights is delivered, the weights themselves are judged too, as heldout_loss_trained."""
+        step, values = 0 if base else self.step, {}
+        with self.not_timed():
+            if self.state.average is not None and not base:
+                trained = self.heldout_loss()
+                values["heldout_loss_trained"] = trained and trained.mean
+            with self.base_model() if base else self.state.averaged():
+                found = self.heldout_loss()
+        if not base:
+            self.judged = (step, found)
         if self.metrics and found and not self.metrics.has("heldout_loss", step):
             self.metrics.log(
-                step, heldout_loss=found.mean, heldout_standard_error=found.standard_error,
-                heldout_by_timestep={str(t): loss for t, loss in found.by_timestep.items()},
+                step, heldout_loss=found.mean, **values, heldout_standard_error=found.standard_error,
+                heldout_noise_floor=found.noise_floor, heldout_by_timestep={str(t): loss for t, loss in found.by_timestep.items()},
             )  # fmt: skip
+        return found
+
+    def heldout_loss(self) -> HeldOutLoss | None:
+        found = heldout_loss(
+            self.model, len(self.data.held_out), self.load_held_out, self.config.validation, self.accelerator
+        )
+        if found and not math.isfinite(found.mean):
+            raise UserError(
+                f"the held-out loss is {found.mean} after step {self.step}: the weights are spoilt. The checkpoints in "
+                f"{self.folder} are from before. Usual causes: optimizer.learning_rate="
+                f"{self.config.optimizer.learning_rate:g} too high, fp16 where bf16 is needed"
+            )
         return found
 
     def load_held_out(self, index: int) -> Batch:
         clip = self.data.held_out[index]
-        return self.load_batch([clip], [clip.example.prompt])
+        return self.load_batch([clip], [clip.example.prompt], [0])
+
+    def base_model(self):
+        """A context with the model as it was before training: the base model without the LoRA. With lora=null it is used before
+        any trained weights are loaded."""
+        return contextlib.nullcontext() if self.config.lora is None else self.adapters_off()
 
     @contextlib.contextmanager
     def adapters_off(self):
-        """The base model."""
         self.state.transformer.disable_adapters()
         yield
         self.state.transformer.enable_adapters()
@@ -281,24 +342,32 @@ class Trainer:
             return []
         videos = Videos(
             self.folder, self.config, self.data.checkpoint,
-            {prompt: self.data.embeds(prompt) for prompt in self.data.validation_prompts}, self.data.embeds(""),
+            {prompt: self.data.embeds(prompt) for prompt in self.data.validation_prompts}, self.data.validation_images,
+            self.data.embeds(""),
         )  # fmt: skip
-        with self.not_timed():
+        written = []
+        with self.not_timed(), self.base_model() if base else self.state.averaged():
             if base:
-                with self.adapters_off():
-                    videos.write_base(self.state.transformer)
-            written = [] if base else videos.write(self.state.transformer, self.step)
+                videos.write_base(self.state.transformer)
+            else:
+                written = videos.write(self.state.transformer, self.step)
         self.metrics.tracking.videos(written, self.step)
         self.accelerator.wait_for_everyone()
         return written
 
     def keep(self) -> None:
         limit = self.config.train.checkpoints_total_limit
+        judged_at, found = self.judged or (None, None)
         with self.not_timed():
-            losses = [self.accelerator.reduce(loss, reduction="mean").item() for loss in self.since_logged]
-            self.require_finite(losses)
+            pending = self.watch.everyones()
+            if not all(bool(parameter.isfinite().all()) for parameter in self.state.parameters):
+                raise UserError(
+                    f"trained weights are not finite after step {self.step}; the checkpoints in {self.folder} are from before. Usual "
+                    f"cause: optimizer.learning_rate={self.config.optimizer.learning_rate:g} too high"
+                )
             if self.accelerator.is_main_process:
-                checkpoints.write(self.folder, self.state, self.step, losses, limit=limit)
+                heldout_loss = found.mean if found and judged_at == self.step else None
+                checkpoints.write(self.folder, self.state, self.step, pending, heldout_loss, limit=limit)
             self.accelerator.wait_for_everyone()
 
     def checkpoints_kept(self) -> int:
@@ -338,6 +407,46 @@ class Trainer:
         asked = torch.tensor(self.asked_to_stop or 0, device=self.accelerator.device)
         self.asked_to_stop = int(self.accelerator.gather(asked[None]).max()) or None
         return self.asked_to_stop is not None
+
+
+def load_to_train(config: Config, data: Prepared) -> tuple[torch.nn.Module, list[str]]:
+    """The transformer with what is to be trained in it, and lines that say what that is."""
+    if config.lora is None:
+        transformer = data.checkpoint.transformer(torch.float32)
+        full.attach(transformer)
+        lines = [f"full    every weight: {count(transformer):.2f} M trainable parameters, kept in fp32"]
+    else:
+        transformer, settings = data.checkpoint.transformer(), config.lora
+        started = settings.attach(transformer, config.seed)
+        variant = (", rsLoRA" if settings.use_rslora else "") + (", DoRA" if settings.use_dora else "")
+        modules = lora.count_modules(lora.state(transformer))
+        lines = [
+            f"lora    rank {settings.rank}, alpha {settings.lora_alpha:g}{variant} on {modules} layers: "
+            f"{count(transformer):.2f} M trainable parameters"
+        ]
+        lines += [] if started is None else [f"init    {started}"]
+    if config.train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer, lines
+
+
+def count(transformer: torch.nn.Module) -> float:
+    """Trainable parameters, in millions."""
+    return sum(parameter.numel() for parameter in lora.trainable(transformer)) / 1e6
+
+
+FULL_RATE = 1e-4  # CogVideo's own trainer: 1e-5 for full fine-tuning
+
+
+def learning_rate_warnings(config: Config) -> list[str]:
+    found, rate = config.optimizer.warnings(), config.optimizer.learning_rate
+    if config.lora is None and rate > FULL_RATE and not isinstance(config.optimizer, Prodigy):
+        found.append(f"optimizer.learning_rate={rate:g} with lora=null: 1e-5 is usual when every weight is trained")
+    return found
+
+
+def floor_of(loss: HeldOutLoss) -> str:
+    return "" if loss.noise_floor is None else f" (noise floor {loss.noise_floor:.4f})"
 
 
 def resume_source(resume: str | None, folder: Path) -> Path | None:

@@ -19,15 +19,17 @@ from cogvx.errors import UserError
 from cogvx.inference.generate import generate
 from cogvx.model.checkpoint import Checkpoint
 from cogvx.model.cogvideox import CogVideoX
-from cogvx.training.step import Batch, FixedDraw, training_loss
+from cogvx.training.options import Validation
+from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
 
 HELD_OUT_SEED = 0  # of the held-out noise: the same for every run, so that runs can be compared
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    mean: float  # over clips and timesteps
+    mean: float  # over clips, timesteps and draws of noise
     standard_error: float | None  # of the mean over clips; None for a single clip
+    noise_floor: float | None  # standard error of the mean over draws of noise; None for a single draw
     by_timestep: dict[int, float]
 
     def __str__(self) -> str:
@@ -35,31 +37,42 @@ class HeldOutLoss:
 
 
 def heldout_loss(
-    model: CogVideoX, clips: int, load: Callable[[int], Batch], timesteps: int, accelerator: Accelerator
+    model: CogVideoX, clips: int, load: Callable[[int], Batch], validation: Validation, accelerator: Accelerator
 ) -> HeldOutLoss | None:
-    """The training loss without caption dropout, at fixed timesteps with fixed noise; None without held-out clips.
+    """The training loss without dropout and weights, at fixed timesteps with fixed noise; None without held-out clips.
 
+    The timesteps are the middles of validation.heldout_timesteps equal bands of the schedule, so by_timestep is the loss by band.
     load(index) gives a clip as a batch of one. Processes share the clips.
     """
     if not clips:
         return None
-    fixed = [int((k + 0.5) * model.num_timesteps / timesteps) for k in range(timesteps)]
+    bands, draws = validation.heldout_timesteps, range(validation.heldout_draws)
+    fixed = [int((k + 0.5) * model.num_timesteps / bands) for k in range(bands)]
     mine = []
     with torch.no_grad():
         for index in range(accelerator.process_index, clips, accelerator.num_processes):
             batch = load(index)
             for timestep in fixed:
-                draw = FixedDraw(
-                    seed=HELD_OUT_SEED, samples=[(timestep, index)], device=model.device, timestep=timestep
-                )
-                mine.append((index, timestep, training_loss(model, batch, draw).item()))
-    losses = {(index, timestep): loss for index, timestep, loss in gather_object(mine)}
-    per_clip = [statistics.fmean(losses[index, t] for t in fixed) for index in range(clips)]
+                for number in draws:
+                    samples = [Sample(epoch=timestep, index=index, place=0)]
+                    draw = FixedDraw(HELD_OUT_SEED + number, samples, model.device, timestep=timestep)
+                    losses, _ = training_losses(model, batch, draw)
+                    mine.append((index, timestep, number, losses))
+    # Read from the device at the end, in one go.
+    read = [(index, t, number, losses.item()) for index, t, number, losses in mine]
+    losses = {(index, t, number): loss for index, t, number, loss in gather_object(read)}
+    per_clip = [statistics.fmean(losses[index, t, d] for t in fixed for d in draws) for index in range(clips)]
+    per_draw = [statistics.fmean(losses[index, t, d] for t in fixed for index in range(clips)) for d in draws]
     return HeldOutLoss(
         mean=statistics.fmean(per_clip),
-        standard_error=statistics.stdev(per_clip) / len(per_clip) ** 0.5 if len(per_clip) > 1 else None,
-        by_timestep={t: statistics.fmean(losses[index, t] for index in range(clips)) for t in fixed},
+        standard_error=standard_error(per_clip),
+        noise_floor=standard_error(per_draw),
+        by_timestep={t: statistics.fmean(losses[index, t, d] for index in range(clips) for d in draws) for t in fixed},
     )
+
+
+def standard_error(values: list[float]) -> float | None:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def given_prompts(config: Config) -> list[str] | None:
@@ -81,6 +94,22 @@ def given_prompts(config: Config) -> list[str] | None:
     return list(dict.fromkeys(prompts))
 
 
+def given_images(config: Config, prompts: int) -> list[Path] | None:
+    """The first frames of the validation videos, one for each prompt or one for all; None when the data's own are to be used."""
+    validation = config.validation
+    if validation.validation_images is None:
+        return None
+    given = [Path(name.strip()) for name in validation.validation_images.split(validation.validation_prompt_separator)]
+    if len(given) not in (1, prompts):
+        raise UserError(
+            f"validation.validation_images names {len(given)} images for {prompts} prompts: give one for each, or one for all"
+        )
+    for path in given:
+        if not path.is_file():
+            raise UserError(f"validation.validation_images: {path} does not exist")
+    return given * prompts if len(given) == 1 else given
+
+
 @dataclass(frozen=True)
 class Videos:
     """Validation videos of one run: the tuned model's under validation/step_*/, the base model's, made once, under validation/base/."""
@@ -89,10 +118,14 @@ class Videos:
     config: Config
     checkpoint: Checkpoint
     prompt_embeds: dict[str, torch.Tensor]  # of every validation prompt
+    images: dict[str, numpy.ndarray]  # image-to-video: their first frames, [H, W, 3] uint8
     negative_prompt_embeds: torch.Tensor
 
     def write_base(self, transformer) -> None:
         """The base model's videos, unless they are there. `transformer` has its adapters switched off."""
+        for number, prompt in enumerate(self.prompt_embeds, start=1):
+            if prompt in self.images:
+                write_image(self.folder / "validation" / f"{number:02d}_image.png", self.images[prompt])
         missing = [
             (name, prompt, seed) for name, prompt, seed in self.wanted() if not self.frames_of_base(name).is_file()
         ]
@@ -138,11 +171,20 @@ class Videos:
         return generate(
             transformer=transformer, vae=vae, noise_scheduler=self.checkpoint.noise_scheduler(),
             prompt_embeds=self.prompt_embeds[prompt], negative_prompt_embeds=self.negative_prompt_embeds,
-            data=self.config.data, sampling=self.config.validation, seed=seed, description=description,
+            image=self.images.get(prompt), data=self.config.data, sampling=self.config.validation, seed=seed,
+            description=description,
         )  # fmt: skip
 
     def save(self, path: Path, frames: numpy.ndarray) -> None:
         write_video(path, frames, fps=self.config.data.fps or self.config.model.fps)
+
+
+def write_image(path: Path, pixels: numpy.ndarray) -> None:
+    """[H, W, 3] uint8."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def side_by_side(left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
@@ -153,8 +195,6 @@ def side_by_side(left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
 
 def write_strip(path: Path, frames: numpy.ndarray, count: int = 4) -> None:
     """`count` frames of a video under each other, as one picture."""
-    from PIL import Image
-
     chosen = frames[numpy.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
     framed = numpy.pad(chosen, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=255)  # a white line under each
-    Image.fromarray(numpy.concatenate(list(framed), axis=0)).save(path)
+    write_image(path, numpy.concatenate(list(framed), axis=0))

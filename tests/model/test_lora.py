@@ -20,12 +20,20 @@ def output(transformer):
         return transformer(**INPUTS).sample
 
 
-def trained(nano_folder, rank, alpha):
+def settings(rank, alpha, **others) -> lora.Lora:
+    usual = {
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        "use_rslora": False,
+        "use_dora": False,
+        "init_from": None,
+    }
+    return lora.Lora(rank, alpha, **usual | others)
+
+
+def trained(nano_folder, rank, alpha, **others):
     """A transformer whose adapter has been moved away from doing nothing."""
     transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
-    lora.Lora(rank=rank, lora_alpha=alpha, target_modules=["to_q", "to_k", "to_v", "to_out.0"]).attach(
-        transformer, seed=0
-    )
+    settings(rank, alpha, **others).attach(transformer, seed=0)
     generator = torch.Generator().manual_seed(2)
     for parameter in lora.trainable(transformer):
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -45,7 +53,7 @@ def test_plain_diffusers_loads_it_at_the_trained_strength(nano_folder, tmp_path,
 
 def test_what_is_trained_is_the_adapter_in_fp32(nano_folder):
     transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.bfloat16).transformer()
-    lora.Lora(rank=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]).attach(transformer, seed=0)
+    settings(4, 4).attach(transformer, seed=0)
     names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
     assert len(names) == 4 * 4 * 2 and all("lora_" in name for name in names)  # blocks x modules x (A, B)
     assert {parameter.dtype for parameter in lora.trainable(transformer)} == {torch.float32}
@@ -53,13 +61,12 @@ def test_what_is_trained_is_the_adapter_in_fp32(nano_folder):
 
 def test_a_new_adapter_changes_nothing_and_follows_the_seed(nano_folder):
     checkpoint = Checkpoint(nano_folder, torch.device("cpu"), torch.float32)
-    settings = lora.Lora(rank=4, lora_alpha=8, target_modules=["to_q"])
     states = []
     for seed in (0, 0, 1):
         transformer = checkpoint.transformer()
         base = output(transformer)
         torch.rand(3)  # the global generator's state does not matter
-        settings.attach(transformer, seed)
+        settings(4, 8, target_modules=["to_q"]).attach(transformer, seed)
         assert torch.equal(output(transformer), base)
         states.append(lora.state(transformer))
     assert lora.compare(states[0], states[1], values=True) == []
@@ -84,11 +91,127 @@ def test_another_rank_is_refused_with_the_shapes(nano_folder, tmp_path):
 
 def test_another_alpha_is_refused(nano_folder, tmp_path):
     lora.save(trained(nano_folder, 4, 2), tmp_path)
-    with pytest.raises(UserError, match=r"trained with lora\.lora_alpha=2, not 8"):
+    with pytest.raises(UserError, match=r"trained with lora_alpha=2, not 8"):
         lora.load(trained(nano_folder, 4, 8), tmp_path)
 
 
 def test_a_target_that_matches_nothing_is_named(nano_folder):
     transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
-    with pytest.raises(UserError, match=r"no linear layer is called to_w.*attn1.to_q"):
-        lora.Lora(rank=4, lora_alpha=4, target_modules=["to_q", "to_w"]).attach(transformer, seed=0)
+    with pytest.raises(UserError, match=r"no layer is called to_w.*attn1.to_q"):
+        settings(4, 4, target_modules=["to_q", "to_w"]).attach(transformer, seed=0)
+
+
+@pytest.mark.parametrize("variant", [{"use_rslora": True}, {"use_dora": True}, {"use_rslora": True, "use_dora": True}])
+def test_variants_load_in_plain_diffusers_as_trained(nano_folder, tmp_path, variant):
+    transformer = trained(nano_folder, 8, 4, **variant)
+    lora.save(transformer, tmp_path)
+    pipeline = CogVideoXPipeline.from_pretrained(nano_folder)
+    base = output(pipeline.transformer)
+    pipeline.load_lora_weights(str(tmp_path))
+    assert torch.allclose(output(pipeline.transformer), output(transformer), atol=1e-5)
+    assert (output(pipeline.transformer) - base).abs().max() > 1e-3
+
+
+def test_targets_as_a_regular_expression(nano_folder, tmp_path):
+    transformer = trained(nano_folder, 4, 4, target_modules=r"transformer_blocks\.[01]\.(ff\.net\.2|attn1\.to_q)")
+    assert lora.count_modules(lora.state(transformer)) == 4
+    lora.save(transformer, tmp_path)
+    assert lora.differences(transformer, tmp_path, values=True) == []
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("nothing.*", "no layer is called nothing"),
+        (r".*norm_final", "matches norm_final, a LayerNorm"),
+        (["attn1"], "a Attention: only linear"),
+    ],
+)
+def test_targets_that_cannot_be_trained_are_named(nano_folder, targets, said):
+    transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
+    with pytest.raises(UserError, match=said):
+        settings(4, 4, target_modules=targets).attach(transformer, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lora.target_modules='('", "is no regular expression"),
+        ("lora.target_modules=3", "must be a list of names or a regular expression"),
+        ("lora.target_modules=[]", "is empty"),
+        ("lora.init_from=/nowhere", "lora.init_from=/nowhere does not exist"),
+    ],
+)
+def test_wrong_lora_settings_are_refused_at_the_door(compose, override, said):
+    with pytest.raises(UserError) as raised:
+        compose(override)
+    assert said in str(raised.value)
+
+
+# -- starting from a file ----------------------------------------------------------------------------------------------
+
+
+def begun(nano_folder, path, rank, alpha, **others):
+    transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
+    return transformer, settings(rank, alpha, init_from=str(path), **others).attach(transformer, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("ours", "others"), [((4, 2), {}), ((8, 2), {}), ((16, 1), {}), ((8, 2), {"use_rslora": True}), ((8, 8), {"use_dora": True})]
+)  # fmt: skip
+def test_a_run_starts_at_the_strength_the_file_was_trained_at(nano_folder, tmp_path, ours, others):
+    """Whatever its rank and alpha are, and ours: a lower rank is filled up with columns that do nothing yet."""
+    source = trained(nano_folder, 4, 2, **{"use_dora": others.get("use_dora", False)})
+    lora.save(source, tmp_path)
+    transformer, said = begun(nano_folder, tmp_path, *ours, **others)
+    assert torch.allclose(output(transformer), output(source), atol=1e-5)
+    assert said.startswith("16 of 16 modules start from") and f"rank 4 of {ours[0]}" in said
+    added = [p for n, p in lora.state(transformer).items() if "lora_A" in n and ours[0] > 4]
+    assert all(a[4:].abs().min() > 0 for a in added), "the new columns can learn"
+
+
+def test_a_file_for_some_of_the_modules_starts_those(nano_folder, tmp_path):
+    source = trained(nano_folder, 4, 2, target_modules=["to_q"])
+    lora.save(source, tmp_path)
+    transformer, said = begun(nano_folder, tmp_path / lora.WEIGHTS, 4, 2)
+    assert said.startswith("4 of 16 modules") and torch.allclose(output(transformer), output(source), atol=1e-5)
+
+
+def test_a_file_without_settings_is_taken_as_diffusers_takes_it(nano_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    lora.save(trained(nano_folder, 4, 2), tmp_path)
+    save_file(load_file(tmp_path / lora.WEIGHTS), tmp_path / "bare.safetensors")
+    pipeline = CogVideoXPipeline.from_pretrained(nano_folder)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="bare.safetensors")
+    transformer, said = begun(nano_folder, tmp_path / "bare.safetensors", 8, 8)
+    assert torch.allclose(output(transformer), output(pipeline.transformer), atol=1e-5)
+    assert "taken at strength 1" in said
+
+
+def test_a_file_that_does_not_fit_is_refused_with_the_reason(nano_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    lora.save(trained(nano_folder, 4, 2), tmp_path)
+    tensors = load_file(tmp_path / lora.WEIGHTS)
+    files = {
+        "prefix": {name.replace("transformer.", "base_model.model."): t for name, t in tensors.items()},
+        "base": {name: torch.zeros(4, 96) if "lora_A" in name else t for name, t in tensors.items()},
+    }
+    for name, changed in files.items():
+        save_file({k: t.contiguous() for k, t in changed.items()}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no such thing")
+    for name, said, overrides in (
+        ("prefix", "none of its tensors is named transformer", {}),
+        ("base", r"is \[4, 96\] and here \[4, 128\]: another base model", {}),
+        (lora.WEIGHTS.removesuffix(".safetensors"), "has rank 4: set lora.rank=4 or higher", {"rank": 2}),
+        (
+            lora.WEIGHTS.removesuffix(".safetensors"),
+            "none of the layers of lora.target_modules",
+            {"target_modules": ["to_q"]},
+        ),
+        (lora.WEIGHTS.removesuffix(".safetensors"), "it is no DoRA: lora.use_dora=false", {"use_dora": True}),
+        ("broken", "cannot be read as a LoRA", {}),
+    ):
+        with pytest.raises(UserError, match=said):
+            begun(nano_folder, tmp_path / f"{name}.safetensors", **{"rank": 4, "alpha": 2} | overrides)

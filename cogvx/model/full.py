@@ -1,0 +1,79 @@
+"""Full fine-tuning: every weight of the transformer is trained, in fp32, over arithmetic in the run's precision.
+
+Saved as a transformer/ folder that CogVideoXTransformer3DModel.from_pretrained reads. The functions are those of lora.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cogvx.errors import UserError, listed
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+    from torch import Tensor
+
+FOLDER = "transformer"
+SHARD = "5GB"
+
+
+def attach(transformer: CogVideoXTransformer3DModel) -> None:
+    """Sets every parameter to be trained. Updates of 1e-5 vanish in bf16 weights, so they have to be fp32."""
+    transformer.requires_grad_(True).float()
+
+
+def save(transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes folder/transformer, in `dtype` or as it is."""
+    from huggingface_hub import save_torch_state_dict
+
+    place = folder / FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in transformer.state_dict().items()
+    }
+    save_torch_state_dict(
+        tensors, place, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=SHARD
+    )
+    transformer.save_config(place)
+    for path in place.iterdir():
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors writes files for their owner alone
+
+
+def saved(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of folder/transformer, one at a time."""
+    from safetensors import safe_open
+
+    for path in sorted((folder / FOLDER).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def differences(transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool) -> list[str]:
+    """How what was saved differs from the model in names, shapes and (if asked) values; empty when they agree."""
+    expected, found, seen = transformer.state_dict(), [], set()
+    for name, tensor in saved(folder):
+        seen.add(name)
+        if name not in expected:
+            found.append(f"{name} is not part of the transformer")
+        elif tensor.shape != expected[name].shape:
+            found.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+        elif values and not tensor.equal(expected[name].cpu()):
+            found.append(f"{name} has other values")
+    return sorted(found + [f"{name} is missing" for name in expected.keys() - seen])
+
+
+def load(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+    """Puts folder/transformer into the model; every tensor must find its place, with its shape."""
+    import torch
+
+    found = differences(transformer, folder, values=False)
+    if found:
+        raise UserError(listed(f"{folder / FOLDER} does not fit this model:", found))
+    places = transformer.state_dict()
+    with torch.no_grad():
+        for name, tensor in saved(folder):
+            places[name].copy_(tensor)

@@ -1,0 +1,102 @@
+"""What watches over training: losses by clip and timestep, steps without a finite gradient, and which tensor has which dtype."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from cogvx.errors import UserError, listed
+
+Row = list  # [clip's index, timestep, loss]
+
+
+@dataclass
+class Watch:
+    """The losses since the last line of metrics.jsonl, left on the device until that is written."""
+
+    origins: list[str]  # of the clips, for messages
+    most_skipped: int
+    rows: list[Row] = field(default_factory=list)  # read from the device, or of a checkpoint
+    unread: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)  # indices, timesteps [B], losses [B]
+    skipped_in_a_row: int = 0
+
+    def saw(self, indices: list[int], timesteps: Tensor, losses: Tensor) -> None:
+        self.unread.append((indices, timesteps, losses.detach()))
+
+    def read(self) -> list[Row]:
+        """All rows so far, of this process; waits for the device."""
+        for indices, timesteps, losses in self.unread:
+            self.rows += [list(row) for row in zip(indices, timesteps.tolist(), losses.tolist(), strict=True)]
+        self.unread.clear()
+        return self.rows
+
+    def everyones(self) -> list[Row]:
+        """All rows so far, of all processes."""
+        return gather_object(list(self.read()))
+
+    def means(self) -> dict[str, float | int | str]:
+        """Mean loss and the highest with its clip and timestep, of all processes; then begins anew."""
+        rows = [row for row in self.everyones() if math.isfinite(row[2])]
+        self.rows.clear()
+        if not rows:
+            return {}
+        index, timestep, highest = max(rows, key=lambda row: row[2])
+        return {
+            "loss": statistics.fmean(row[2] for row in rows),
+            "highest_loss": highest,
+            "highest_loss_timestep": timestep,
+            "highest_loss_clip": self.origins[index],
+        }
+
+    def finite(self, grad_norm: Tensor, samples: int, *, expected: bool) -> list[str] | None:
+        """None when the step may be taken, else the clips and timesteps it was made of. `grad_norm` is of the averaged gradients,
+        so all processes come to the same answer. UserError after most_skipped in a row.
+
+        samples: of this process in this step. expected: fp16's loss scaling overshoots now and then, and then lowers its scale.
+        """
+        if bool(grad_norm.isfinite()):
+            self.skipped_in_a_row = 0
+            return None
+        self.skipped_in_a_row += 1
+        rows = gather_object(self.read()[-samples:])
+        named = [f"{self.origins[index]} at timestep {t}: loss {loss:.4g}" for index, t, loss in rows]
+        if self.skipped_in_a_row >= self.most_skipped:
+            headline = (
+                f"{self.skipped_in_a_row} steps in a row had no finite gradient, so nothing is trained any more. Usual causes: "
+                f"optimizer.learning_rate too high, fp16 where bf16 is needed, a damaged base model. The last was made of:"
+            )
+            raise UserError(listed(headline, named))
+        return [] if expected and all(math.isfinite(row[2]) for row in rows) else named
+
+
+def audit(transformer: torch.nn.Module, arithmetic: torch.dtype) -> dict[str, dict[str, int] | str]:
+    """How many weights are in which dtype, frozen and trained. TypeError unless what is trained is fp32."""
+    counts = {"trained": Counter(), "frozen": Counter()}
+    for parameter in transformer.parameters():
+        counts["trained" if parameter.requires_grad else "frozen"][name_of(parameter.dtype)] += parameter.numel()
+    if set(counts["trained"]) != {"float32"}:
+        raise TypeError(f"trained weights are {dict(counts['trained'])}; small updates survive in float32 only")
+    return {kind: dict(count) for kind, count in counts.items()} | {
+        "arithmetic": name_of(arithmetic),
+        "objective": "float32",
+    }
+
+
+def in_words(types: dict) -> str:
+    trained, frozen = (
+        " + ".join(f"{count / 1e6:.2f} M {dtype}" for dtype, count in types[kind].items()) or "none"
+        for kind in ("trained", "frozen")
+    )
+    return (
+        f"trained {trained}, frozen {frozen}; arithmetic {types['arithmetic']}; noise, objective and optimizer float32"
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
