@@ -1,12 +1,24 @@
-"""Tiny random checkpoints of the five released families: their own flags, in their on-disk format, at nano's size."""
+"""Tiny random checkpoints of the five released families: their own flags, in their on-disk format, at nano's size; and the
+comparison of what training passes to the transformer with what the pipeline passes."""
 
 from pathlib import Path
 
+import numpy
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 
+from cogvx.data.encode import Encoder, image_moments, prompt_embeds
+from cogvx.data.sources import Example
 from cogvx.model import nano
+from cogvx.model.checkpoint import Checkpoint
+from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.released import RELEASED
+from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
+
+CPU = torch.device("cpu")
+PROMPT = "A red circle moves up."
 
 FAMILIES = list(RELEASED)
 SMALLER = {
@@ -41,3 +53,88 @@ def write(folder: Path, family: str) -> Path:
 
 def pipeline_class(family: str):
     return CogVideoXImageToVideoPipeline if tiny(family).geometry.image_to_video else CogVideoXPipeline
+
+
+def model_of(folder) -> CogVideoX:
+    checkpoint = Checkpoint(folder, CPU, torch.float32)
+    return CogVideoX(
+        checkpoint.transformer(), checkpoint.noise_scheduler(), checkpoint.geometry(), device=CPU, dtype=torch.float32
+    )
+
+
+def recorded(transformer) -> list[tuple[dict, torch.Tensor]]:
+    """Records from now on what the transformer is called with and what it answers."""
+    calls, forward = [], transformer.forward
+
+    def record(**given):
+        answer = forward(**given)
+        calls.append(({k: v for k, v in given.items() if k not in ("attention_kwargs", "return_dict")}, answer[0]))
+        return answer
+
+    transformer.forward = record
+    return calls
+
+
+class PipelinesDraw(FixedDraw):
+    """Draws what the pipeline drew: its starting noise, and its sample of the image's posterior."""
+
+    def noise(self, latents):
+        assert latents.shape == self.pipelines_noise.shape, "as many frames as the pipeline has, padding included"
+        return self.pipelines_noise
+
+    def posterior(self, moments, stream=None):
+        if stream is None:
+            return super().posterior(moments)
+        return DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(7))
+
+
+def passed_by_the_pipeline(folder, family, frames, height, width, picture):
+    pipeline = pipeline_class(family).from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    calls = recorded(pipeline.transformer)
+    start = {"image": picture} if picture else {}
+    pipeline(
+        **start, prompt=PROMPT, guidance_scale=1, num_frames=frames, height=height, width=width, num_inference_steps=2,
+        max_sequence_length=64, generator=torch.Generator().manual_seed(7), output_type="latent",
+    )  # fmt: skip
+    return calls[0]
+
+
+def passed_by_training(folder, compose, frames, height, width, picture, theirs):
+    """Latents of any clip of this length: at the pipeline's first timestep no signal is left."""
+    checkpoint, model = Checkpoint(folder, CPU, torch.float32), model_of(folder)
+    calls = recorded(model.transformer)
+    encoder = Encoder(None, "", torch.float32, CPU)
+    tokenizer, text_encoder = checkpoint.text_encoder()
+    images = None
+    if picture:
+        data = compose(f"data.height={height}", f"data.width={width}", "data.image_noise_variants=0").data
+        example = Example("", None, "", image=folder.parent / f"{picture.size}.png")
+        picture.save(example.image)
+        images = image_moments(checkpoint.vae(tiling=False), example, data, encoder, seed="0")
+        assert images.shape[0] == 1
+    moments = torch.randn((1, 32, (frames - 1) // 4 + 1, height // 4, width // 4))
+    embeds, _ = prompt_embeds(tokenizer, text_encoder, PROMPT, encoder, model.geometry.text_tokens)
+    draw = PipelinesDraw(0, [Sample(0, 0, 0)], CPU, timestep=int(theirs["timestep"]))
+    object.__setattr__(draw, "pipelines_noise", theirs["hidden_states"][:, :, :16])
+    with torch.no_grad():
+        training_losses(model, Batch(moments, embeds[None], images), draw)
+    return calls[0]
+
+
+def require_the_pipelines_inputs(folder, family, compose, frames, height, width) -> None:
+    """AssertionError unless training passes to the transformer what the pipeline passes, bit for bit, and gets the same answer."""
+    noise = numpy.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
+    picture = Image.fromarray(noise) if tiny(family).geometry.image_to_video else None
+    theirs, their_answer = passed_by_the_pipeline(folder, family, frames, height, width, picture)
+    ours, our_answer = passed_by_training(folder, compose, frames, height, width, picture, theirs)
+    for name in ("hidden_states", "encoder_hidden_states", "timestep"):
+        assert torch.equal(ours[name], theirs[name]), name
+    assert (ours["image_rotary_emb"] is None) == (theirs["image_rotary_emb"] is None) == (family == "2b")
+    for one, other in zip(ours["image_rotary_emb"] or (), theirs["image_rotary_emb"] or (), strict=True):
+        assert torch.equal(one, other)
+    assert (ours["ofs"] is None) == (theirs.get("ofs") is None) == (family != "1_5_5b_i2v")
+    if ours["ofs"] is not None:
+        assert torch.equal(ours["ofs"], theirs["ofs"])
+    assert torch.equal(our_answer, their_answer), "positions that the transformer adds itself"
+    assert ours["hidden_states"].shape[1] % (tiny(family).geometry.patch_size_t or 1) == 0

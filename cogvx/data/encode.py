@@ -155,15 +155,8 @@ def encode_images(
     state.wait_for_everyone()  # all have looked before the first one writes
     missing = sorted(first_of.values())
     say(cached("images", len(set(paths)), len(missing)))
-    mine, reasons = missing[state.process_index :: state.num_processes], {}
-    model = vae.load() if mine else None
-    for index in bar(mine, desc="encode  images", unit="image", leave=False):
-        try:
-            moments = image_moments(model, clips[index].example, data, vae, seed=paths[index].stem)
-            cache.write(paths[index], {"image_moments": moments})
-        except BadClip as bad:
-            reasons[index] = str(bad)
-    reasons = dict(gather_object(list(reasons.items())))
+    mine = missing[state.process_index :: state.num_processes]
+    reasons = dict(gather_object(list(encode_missing_images(mine, clips, paths, data, cache, vae).items())))
     state.wait_for_everyone()
     bad = {index: reasons[first_of[path]] for index, path in enumerate(paths) if first_of.get(path) in reasons}
     rejected = [Rejected(clips[index].example, reason) for index, reason in bad.items()]
@@ -173,6 +166,22 @@ def encode_images(
     return [
         replace(c, image_path=p) for i, (c, p) in enumerate(zip(clips, paths, strict=True)) if i not in bad
     ], rejected
+
+
+def encode_missing_images(
+    indices: list[int], clips: list[EncodedClip], paths: list[Path], data: Data, cache: Cache, vae: Encoder
+) -> dict[int, str]:
+    """Encodes the images of these clips; returns the reason for each that could not be."""
+    if not indices:
+        return {}
+    model, reasons = vae.load(), {}
+    for index in bar(indices, desc="encode  images", unit="image", leave=False):
+        try:
+            moments = image_moments(model, clips[index].example, data, vae, seed=paths[index].stem)
+            cache.write(paths[index], {"image_moments": moments})
+        except BadClip as bad:
+            reasons[index] = str(bad)
+    return reasons
 
 
 def image_of(example: Example, data: Data) -> Tensor:

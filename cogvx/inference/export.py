@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
+from PIL import Image
+
 from cogvx.config import Config
 from cogvx.model import full, lora
 from cogvx.model.checkpoint import Checkpoint
 
-SETTINGS = "inference.json"
+SETTINGS, IMAGE = "inference.json", "first_frame.png"
 
 
-def deliver(folder: Path, transformer, config: Config, prompt: str, image: Path | None, checkpoint: Checkpoint) -> str:
-    """Writes the weights and SETTINGS into the run's folder; returns the lines that use them. `image`: what image-to-video
-    starts from in those lines."""
+def deliver(
+    folder: Path, transformer, config: Config, prompt: str, image: numpy.ndarray | None, checkpoint: Checkpoint
+) -> str:
+    """Writes the weights and SETTINGS into the run's folder; returns the lines that use them, with this prompt and, for
+    image-to-video, this image [H, W, 3] uint8, which is written too."""
     if config.lora is None:
         full.save(transformer, folder, checkpoint.dtype)
         strength = {}
@@ -34,7 +39,7 @@ def deliver(folder: Path, transformer, config: Config, prompt: str, image: Path 
         "torch_dtype": config.train.mixed_precision.value,
         **strength,
         "id_token": data.id_token,
-        "image": None if image is None else str(image),
+        "image": None if image is None else str(folder / IMAGE),
         "call": {
             "prompt": prompt,
             "height": data.height,
@@ -47,6 +52,8 @@ def deliver(folder: Path, transformer, config: Config, prompt: str, image: Path 
         },
         "fps": data.fps,
     }
+    if image is not None:
+        Image.fromarray(image).save(folder / IMAGE)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     return snippet(folder, settings)
 

@@ -74,7 +74,8 @@ class Prepared:
     held_out: list[EncodedClip]
     prompts: dict[str, Path]  # the cached embedding of every caption, validation prompt and ""
     validation_prompts: list[str]
-    validation_images: dict[str, numpy.ndarray]  # image-to-video: for each prompt the first frame, [H, W, 3] uint8
+    example_prompt: str  # to show how the result is used
+    images: dict[str, numpy.ndarray]  # image-to-video: for these prompts the first frame, [H, W, 3] uint8
 
     @classmethod
     def from_config(cls, config: Config, folder: Path, accelerator: Accelerator) -> Prepared:
@@ -116,15 +117,16 @@ class Prepared:
         shown = (aside or train)[0].example
         if validation_prompts is None:
             validation_prompts = [shown.prompt]
-        images = {}
+        example, images = [*validation_prompts, shown.prompt][0], {}
         if checkpoint.geometry().image_to_video:
             given = given_images(config, len(validation_prompts)) or [None] * len(validation_prompts)
+            images[example] = picture(shown, config.data)
             for prompt, path in zip(validation_prompts, given, strict=True):
                 images[prompt] = picture(shown if path is None else replace(shown, image=path), config.data)
         prompts = ["", *(clip.example.prompt for clip in clips), *validation_prompts]
         embeds = encode_prompts(prompts, cache, text, checkpoint.geometry().text_tokens, say)
         clear_device_cache(garbage_collection=True)  # of the two encoders, which nothing refers to any more
-        return cls(checkpoint, train, aside, embeds, validation_prompts, images)
+        return cls(checkpoint, train, aside, embeds, validation_prompts, example, images)
 
     def embeds(self, prompt: str) -> torch.Tensor:
         return read_tensor(self.prompts[prompt], "prompt_embeds")

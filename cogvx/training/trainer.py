@@ -162,12 +162,16 @@ class Trainer:
 
     def finished(self, before: HeldOutLoss | None, after: HeldOutLoss | None) -> dict:
         say, lines = self.accelerator.print, ""
-        prompt = (self.data.validation_prompts or [self.data.train[0].example.prompt])[0]
+        prompt = self.data.example_prompt
         if self.accelerator.is_main_process:
-            image = self.folder / "validation" / "01_image.png" if self.data.validation_images else None
             with self.state.averaged():
                 lines = export.deliver(
-                    self.folder, self.state.transformer, self.config, prompt, image, self.data.checkpoint
+                    self.folder,
+                    self.state.transformer,
+                    self.config,
+                    prompt,
+                    self.data.images.get(prompt),
+                    self.data.checkpoint,
                 )
         videos = self.write_videos()  # after the result is safe
         best = checkpoints.best(self.folder)
@@ -342,7 +346,7 @@ class Trainer:
             return []
         videos = Videos(
             self.folder, self.config, self.data.checkpoint,
-            {prompt: self.data.embeds(prompt) for prompt in self.data.validation_prompts}, self.data.validation_images,
+            {prompt: self.data.embeds(prompt) for prompt in self.data.validation_prompts}, self.data.images,
             self.data.embeds(""),
         )  # fmt: skip
         written = []

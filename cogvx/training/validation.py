@@ -123,9 +123,6 @@ class Videos:
 
     def write_base(self, transformer) -> None:
         """The base model's videos, unless they are there. `transformer` has its adapters switched off."""
-        for number, prompt in enumerate(self.prompt_embeds, start=1):
-            if prompt in self.images:
-                write_image(self.folder / "validation" / f"{number:02d}_image.png", self.images[prompt])
         missing = [
             (name, prompt, seed) for name, prompt, seed in self.wanted() if not self.frames_of_base(name).is_file()
         ]
@@ -179,14 +176,6 @@ class Videos:
         write_video(path, frames, fps=self.config.data.fps or self.config.model.fps)
 
 
-def write_image(path: Path, pixels: numpy.ndarray) -> None:
-    """[H, W, 3] uint8."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
 def side_by_side(left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
     """[F, H, W, 3] twice -> [F, H, 2W + gap, 3], with a white gap."""
     gap = numpy.full((*left.shape[:2], 8, 3), 255, dtype=left.dtype)
@@ -195,6 +184,8 @@ def side_by_side(left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
 
 def write_strip(path: Path, frames: numpy.ndarray, count: int = 4) -> None:
     """`count` frames of a video under each other, as one picture."""
+    from PIL import Image
+
     chosen = frames[numpy.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
     framed = numpy.pad(chosen, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=255)  # a white line under each
-    write_image(path, numpy.concatenate(list(framed), axis=0))
+    Image.fromarray(numpy.concatenate(list(framed), axis=0)).save(path)

@@ -1,0 +1,95 @@
+"""Every optimizer trains, and goes on after a resume as if it had not stopped."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from cogvx import config as configuration
+from cogvx.model import lora
+from cogvx.runs import record
+from cogvx.training import optimizers
+
+SHORT = [
+    "train.max_train_steps=8",
+    "train.checkpointing_steps=4",
+    "train.logging_steps=2",
+    "validation.heldout_steps=4",
+]
+OPTIMIZERS = list(configuration.GROUPS["optimizer"])
+# So that a small adapter's moments are in 8 bits; and rates at which eight steps show.
+SETTINGS = {
+    "adam8bit": ["optimizer.min_8bit_size=256"],
+    "adamw8bit": ["optimizer.min_8bit_size=256"],
+    "muon": ["optimizer.learning_rate=0.02"],
+    "prodigy": ["optimizer.learning_rate=1", "optimizer.safeguard_warmup=false", "lora.rank=16"],
+}
+
+
+def metrics(folder, name):
+    return [line[name] for line in record.read_lines(folder / "metrics.jsonl") if name in line]
+
+
+def stopped_and_resumed(run, *settings):
+    whole, resumed = run("whole", *SHORT, *settings), run("resumed", *SHORT, *settings)
+    shutil.rmtree(resumed / "checkpoints" / "step_000008")
+    (resumed / "summary.json").unlink()
+    run("resumed", *SHORT, *settings)
+    return whole, resumed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_trains_and_resumes_bit_for_bit(run, name):
+    whole, resumed = stopped_and_resumed(run, f"optimizer={name}", *SETTINGS.get(name, []))
+    assert lora.compare(lora.read(whole)[0], lora.read(resumed)[0], values=True) == []
+    assert metrics(whole, "loss") == metrics(resumed, "loss")
+    assert metrics(whole, "heldout_loss") == metrics(resumed, "heldout_loss")
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["heldout_loss_after"] < summary["heldout_loss_before"]
+
+
+@pytest.mark.parametrize("settings", [["train.ema_decay=0.9"], ["optimizer=schedule_free"]])
+def test_an_average_is_judged_and_delivered_and_training_goes_on_from_the_weights(run, settings):
+    """Judging it more often changes no bit of what is trained."""
+    rare, often = run("rare", *SHORT, *settings), run("often", *SHORT, *settings, "validation.heldout_steps=1")
+    assert lora.compare(lora.read(rare)[0], lora.read(often)[0], values=True) == []
+    trained = lora.read(rare / "checkpoints" / "step_000008")[0]
+    assert lora.compare(trained, lora.read(rare)[0], values=True) != []
+    if settings == ["train.ema_decay=0.9"]:
+        plain = run("plain", *SHORT)
+        assert lora.compare(trained, lora.read(plain)[0], values=True) == [], "the average does not change training"
+        judged = record.read_lines(rare / "metrics.jsonl")[-1]
+        assert judged["heldout_loss_trained"] == metrics(plain, "heldout_loss")[-1] != judged["heldout_loss"]
+
+
+@pytest.mark.slow
+def test_an_average_is_resumed_bit_for_bit(run):
+    whole, resumed = stopped_and_resumed(run, "train.ema_decay=0.9")
+    assert lora.compare(lora.read(whole)[0], lora.read(resumed)[0], values=True) == []
+
+
+def test_eight_bits_are_used_when_asked_for():
+    parameter = torch.nn.Parameter(torch.randn(64, 64))
+    for size, dtype in ((4096, torch.uint8), (4097, torch.float32)):
+        optimizer = optimizers.AdamW8bit(1e-3, 0.9, 0.95, 1e-8, 0.0, min_8bit_size=size).build([parameter])
+        parameter.square().sum().backward()
+        optimizer.step()
+        assert optimizer.state[parameter]["state1"].dtype == dtype
+
+
+def test_prodigys_estimate_is_logged_and_small_rates_are_warned_of(run, capsys):
+    folder = run("a", *SHORT, "optimizer=prodigy", "optimizer.safeguard_warmup=false", "scheduler.lr_warmup_steps=0")
+    d, rates = metrics(folder, "d"), metrics(folder, "effective_lr")
+    assert len(d) == 4 and d[-1] > d[0] >= 1e-6 and rates == [pytest.approx(0.5 * value) for value in d]
+    run("b", *SHORT, "optimizer=prodigy", "optimizer.learning_rate=1e-4")
+    said = capsys.readouterr().out
+    assert said.count("Prodigy finds the rate itself") == 1 and "optimizer.learning_rate=0.0001" in said
+
+
+def test_muon_refuses_what_is_no_matrix(run, capfd, compose):
+    run("a", "optimizer=muon", "lora.use_dora=true", expect=2)
+    assert "trains matrices only" in capfd.readouterr().err
+    with pytest.raises(configuration.UserError, match="muon trains matrices only"):
+        compose("optimizer=muon", "lora=null")
