@@ -119,7 +119,7 @@ def rules(values: dict[str, object]) -> list[str]:
         own = getattr(section, "problems", None)
         found += own() if own else []
     model, data, scheduler, train = (values.get(name) for name in ("model", "data", "scheduler", "train"))
-    if model and data and train:
+    if model and data:
         found += model.refusals(**asked_of_model(data, train))
     if model and not model.image_to_video:
         for name, section in (("data.image_column", data), ("validation.validation_images", values.get("validation"))):
@@ -134,13 +134,13 @@ def rules(values: dict[str, object]) -> list[str]:
     return found
 
 
-def asked_of_model(data: sources.Data, train: options.Train) -> dict:
-    """What decides whether a checkpoint can be trained so."""
+def asked_of_model(data: sources.Data, train: options.Train | None) -> dict:
+    """What decides whether a checkpoint can be trained so, as far as it has the right types."""
     return {
         "frames": data.max_num_frames,
         "height": data.height,
         "width": data.width,
-        "precision": train.mixed_precision.name,
+        "precision": train.mixed_precision.name if train else "no",
     }
 
 

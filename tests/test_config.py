@@ -63,7 +63,8 @@ def test_everything_wrong_is_reported_at_once(launch):
     ("override", "said"),
     [
         ("lora.rank=16,64", "add -m"),
-        ("lora=null", "not built yet"),
+        ("train.ema_decay=1", "0.999 is usual"),
+        ("train.timestep_sampling=normal", "expected one of [uniform, stratified, logit_normal]"),
         ("lora.rank=0", "must be 1 or more"),
         ("seed=-1", "must be 0 or more"),
         ("data=text_files", "data.instance_data_root must be given"),

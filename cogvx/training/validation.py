@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ def heldout_loss(
 
 
 def standard_error(values: list[float]) -> float | None:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    """Of the mean; None for less than two finite values."""
+    finite = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.stdev(values) / len(values) ** 0.5 if finite else None
 
 
 def given_prompts(config: Config) -> list[str] | None:

@@ -5,6 +5,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from cogvx.training import schedules
+from cogvx.training.trainer import number_of_steps
 
 CASES = {
     "constant": schedules.Constant(),
@@ -34,3 +35,15 @@ def test_every_step_equals_diffusers(name, peak):
 
 def test_no_warmup_starts_at_the_peak():
     assert schedules.Linear(0).multiplier(0, 10, 1e-3) == 1.0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_number_of_processes_has_the_same_rates(compose, name):
+    """Four clips per optimizer step, shared among 1, 2 and 4 processes: as many steps, and the same rate at each."""
+    found = []
+    for processes in (1, 2, 4):
+        settings = [f"scheduler={name}", f"train.train_batch_size={4 // processes}", "train.num_train_epochs=10"]
+        config = compose(*settings, "parallel=ddp", f"parallel.num_processes={processes}")
+        steps = number_of_steps(config, clips=70, processes=processes)
+        found.append([config.scheduler.multiplier(step, steps, 1e-3) for step in range(steps)])
+    assert len(found[0]) == 175 and found[0] == found[1] == found[2]
