@@ -101,8 +101,7 @@ def wait(ranks: list[subprocess.Popen]) -> list[int]:
 def run_here(folder: Path) -> int:
     """The task, in this process; its exit code. summary.json is written last, whatever happens."""
     config = configuration.read(folder / record.CONFIG)
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         summary = config.task.run(config, folder)
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
@@ -116,6 +115,11 @@ def run_here(folder: Path) -> int:
         if os.environ.get("RANK", "0") == "0":
             close(folder, summary)
     return code
+
+
+def quiet_libraries() -> None:
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def in_words(error: BaseException) -> tuple[str, int]:

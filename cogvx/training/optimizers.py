@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,9 +75,7 @@ class Adam8bit(Adam):
     min_8bit_size: int
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
-        import bitsandbytes
-
-        return bitsandbytes.optim.Adam8bit(parameters, **self.settings(), min_8bit_size=self.min_8bit_size)
+        return package("bitsandbytes").optim.Adam8bit(parameters, **self.settings(), min_8bit_size=self.min_8bit_size)
 
 
 @dataclass
@@ -84,9 +83,7 @@ class AdamW8bit(AdamW):
     min_8bit_size: int
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **self.settings(), min_8bit_size=self.min_8bit_size)
+        return package("bitsandbytes").optim.AdamW8bit(parameters, **self.settings(), min_8bit_size=self.min_8bit_size)
 
 
 @dataclass
@@ -95,11 +92,10 @@ class AdamW8bitTorchao(AdamW):
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         import torch
-        import torchao.optim
-        from torchao.optim.subclass_8bit import OptimState8bit
 
-        torch.serialization.add_safe_globals([OptimState8bit])  # so that checkpoints load with weights_only
-        return torchao.optim.AdamW8bit(parameters, **self.settings())
+        # So that checkpoints load with weights_only.
+        torch.serialization.add_safe_globals([package("torchao.optim.subclass_8bit").OptimState8bit])
+        return package("torchao.optim").AdamW8bit(parameters, **self.settings())
 
 
 @dataclass
@@ -112,9 +108,7 @@ class Prodigy(AdamW):
     safeguard_warmup: bool
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
-        import prodigyopt
-
-        return prodigyopt.Prodigy(
+        return package("prodigyopt").Prodigy(
             parameters,
             **self.settings(),
             beta3=self.beta3,
@@ -137,9 +131,7 @@ class ScheduleFree(AdamW):
     """AdamW without a schedule (Defazio et al. 2024, The Road Less Scheduled): judged and delivered is an average of the weights."""
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
-        import schedulefree
-
-        optimizer = schedulefree.AdamWScheduleFree(parameters, **self.settings())
+        optimizer = package("schedulefree").AdamWScheduleFree(parameters, **self.settings())
         optimizer.train()
         return optimizer
 
@@ -162,6 +154,17 @@ class Muon(Optimizer):
         return torch.optim.Muon(
             parameters, lr=self.learning_rate, weight_decay=self.weight_decay, momentum=self.momentum
         )
+
+
+def package(name: str):
+    """The module; UserError when this machine lacks it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = name.split(".")[0]
+        raise UserError(
+            f"this optimizer needs {missing}, which cannot be imported here ({error}): pip install {missing}"
+        ) from error
 
 
 def set_learning_rate(optimizer: TorchOptimizer, rate: float) -> None:

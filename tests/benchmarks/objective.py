@@ -1,0 +1,68 @@
+"""Time of a training step with the velocity loss, as a ratio to the published x0-weighted form.
+
+python tests/benchmarks/objective.py            on an otherwise idle machine; prints the median of several rounds
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent.parent.parent)]
+
+from cogvx.runs import processes  # noqa: E402
+
+processes.quiet_libraries()
+
+from cogvx.model import nano  # noqa: E402
+from cogvx.model.checkpoint import Checkpoint  # noqa: E402
+from cogvx.model.cogvideox import CogVideoX  # noqa: E402
+from cogvx.training.step import Batch, Draw, Sample, training_losses  # noqa: E402
+
+ROUNDS, STEPS = 15, 40
+CPU = torch.device("cpu")
+
+
+def velocity_loss(model: CogVideoX, batch: Batch, draw: Draw) -> torch.Tensor:
+    return training_losses(model, batch, draw)[0].mean()
+
+
+def weighted_x0_loss(model: CogVideoX, batch: Batch, draw: Draw) -> torch.Tensor:
+    """As diffusers' example, CogVideo and finetrainers compute it: x0 from the prediction, weighted by 1 / (1 - alphas_cumprod)."""
+    latents = model.scale(draw.posterior(batch.latent_moments))
+    noise, timesteps = draw.noise(latents), draw.timesteps(model.num_timesteps)
+    noisy_latents = model.add_noise(latents, noise, timesteps)
+    predicted = model.predict_velocity(noisy_latents, None, batch.prompt_embeds, timesteps)
+    x0 = model.velocity(predicted, noisy_latents, timesteps)  # sqrt(a) noisy - sqrt(1 - a) predicted
+    weights = 1 / (1 - model.alphas_cumprod[timesteps])
+    while weights.ndim < x0.ndim:
+        weights = weights.unsqueeze(-1)
+    return (weights * (x0 - latents) ** 2).reshape(len(latents), -1).mean(dim=1).mean()
+
+
+def seconds(loss, model: CogVideoX, batch: Batch) -> float:
+    started = time.perf_counter()
+    for step in range(STEPS):
+        loss(model, batch, Draw(0, [Sample(step, 0, step)], CPU)).backward()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = Checkpoint(nano.write(Path(scratch) / "nano"), CPU, torch.float32)
+        transformer = checkpoint.transformer()
+    transformer.requires_grad_(True)
+    model = CogVideoX(transformer, nano.noise_scheduler(), nano.NANO.geometry, device=CPU, dtype=torch.float32)
+    batch = Batch(torch.randn(1, 32, 3, 16, 16), torch.randn(1, nano.TEXT_TOKENS, nano.TEXT_WIDTH))
+    first = Draw(0, [Sample(0, 0, 0)], CPU)
+    torch.testing.assert_close(velocity_loss(model, batch, first), weighted_x0_loss(model, batch, first))
+    ratios = []
+    for number in range(ROUNDS):
+        order = [velocity_loss, weighted_x0_loss] if number % 2 else [weighted_x0_loss, velocity_loss]
+        times = {loss: seconds(loss, model, batch) for loss in order}
+        ratios.append(times[velocity_loss] / times[weighted_x0_loss])
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+    print(f"velocity / weighted x0: median {statistics.median(ratios):.3f}, {spread}, {ROUNDS} rounds of {STEPS} steps")
