@@ -364,6 +364,8 @@ def in_words(error: Exception, override: str, known: list[str]) -> str:
         if value not in GROUPS[key]:
             return f"{override}: there is no such option{did_you_mean(value, GROUPS[key])} {key} is one of {', '.join(GROUPS[key])}"
         return f"{override}: {first_line(error)}"
+    if key.startswith("lora.") and "lora" in known:
+        return f"{override}: with lora=null every weight is trained and there is no LoRA to set: leave out one of the two"
     if "not in struct" in text or "Could not override" in text:
         return f"unknown setting {key}{nearest(key, [k for k in known if not k.startswith('hydra.')])}"
     if text.startswith("Ambiguous value"):

@@ -101,6 +101,11 @@ def test_paths_and_prompts_are_taken_as_typed(launch, text):
     assert yaml.safe_load(ran.stdout)["validation"]["validation_prompt"] == text, ran.stderr
 
 
+def test_settings_of_a_lora_that_is_not_there_are_refused_in_words(launch):
+    ran = launch("lora=null", "lora.rank=3")
+    assert ran.returncode == 2 and "there is no LoRA to set: leave out one of the two" in ran.stderr
+
+
 def test_a_misspelt_key_in_a_yaml_is_named(tmp_path, cache):
     import shutil
 

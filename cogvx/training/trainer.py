@@ -178,9 +178,8 @@ class Trainer:
         best_at = None if best is None else checkpoints.manifest(best)
         if self.accelerator.is_main_process:
             if before and after:
-                verdict = (
-                    "lower" if after.mean < before.mean else "NOT lower: more steps or another learning rate may help"
-                )
+                lower = f"{after.mean:.4f}" < f"{before.mean:.4f}"
+                verdict = "lower" if lower else "NOT lower: more steps or another learning rate may help"
                 say(f"done    held-out loss {before} before, {after} after: {verdict}")
             if best is not None and best_at["step"] != self.step:
                 say(
