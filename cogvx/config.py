@@ -46,7 +46,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "constant": schedules.Constant, "constant_with_warmup": schedules.ConstantWithWarmup, "linear": schedules.Linear,
         "cosine": schedules.Cosine, "cosine_with_restarts": schedules.CosineWithRestarts, "polynomial": schedules.Polynomial,
     },
-    "memory": {"fast": options.Memory, "balanced": options.Memory},
+    "memory": dict.fromkeys(("fast", "balanced", "low", "minimal"), options.Memory),
     "parallel": {"single": options.Single, "ddp": options.DistributedDataParallel},
     "tracking": {"none": tracking.Tracking, "tensorboard": tracking.TensorBoard, "wandb": tracking.Wandb},
 }  # fmt: skip
@@ -91,6 +91,15 @@ def check(composed: DictConfig, choices: dict[str, str]) -> Config:
         values[section], found = typed(composed, section, section_class)
         problems += found
     problems += rules(values)
+    memory = values.get("memory")
+    if (
+        composed.get("lora") is None
+        and memory
+        and (memory.stream_weights or memory.base_storage is not options.Storage.own)
+    ):
+        problems.append(
+            "memory.base_storage and memory.stream_weights are for frozen weights, and lora=null trains all: memory=balanced"
+        )
     if composed.get("lora") is None and choices["optimizer"] == "muon":
         problems.append("optimizer=muon trains matrices only, and lora=null trains other weights too: optimizer=adamw")
     top, found = typed(OmegaConf.create({"top": {k: composed.get(k) for k in ("seed", "output_dir")}}), "top", Top)
@@ -118,13 +127,25 @@ def rules(values: dict[str, object]) -> list[str]:
     for section in values.values():
         own = getattr(section, "problems", None)
         found += own() if own else []
-    model, data, scheduler, train = (values.get(name) for name in ("model", "data", "scheduler", "train"))
+    model, data, scheduler, train, memory = (
+        values.get(name) for name in ("model", "data", "scheduler", "train", "memory")
+    )
     if model and data:
         found += model.refusals(**asked_of_model(data, train))
     if model and not model.image_to_video:
         for name, section in (("data.image_column", data), ("validation.validation_images", values.get("validation"))):
             if getattr(section, name.split(".")[1], None) is not None:
                 found.append(f"{name} is for image-to-video, and this is text-to-video: model=5b_i2v, or {name}=null")
+    if memory and train and not train.gradient_checkpointing:
+        for name, used in (
+            ("offload_activations", memory.offload_activations), ("stream_weights", memory.stream_weights),
+            ("base_storage", memory.base_storage is not options.Storage.own),
+        ):  # fmt: skip
+            if used:
+                found.append(
+                    f"memory.{name} without train.gradient_checkpointing=true saves nothing: every block's weights and "
+                    f"inputs would be kept for the backward pass"
+                )
     warmup = getattr(scheduler, "lr_warmup_steps", 0)
     if train and train.max_train_steps is not None and 0 < train.max_train_steps <= warmup:
         found.append(
@@ -252,12 +273,19 @@ def forget(recorded: dict, group: str) -> None:
         section, _, name = key.rpartition(".")
         if section and section != group and isinstance(value, str) and f"${{{group}." in value:
             recorded[section][name] = value
-    option = (CONF / group / f"{choices[group]}.yaml").read_text(encoding="utf-8")
-    if "@package _global_" in option:
-        for section, values in yaml.safe_load(option).items():
-            for name in values if section in SECTIONS else ():
-                del recorded[section][name]
+    for section, name in set_elsewhere(group, choices[group]):
+        recorded[section].pop(name, None)
     del recorded[group]
+
+
+def set_elsewhere(group: str, option: str) -> list[tuple[str, str]]:
+    """What an option's file, and those it builds on, set outside of their group: section and name."""
+    text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(text) if "@package _global_" in text else {}
+    found = [(section, name) for section in SECTIONS for name in values.get(section, {})]
+    for earlier in values.get("defaults", []):
+        found += [] if earlier == "_self_" else set_elsewhere(group, earlier)
+    return found
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
@@ -365,7 +393,9 @@ def in_words(error: Exception, override: str, known: list[str]) -> str:
             return f"{override}: there is no such option{did_you_mean(value, GROUPS[key])} {key} is one of {', '.join(GROUPS[key])}"
         return f"{override}: {first_line(error)}"
     if key.startswith("lora.") and "lora" in known:
-        return f"{override}: with lora=null every weight is trained and there is no LoRA to set: leave out one of the two"
+        return (
+            f"{override}: with lora=null every weight is trained and there is no LoRA to set: leave out one of the two"
+        )
     if "not in struct" in text or "Could not override" in text:
         return f"unknown setting {key}{nearest(key, [k for k in known if not k.startswith('hydra.')])}"
     if text.startswith("Ambiguous value"):

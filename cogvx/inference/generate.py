@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils.memory import clear_device_cache
+
+from cogvx.model import blocks
 
 if TYPE_CHECKING:
     import numpy
@@ -17,10 +21,11 @@ if TYPE_CHECKING:
 
 def generate(
     *, transformer, vae, noise_scheduler, prompt_embeds: Tensor, negative_prompt_embeds: Tensor,
-    image: numpy.ndarray | None, data: Data, sampling: Validation, seed: int, description: str,
+    image: numpy.ndarray | None, data: Data, sampling: Validation, one_by_one: bool, seed: int,
+    description: str,
 ) -> numpy.ndarray:  # fmt: skip
     """A video of data's size, [F, H, W, 3] uint8; embeddings [S, D]; image [H, W, 3] uint8 to start from, or None for
-    text-to-video. The same seed gives the same starting noise on every device."""
+    text-to-video; one_by_one: the two halves of guidance one after the other. The same seed gives the same starting noise on every device."""
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
     from PIL import Image
 
@@ -30,18 +35,25 @@ def generate(
         tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=noise_scheduler
     )
     pipeline.set_progress_bar_config(desc=description, leave=False, disable=not sys.stderr.isatty())
-    device = vae.device
-    frames = pipeline(
-        **start,
-        prompt_embeds=prompt_embeds[None].to(device),
-        negative_prompt_embeds=negative_prompt_embeds[None].to(device),
-        height=data.height,
-        width=data.width,
-        num_frames=data.max_num_frames,
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-        use_dynamic_cfg=sampling.use_dynamic_cfg,
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="np",
-    ).frames[0]
+    device, decode = vae.device, pipeline.decode_latents
+
+    def decode_alone(latents: Tensor) -> Tensor:
+        clear_device_cache()  # what the transformer used is in the way of the VAE
+        return decode(latents)
+
+    pipeline.decode_latents = decode_alone
+    with blocks.clip_by_clip(transformer) if one_by_one else contextlib.nullcontext():
+        frames = pipeline(
+            **start,
+            prompt_embeds=prompt_embeds[None].to(device),
+            negative_prompt_embeds=negative_prompt_embeds[None].to(device),
+            height=data.height,
+            width=data.width,
+            num_frames=data.max_num_frames,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            use_dynamic_cfg=sampling.use_dynamic_cfg,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="np",
+        ).frames[0]
     return (frames * 255).round().clip(0, 255).astype("uint8")

@@ -163,7 +163,7 @@ class Checkpoint:
         return read_geometry(self.folder)
 
     def transformer(self, dtype: torch.dtype | None = None):
-        """Its weights in `dtype`, else in that of the frozen weights."""
+        """On the CPU, its weights in `dtype`, else in that of the frozen weights."""
         from diffusers import CogVideoXTransformer3DModel
 
         return self.loaded(CogVideoXTransformer3DModel, "transformer", torch_dtype=dtype or self.dtype)
@@ -171,20 +171,20 @@ class Checkpoint:
     def vae(self, *, tiling: bool):
         from diffusers import AutoencoderKLCogVideoX
 
-        vae = self.loaded(AutoencoderKLCogVideoX, "vae", torch_dtype=self.dtype)
+        vae = self.loaded(AutoencoderKLCogVideoX, "vae", torch_dtype=self.dtype).to(self.device)
         if tiling:
             vae.enable_tiling()
         return vae
 
-    def text_encoder(self):
-        """The tokenizer and the encoder."""
+    def text_encoder(self, *, streamed: bool = False):
+        """The tokenizer and the encoder; `streamed`: its blocks' weights wait on the CPU."""
         from transformers import AutoTokenizer, T5EncoderModel
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         except Exception as error:
             raise UserError(f"{self.folder / 'tokenizer'} cannot be read: {first_line(error)}") from error
-        return tokenizer, self.loaded(T5EncoderModel, "text_encoder", dtype=self.dtype)
+        return tokenizer, placed(self.loaded(T5EncoderModel, "text_encoder", dtype=self.dtype), self.device, streamed)
 
     def noise_scheduler(self):
         """As the checkpoint ships it: DDIM or DPM, with its schedule and trailing timesteps."""
@@ -206,7 +206,18 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder / part} cannot be loaded as {model_class.__name__}: {first_line(error)}"
             ) from error
-        return model.to(self.device).eval().requires_grad_(False)
+        return model.eval().requires_grad_(False)
+
+
+def placed(text_encoder, device: torch.device, streamed: bool):
+    """A T5 encoder on the device."""
+    from cogvx.model import blocks
+    from cogvx.training.options import Storage
+
+    if streamed:
+        blocks.Keeper(text_encoder.encoder.block, Storage.own, device, streamed=True)
+    blocks.bring(text_encoder, device)
+    return text_encoder
 
 
 @contextlib.contextmanager

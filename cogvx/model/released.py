@@ -49,3 +49,8 @@ SCHEDULER = {
     "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
     "set_alpha_to_one": True, "clip_sample": False,
 }  # fmt: skip
+
+T5_XXL = {
+    "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "use_cache": False, "tie_word_embeddings": False,
+}  # fmt: skip

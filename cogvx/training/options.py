@@ -122,9 +122,40 @@ class Validation:
         return found
 
 
+class Recompute(Enum):
+    """What gradient checkpointing computes again in the backward pass."""
+
+    full = "full"
+    selective = "selective"  # all but the attention
+
+
+class Storage(Enum):
+    """The form in which the blocks' frozen weights wait; they are computed with in the run's precision."""
+
+    own = "own"
+    fp8 = "fp8"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 @dataclass
 class Memory:
     vae_tiling: bool
+    recompute: Recompute
+    offload_activations: bool
+    base_storage: Storage
+    stream_weights: bool
+    feed_forward_chunks: int
+    guidance_one_by_one: bool
+    offload_optimizer: bool
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.feed_forward_chunks < 1:
+            found.append(f"memory.feed_forward_chunks={self.feed_forward_chunks}: must be 1 (whole) or more")
+        if self.offload_activations and self.recompute is Recompute.selective:
+            found.append("memory.offload_activations recomputes all: memory.recompute=full")
+        return found
 
 
 @dataclass

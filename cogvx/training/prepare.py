@@ -24,7 +24,7 @@ from cogvx.data.video import BadClip, to_bytes
 from cogvx.errors import UserError
 from cogvx.model.checkpoint import Checkpoint
 from cogvx.runs import record
-from cogvx.training.options import Precision
+from cogvx.training.options import Memory, Precision
 from cogvx.training.validation import given_images, given_prompts
 
 
@@ -87,7 +87,7 @@ class Prepared:
         checkpoint = Checkpoint(model_folder, accelerator.device, getattr(torch, config.train.mixed_precision.value))
         say(f"model   {record.shown(Path(config.model.path))}, {checkpoint.dtype} on {accelerator.device}")
 
-        vae, text = encoders(checkpoint, cache, tiling=config.memory.vae_tiling)
+        vae, text = encoders(checkpoint, cache, config.memory)
         clips, rejected = encode_clips(examples, config.data, cache, vae, say)
         if checkpoint.geometry().image_to_video:
             clips, without_image = encode_images(clips, config.data, cache, vae, say)
@@ -152,12 +152,22 @@ def picture(example: Example, data: Data) -> numpy.ndarray:
         raise UserError(f"a validation video's {bad}") from bad
 
 
-def encoders(checkpoint: Checkpoint, cache: Cache, *, tiling: bool) -> tuple[Encoder, Encoder]:
+def encoders(checkpoint: Checkpoint, cache: Cache, memory: Memory) -> tuple[Encoder, Encoder]:
     """The VAE and the text encoder, not loaded yet."""
     vae, text, tokenizer = (cache.fingerprint(checkpoint.folder / p) for p in ("vae", "text_encoder", "tokenizer"))
     return (
-        Encoder(lambda: checkpoint.vae(tiling=tiling), f"{vae} tiling={tiling}", checkpoint.dtype, checkpoint.device),
-        Encoder(checkpoint.text_encoder, f"{text} {tokenizer}", checkpoint.dtype, checkpoint.device),
+        Encoder(
+            lambda: checkpoint.vae(tiling=memory.vae_tiling),
+            f"{vae} tiling={memory.vae_tiling}",
+            checkpoint.dtype,
+            checkpoint.device,
+        ),
+        Encoder(
+            lambda: checkpoint.text_encoder(streamed=memory.stream_weights),
+            f"{text} {tokenizer}",
+            checkpoint.dtype,
+            checkpoint.device,
+        ),
     )
 
 

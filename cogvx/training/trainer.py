@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ from cogvx.config import Config, as_dict
 from cogvx.data.encode import EncodedClip
 from cogvx.errors import UserError
 from cogvx.inference import export
-from cogvx.model import full, lora
+from cogvx.model import blocks, full, lora
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import bar
 from cogvx.runs import record
@@ -349,11 +350,13 @@ class Trainer:
             self.data.embeds(""),
         )  # fmt: skip
         written = []
+        clear_device_cache(garbage_collection=True)  # what training keeps for its next step is in the way of the VAE
         with self.not_timed(), self.base_model() if base else self.state.averaged():
             if base:
                 videos.write_base(self.state.transformer)
             else:
                 written = videos.write(self.state.transformer, self.step)
+        clear_device_cache(garbage_collection=True)  # of the VAE
         self.metrics.tracking.videos(written, self.step)
         self.accelerator.wait_for_everyone()
         return written
@@ -428,8 +431,9 @@ def load_to_train(config: Config, data: Prepared) -> tuple[torch.nn.Module, list
             f"{count(transformer):.2f} M trainable parameters"
         ]
         lines += [] if started is None else [f"init    {started}"]
-    if config.train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    blocks.arrange(
+        transformer, config.memory, recompute=config.train.gradient_checkpointing, device=data.checkpoint.device
+    )
     return transformer, lines
 
 

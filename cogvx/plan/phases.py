@@ -1,0 +1,239 @@
+"""A run's phases, each by the code that runs it, on a released or local checkpoint's own configuration at full size.
+
+F frames, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from accelerate import Accelerator
+from diffusers.video_processor import VideoProcessor
+
+from cogvx.config import Config
+from cogvx.data.encode import EncodedClip, Encoder, latent_moments
+from cogvx.data.sources import Example
+from cogvx.inference import generate
+from cogvx.model import blocks
+from cogvx.model.checkpoint import Checkpoint, placed
+from cogvx.model.geometry import Geometry, read_config
+from cogvx.model.released import NAMES, RELEASED, SCHEDULER, T5_XXL
+from cogvx.plan.trace import Recorder, patched, tracing
+from cogvx.training import optimizers
+from cogvx.training.options import Precision
+from cogvx.training.prepare import Prepared
+from cogvx.training.step import Batch, Draw
+from cogvx.training.trainer import Trainer
+from cogvx.training.validation import Videos
+
+CPU = torch.device("cpu")
+PHASES = ["encode clips", "encode prompts", "load", "held-out loss", "train", "video"]
+STEPS_OF_VIDEO = 1  # traced of validation.num_inference_steps, which are all alike
+
+
+@dataclass(frozen=True)
+class PlannedCheckpoint(Checkpoint):
+    """A checkpoint without weights: its parts are built from their configuration, at full size."""
+
+    configs: dict[str, dict] = dataclasses.field(default_factory=dict)  # transformer, vae, text_encoder
+    recorder: Recorder = dataclasses.field(default_factory=Recorder)
+    layers: int | None = None  # only so many of the transformer's
+
+    def geometry(self) -> Geometry:
+        return Geometry.from_configs(self.configs["transformer"], self.configs["vae"], None)
+
+    def transformer(self, dtype: torch.dtype | None = None):
+        from diffusers import CogVideoXTransformer3DModel
+
+        settings = self.configs["transformer"]
+        settings = settings | {"num_layers": self.layers or settings["num_layers"]}
+        return self.built(lambda: CogVideoXTransformer3DModel(**settings), dtype or self.dtype)
+
+    def vae(self, *, tiling: bool):
+        from diffusers import AutoencoderKLCogVideoX
+
+        kinds = {f"{way}_block_types": [f"CogVideoX{way.capitalize()}Block3D"] * len(self.configs["vae"]["block_out_channels"])
+                 for way in ("down", "up")}  # fmt: skip
+        vae = self.built(lambda: AutoencoderKLCogVideoX(**kinds | self.configs["vae"]), self.dtype)
+        blocks.bring(vae, self.device)
+        if tiling:
+            vae.enable_tiling()
+        return vae
+
+    def text_encoder(self, *, streamed: bool = False):
+        from transformers import T5Config, T5EncoderModel
+
+        encoder = self.built(lambda: T5EncoderModel(T5Config(**self.configs["text_encoder"])), self.dtype)
+        encoder.encoder.embed_tokens = encoder.shared  # as loading it does
+        return None, placed(encoder, CPU, streamed)
+
+    def noise_scheduler(self):
+        from diffusers import CogVideoXDDIMScheduler
+
+        return CogVideoXDDIMScheduler(**SCHEDULER)
+
+    def built(self, build, dtype: torch.dtype):
+        """On the host, as loading leaves it."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with self.recorder.on_host():
+                return torch.nn.Module.to(build(), dtype).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(before)
+
+
+def configs_of(config: Config) -> dict[str, dict]:
+    """Of a local folder, or of a released checkpoint by its name."""
+    folder = Path(config.model.path)
+    if (folder / "transformer" / "config.json").is_file():
+        found = {part: read_config(folder, part) for part in ("transformer", "vae", "text_encoder")}
+        return {part: {k: v for k, v in c.items() if not k.startswith("_")} for part, c in found.items()}
+    transformer, vae, _, _ = RELEASED[NAMES[config.model.path.split("/")[-1]]]
+    return {"transformer": transformer, "vae": vae, "text_encoder": T5_XXL}
+
+
+class MomentsOfEightBits(torch.optim.Optimizer):
+    """The memory of an 8-bit Adam: two bytes a weight and two scales for every 256; its kernels cannot run without contents."""
+
+    def __init__(self, parameters, smallest: int = 4096):
+        super().__init__(parameters, {"lr": 1e-3})
+        self.smallest = smallest
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state, size = self.state[parameter], parameter.numel()
+            if not state and size < self.smallest:
+                state.update(first=torch.zeros_like(parameter), second=torch.zeros_like(parameter))
+            elif not state:
+                blocks = -(-size // 256)
+                for moment in ("first", "second"):
+                    state[moment] = torch.zeros(size, dtype=torch.uint8), torch.zeros(blocks)
+
+
+class PlannedTrainer(Trainer):
+    """The trainer, on batches without contents."""
+
+    def load_batch(self, clips, prompts, images) -> Batch:
+        data, geometry, dtype = self.config.data, self.model.geometry, self.model.dtype
+        frames = (data.max_num_frames - 1) // geometry.temporal_stride + 1
+        size = (data.height // geometry.spatial_stride, data.width // geometry.spatial_stride)
+        channels, count = 2 * geometry.latent_channels, len(clips)
+        width = self.data.checkpoint.configs["transformer"]["text_embed_dim"]
+        first = torch.empty(count, channels, 1, *size, dtype=dtype) if geometry.image_to_video else None
+        return Batch(
+            torch.empty(count, channels, frames, *size, dtype=dtype),
+            torch.empty(count, geometry.text_tokens, width, dtype=dtype),
+            first,
+        )
+
+
+def run_phases(config: Config, phases: list[str], *, layers: int | None = None, first_step: bool = False) -> Recorder:
+    """Everything that the phases allocate and compute. `first_step`: training as long as the optimizer has no states yet. fp16 is planned as bf16, whose tensors are as large."""
+    precision = Precision.no if config.train.mixed_precision is Precision.no else Precision.bf16
+    dtype = getattr(torch, precision.value)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    accelerator = Accelerator(mixed_precision=precision.name, cpu=True)
+    empty = lambda self, stream, shape: torch.empty(shape)  # noqa: E731
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tracing() as recorder,
+        patched(Draw, normal=empty),
+        patched(optimizers.Adam8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)),
+        patched(optimizers.AdamW8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)),
+        patched(optimizers.AdamW8bitTorchao, build=lambda self, p: MomentsOfEightBits(p)),
+    ):
+        checkpoint = PlannedCheckpoint(Path(), CPU, dtype, configs_of(config), recorder, layers)
+        if "encode clips" in phases:
+            encode_clip(config, checkpoint, recorder)
+        if "encode prompts" in phases:
+            encode_prompt(config, checkpoint, recorder)
+        if set(phases) & {"load", "held-out loss", "train", "video"}:
+            with patched(accelerator, print=lambda *texts: None):
+                train(config, checkpoint, accelerator, recorder, Path(scratch), phases, first_step)
+        recorder.begin("end")
+    return recorder
+
+
+def encode_clip(config: Config, checkpoint: PlannedCheckpoint, recorder: Recorder) -> None:
+    recorder.begin("encode clips")
+    vae = checkpoint.vae(tiling=config.memory.vae_tiling)
+    recorder.call(vae.parameters(), "VAE weights")
+    data = config.data
+    with recorder.on_host():
+        frames = torch.empty(data.max_num_frames, 3, data.height, data.width)
+    latent_moments(vae, frames, Encoder(None, "", checkpoint.dtype, CPU))
+    del vae, frames
+    recorder.empty_cache()
+
+
+def encode_prompt(config: Config, checkpoint: PlannedCheckpoint, recorder: Recorder) -> None:
+    recorder.begin("encode prompts")
+    _, model = checkpoint.text_encoder(streamed=config.memory.stream_weights)
+    recorder.call(model.parameters(), "text encoder weights")
+    with torch.no_grad():
+        model(torch.zeros(1, checkpoint.geometry().text_tokens, dtype=torch.int64))
+    del model
+    recorder.empty_cache()
+
+
+def train(
+    config, checkpoint, accelerator, recorder: Recorder, folder: Path, phases: list[str], first_step: bool
+) -> None:
+    data = config.data
+    clip = EncodedClip(Example("prompt", Path("clip.mp4"), "plan"), Path(), {"frames": data.max_num_frames})
+    clips = [clip] * (config.train.train_batch_size * config.train.gradient_accumulation_steps)
+    picture = numpy.zeros((data.height, data.width, 3), numpy.uint8)
+    images = {"prompt": picture} if checkpoint.geometry().image_to_video else {}
+    prepared = Prepared(checkpoint, clips, [clip], {}, ["prompt"], "prompt", images)
+    recorder.begin("load")
+    trainer = PlannedTrainer.build(config, folder, accelerator, prepared)
+    transformer = trainer.state.transformer
+    recorder.call((p for p in transformer.parameters() if not p.requires_grad), "frozen weights")
+    recorder.call(trainer.state.parameters, "trained weights")
+    if "held-out loss" in phases:
+        recorder.begin("held-out loss")
+        with patched(config.validation, heldout_timesteps=1, heldout_draws=1):
+            trainer.heldout_loss()
+    if "train" in phases:
+        if not first_step:  # its states appear with the first step, after its peak
+            for parameter in trainer.state.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            trainer.state.optimizer.step()
+            trainer.state.optimizer.zero_grad()
+            recorder.call(states_of(trainer.state.optimizer), "optimizer states")
+        recorder.empty_cache()
+        recorder.begin("train")
+        trainer.optimizer_step()
+    if "video" in phases:
+        recorder.empty_cache()
+        recorder.begin("video")
+        embeds = torch.empty(
+            checkpoint.geometry().text_tokens,
+            checkpoint.configs["transformer"]["text_embed_dim"],
+            dtype=checkpoint.dtype,
+        )
+        videos = Videos(folder, config, checkpoint, {"prompt": embeds}, images, embeds)
+        vae = checkpoint.vae(tiling=config.memory.vae_tiling)
+        recorder.call(vae.parameters(), "VAE weights")
+        nothing = [numpy.zeros((1, 1, 1, 3))]
+        with (
+            patched(generate, clear_device_cache=recorder.empty_cache),
+            patched(VideoProcessor, postprocess_video=lambda self, **given: nothing),
+            patched(config.validation, num_inference_steps=STEPS_OF_VIDEO),
+        ):
+            videos.generate(transformer, vae, "prompt", 0, "")
+
+
+def states_of(optimizer) -> Iterator[torch.Tensor]:
+    for state in optimizer.state.values():
+        for value in state.values():
+            yield from (v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, torch.Tensor))

@@ -1,0 +1,253 @@
+"""Runs real code on tensors without contents, and logs every allocation and operation a GPU would see.
+
+Fake CPU tensors stand for those of a GPU: fake CUDA tensors cannot run backward without a driver. What CUDA does otherwise is put
+back: fused attention, the operations autocast runs in fp32, workspaces. Tensors that our own code moves to the CPU's memory
+are logged apart (to_cpu, to_device and bring in model/blocks.py are the only places).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from cogvx.model import blocks
+from cogvx.plan.allocator import Event
+
+aten = torch.ops.aten
+MOVES_NOTHING = {
+    aten.view, aten._unsafe_view, aten.t, aten.transpose, aten.permute, aten.expand, aten.slice, aten.select, aten.split,
+    aten.split_with_sizes, aten.unsqueeze, aten.squeeze, aten.detach, aten.alias, aten.as_strided, aten.unbind, aten.chunk,
+    aten.lift_fresh, aten.empty, aten._reshape_alias, aten.empty_like, aten.new_empty, aten.empty_strided, aten.unfold,
+    aten.diagonal, aten.narrow, aten.movedim, aten._local_scalar_dense,
+}  # fmt: skip
+
+
+@dataclass
+class Work:
+    """What the operations of one kind in one phase did, in sums."""
+
+    flops: int = 0
+    bytes: int = 0  # read and written
+    count: int = 0
+
+
+@dataclass
+class Storage:
+    key: int
+    size: int
+    on_host: bool
+    what: str  # the phase and operation it was born in, or what it was called
+    alive: weakref.ref | None = None
+
+
+class Recorder(TorchDispatchMode):
+    """Logs the birth and death of every storage, and the work of every operation, by phase."""
+
+    def __init__(self):
+        super().__init__()
+        self.events: list[Event] = []
+        self.storages: dict[int, Storage] = {}
+        self.born = 0
+        self.phase = ""
+        self.work: dict[tuple[str, str, torch.dtype | None], Work] = defaultdict(Work)
+        self.now, self.most = defaultdict(int), defaultdict(int)  # bytes by place: False device, True host
+        self.at_peak: dict[str, list[Storage]] = {}  # of each phase, what was on the device
+        self.peak_of_phase: dict[str, int] = defaultdict(int)
+        self.host = False
+
+    def begin(self, phase: str) -> None:
+        self.phase = phase
+        self.events.append(("phase", phase))
+        self.note_peak()
+
+    def empty_cache(self) -> None:
+        self.events.append(("empty_cache",))
+
+    def born_now(self, tensor: Tensor, what: str) -> None:
+        storage = tensor.untyped_storage()
+        name = storage._cdata
+        if name in self.storages:
+            return
+        self.born += 1
+        about = Storage(self.born, storage.nbytes(), self.host, what)
+        about.alive = weakref.ref(storage, lambda _: self.died(name))
+        self.storages[name] = about
+        self.count(about, about.size)
+
+    def died(self, name: int) -> None:
+        about = self.storages.pop(name)
+        self.count(about, -about.size)
+
+    def count(self, about: Storage, size: int) -> None:
+        self.now[about.on_host] += size
+        self.most[about.on_host] = max(self.most[about.on_host], self.now[about.on_host])
+        if not about.on_host:
+            self.events.append(("allocate", about.key, about.size) if size > 0 else ("free", about.key))
+            if size > 0:
+                self.note_peak()
+
+    def note_peak(self) -> None:
+        """What is alive where a phase has its peak; not at every byte more, which would take quadratic time."""
+        if self.now[False] > 1.01 * self.peak_of_phase[self.phase]:
+            self.peak_of_phase[self.phase] = self.now[False]
+            self.at_peak[self.phase] = [about for about in self.storages.values() if not about.on_host]
+
+    @contextlib.contextmanager
+    def on_host(self) -> Iterator[None]:
+        before, self.host = self.host, True
+        try:
+            yield
+        finally:
+            self.host = before
+
+    def is_on_host(self, tensor: Tensor) -> bool:
+        about = self.storages.get(tensor.untyped_storage()._cdata)
+        return about is not None and about.on_host
+
+    def call(self, tensors: Iterator[Tensor], what: str) -> None:
+        """Names what a module's or an optimizer's tensors are."""
+        for tensor in tensors:
+            self.born_now(tensor, what)
+            self.storages[tensor.untyped_storage()._cdata].what = what
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet is aten._local_scalar_dense:  # .item(): any value will do, but a finite one
+            tensor = args[0]
+            return 1.0 if tensor.is_floating_point() else tensor.dtype is torch.bool or 1
+        if packet in (aten.equal, aten.is_nonzero):
+            return True
+        result = func(*args, **kwargs)
+        if func.namespace == "prim":
+            return result
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        name, workspace = packet.__name__, workspace_of(packet, args)
+        for tensor in outputs:
+            self.born_now(tensor, f"{self.phase}: {name}")
+        if workspace:
+            self.born += 1
+            about = Storage(self.born, workspace, False, f"{self.phase}: workspace of {name}")
+            self.count(about, workspace)
+            self.count(about, -workspace)
+        if packet not in MOVES_NOTHING:
+            self.note_work(packet, name, args, kwargs, result, outputs)
+        return result
+
+    def note_work(self, packet, name: str, args, kwargs, result, outputs: list[Tensor]) -> None:
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)] + outputs
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+        work = self.work[self.phase, name, dtype]
+        work.count += 1
+        work.bytes += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+        if packet in flop_registry:
+            work.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+
+
+def workspace_of(packet, args) -> int:
+    """Bytes a CUDA kernel takes for itself: FlashAttention-2's backward pass sums dq in fp32, padded to 128 rows and 32 columns."""
+    if packet is aten._scaled_dot_product_flash_attention_backward:
+        batch, heads, tokens, width = args[1].shape
+        rows, columns = math.ceil(tokens / 128) * 128, math.ceil(width / 32) * 32
+        return 4 * batch * heads * rows * (columns + 1)
+    return 0
+
+
+# -- what CUDA does otherwise ------------------------------------------------------------------------------------------
+
+
+def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """As CUDA chooses: flash attention in 16 bits without a mask, else the memory-efficient one; under autocast in 16 bits."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
+    if query.dtype in (torch.float16, torch.bfloat16) and attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+    for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, for_backward, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def in_fp32_under_autocast(function: Callable) -> Callable:
+    """CUDA's autocast runs the norms in fp32; the CPU's does not."""
+
+    def run(*args, **kwargs):
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            args = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+            return function(*args, **{n: v.float() if isinstance(v, Tensor) else v for n, v in kwargs.items()})
+
+    return run
+
+
+def apply_in_place(self: torch.nn.Module, function: Callable, recurse: bool = True) -> torch.nn.Module:
+    """nn.Module._apply for fake parameters, which the swap it would use refuses."""
+    for child in self.children() if recurse else ():
+        child._apply(function)
+    for name, parameter in self._parameters.items():
+        if parameter is not None:
+            changed = function(parameter.detach())
+            if changed.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
+                self._parameters[name] = torch.nn.Parameter(changed, requires_grad=parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = function(buffer)
+    return self
+
+
+@contextlib.contextmanager
+def patched(owner: object, **replacements: object) -> Iterator[None]:
+    originals = {name: getattr(owner, name) for name in replacements}
+    for name, replacement in replacements.items():
+        setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(owner, name, original)
+
+
+INITS = ("kaiming_uniform_", "xavier_uniform_", "uniform_", "normal_", "trunc_normal_", "zeros_", "ones_", "constant_")
+
+
+@contextlib.contextmanager
+def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
+    """All that runs within is logged. as_cuda=False: as the CPU does it, to compare with real runs; fake=False: on real tensors."""
+    recorder = Recorder()
+
+    def to_cpu(tensor: Tensor, *, pinned: bool) -> Tensor:
+        with recorder.on_host():
+            return tensor.detach().clone()
+
+    def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+        return tensor.clone() if recorder.is_on_host(tensor) else tensor
+
+    def bring(module: torch.nn.Module, device: torch.device) -> None:
+        module._apply(lambda tensor: to_device(tensor, device))
+
+    with contextlib.ExitStack() as stack:
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(patched(torch.nn.Module, _apply=apply_in_place))
+            stack.enter_context(patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor for name in INITS}))
+        stack.enter_context(patched(blocks, to_cpu=to_cpu, to_device=to_device, bring=bring))
+        if as_cuda:
+            norms = {name: in_fp32_under_autocast(getattr(F, name)) for name in ("layer_norm", "group_norm")}
+            stack.enter_context(patched(F, scaled_dot_product_attention=fused_attention, **norms))
+        stack.enter_context(recorder)
+        yield recorder
