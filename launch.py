@@ -96,6 +96,8 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
     for group in configuration.GROUPS:
         if any(a.startswith(f"{group}=") for a in arguments):
             configuration.forget(recorded, group)
+    if recorded["lora"] is None and any(a.startswith("lora.") for a in arguments):
+        recorded["lora"] = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))["lora"]
     recorded["train"]["resume"] = None
     recorded["hydra"] = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))["hydra"]
     recorded["defaults"] += [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]

@@ -91,6 +91,14 @@ def check(composed: DictConfig, choices: dict[str, str]) -> Config:
         values[section], found = typed(composed, section, section_class)
         problems += found
     problems += rules(values)
+    if choices["model"] in ("nano", "nano_i2v") and values["model"]:
+        option = "nano_i2v" if values["model"].image_to_video else "nano"
+        if option != choices["model"]:
+            problems.append(
+                f"model.image_to_video with model={choices['model']}: the built-in models are one each: model={option}"
+            )
+    if choices["optimizer"] == "schedule_free" and values["train"] and values["train"].ema_decay is not None:
+        problems.append("train.ema_decay with optimizer=schedule_free, which averages by itself: train.ema_decay=null")
     memory = values.get("memory")
     if (
         composed.get("lora") is None
@@ -193,7 +201,7 @@ def typed(composed: DictConfig, section: str, section_class: type) -> tuple[obje
                 target[key] = node[key]
         except OmegaConfBaseException as error:
             problems.append(f"{full}: {first_line(error)}")
-    problems += [f"{section}.{name} has no value in conf/" for name in names if name not in list(node.keys())]
+    problems += [f"{section}.{name} has no value" for name in names if name not in list(node.keys())]
     return (None if problems else OmegaConf.to_object(target)), problems
 
 
@@ -253,6 +261,12 @@ def read(path: Path) -> Config:
         if missing := [group for group in GROUPS if choices.get(group) not in GROUPS[group]]:
             raise UserError(f"{path}: its defaults list names no known option of {', '.join(missing)}")
         return check(OmegaConf.create(recorded), choices)
+    except Wrong as error:
+        if not any("has no value" in problem for problem in error.problems):
+            raise
+        raise UserError(
+            f"{path} was recorded by another version of cogvx: environment.json beside it has its git_commit. {error}"
+        ) from error
     except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is not the configuration of a run: {error!r}") from error
 

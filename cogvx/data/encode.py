@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.data.cache import Cache, key_of
-from cogvx.data.sources import Data, Example
+from cogvx.data.sources import Data, Example, Reshape
 from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
 from cogvx.progress import bar
@@ -186,7 +186,9 @@ def encode_missing_images(
 
 def image_of(example: Example, data: Data) -> Tensor:
     """What an image-to-video clip starts from, [1, C, H, W] in [-1, 1]. BadClip when the file yields none."""
-    return read_first_frame(example.video, data) if example.image is None else read_image(example.image, data)
+    if example.image is None:
+        return read_first_frame(example.video, data)
+    return read_image(example.image, data, example.video)
 
 
 def image_moments(model: AutoencoderKLCogVideoX, example: Example, data: Data, vae: Encoder, seed: str) -> Tensor:
@@ -211,7 +213,8 @@ def noise_levels(count: int) -> list[float]:
 
 def image_key(example: Example, data: Data, cache: Cache, vae: Encoder) -> str:
     """Of all that decides an image's latents."""
-    source = ("frame", data.skip_frames_start) if example.image is None else ("image",)
+    placed_by = cache.fingerprint(example.video) if data.video_reshape_mode is Reshape.random else None
+    source = ("frame", data.skip_frames_start) if example.image is None else ("image", placed_by)
     return key_of(
         VERSION, *source, cache.fingerprint(example.image or example.video), vae.identity, str(vae.dtype), data.height, data.width,
         data.video_reshape_mode.name, data.image_noise_variants,

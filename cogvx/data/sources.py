@@ -96,6 +96,10 @@ class Data:
         for name in ("skip_frames_start", "skip_frames_end"):
             if getattr(self, name) < 0:
                 found.append(f"data.{name}={getattr(self, name)}: must be 0 or more frames of the file")
+        if len(set(self.columns())) < len(self.columns()):
+            found.append(
+                f"data: captions, clips and images need columns of their own, and these are {', '.join(self.columns())}"
+            )
         if self.image_noise_variants < 0:
             found.append(f"data.image_noise_variants={self.image_noise_variants}: must be 0 (no noise) or more")
         if self.fps is not None and not self.fps > 0:
@@ -371,7 +375,7 @@ def require_columns(table: str, columns: list[str], wanted: list[str]) -> None:
     if missing:
         raise UserError(
             f"{table} has no column {' or '.join(missing)}{did_you_mean(missing[0], columns)} "
-            f"Its columns: {', '.join(columns) or 'none'}. Set data.caption_column and data.video_column"
+            f"Its columns: {', '.join(columns) or 'none'}. Set data.caption_column, data.video_column and data.image_column"
         )
 
 

@@ -64,8 +64,9 @@ def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
     )
 
 
-def read_image(path: Path, data: Data) -> Tensor:
-    """A picture as a clip's first frame would be, [1, C, H, W] in [-1, 1]. BadClip says why a file yields none."""
+def read_image(path: Path, data: Data, video: Path) -> Tensor:
+    """A picture as the first frame of `video` would be, cropped where that is, [1, C, H, W] in [-1, 1]. BadClip says why a file
+    yields none."""
     import numpy
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -76,7 +77,7 @@ def read_image(path: Path, data: Data) -> Tensor:
         raise BadClip(f"has an image, {path}, that is no picture ({path.stat().st_size} bytes)") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as PIL reports damaged files
         raise BadClip(f"has an image, {path}, that cannot be read: {error}") from error
-    return resize_and_crop(pixels[None], data, place=crop_place(path, data.video_reshape_mode))
+    return resize_and_crop(pixels[None], data, place=crop_place(video, data.video_reshape_mode))
 
 
 def read_first_frame(path: Path, data: Data) -> Tensor:

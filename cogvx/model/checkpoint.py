@@ -58,13 +58,17 @@ class Model:
         trained as asked (see refusals), which its configuration files tell before the weights are fetched."""
         folder = self.local_folder() if self.is_local() else self.download("*.json")
         require_known_settings(folder)
+        self.require_suited(folder, asked_for)
+        if not self.is_local():
+            folder = self.download("*")
+            self.require_suited(folder, asked_for)  # now the weights tell their precision
+        require_parts(folder)
+        return folder
+
+    def require_suited(self, folder: Path, asked_for: dict) -> None:
         found = replace(self, path=str(folder)).refusals(**asked_for)
         if found:
             raise UserError(listed(f"{self.path} cannot be trained like this:", found))
-        if not self.is_local():
-            folder = self.download("*")
-        require_parts(folder)
-        return folder
 
     def local_folder(self) -> Path:
         folder = Path(self.path)

@@ -39,10 +39,7 @@ class Lora:
         if not self.lora_alpha > 0:
             found.append(f"lora.lora_alpha={self.lora_alpha}: must be above 0; rank or rank / 2 are usual")
         found += self.target_problems()
-        if self.init_from is not None and not Path(self.init_from).expanduser().exists():
-            found.append(
-                f"lora.init_from={self.init_from} does not exist: give a LoRA file, or a folder with {WEIGHTS}"
-            )
+
         return found
 
     def target_problems(self) -> list[str]:
@@ -63,9 +60,15 @@ class Lora:
         """What the low-rank product is multiplied by; rsLoRA: Kalajdzievski 2023 (A Rank Stabilization Scaling Factor)."""
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    def attach(self, transformer: CogVideoXTransformer3DModel, seed: int) -> str | None:
-        """Adds the trainable layers, fp32, the same for the same seed. The model's output does not change (B = 0), unless they
-        start from a file: then returns what was taken from it."""
+    def require_start(self) -> None:
+        """UserError when what the run is to start from is not there. (A resumed run does not need it any more.)"""
+        if self.init_from is not None and not Path(self.init_from).exists():
+            raise UserError(
+                f"lora.init_from={self.init_from} does not exist: give a LoRA file, or a folder with {WEIGHTS}"
+            )
+
+    def attach(self, transformer: CogVideoXTransformer3DModel, seed: int) -> None:
+        """Adds the trainable layers, fp32, the same for the same seed. The model's output does not change (B = 0)."""
         import torch
         from peft import LoraConfig
 
@@ -80,7 +83,6 @@ class Lora:
             transformer.add_adapter(settings)
         for parameter in trainable(transformer):
             parameter.data = parameter.data.float()
-        return None if self.init_from is None else self.start_from(transformer, Path(self.init_from))
 
     def require_targets(self, transformer: CogVideoXTransformer3DModel) -> None:
         """Every name, or the expression, matches something (as peft matches them), and only layers that take a LoRA."""
@@ -114,7 +116,7 @@ class Lora:
 
         tensors, settings = read(path)
         ours = state(transformer)
-        problems = self.misfits(path, tensors, settings, ours)
+        problems = self.misfits(tensors, settings, ours)
         if problems:
             raise UserError(listed(f"lora.init_from={path} does not fit this model and lora settings:", problems))
         file_ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
@@ -134,10 +136,9 @@ class Lora:
         counted = f"{count_modules(tensors)} of {count_modules(ours)} modules"
         return f"{counted} start from {path}, rank {'/'.join(map(str, sorted(file_ranks)))} of {self.rank}{strength}"
 
-    def misfits(self, path: Path, tensors: dict[str, Tensor], settings: dict, ours: dict[str, Tensor]) -> list[str]:
+    def misfits(self, tensors: dict[str, Tensor], settings: dict, ours: dict[str, Tensor]) -> list[str]:
         if not tensors:
-            others = ", ".join(sorted(all_keys(path))[:3])
-            return [f"none of its tensors is named transformer.*.lora_A.weight or lora_B.weight; it has {others}"]
+            return ["none of its tensors is named transformer.*.lora_A.weight or lora_B.weight"]
         found = []
         if settings.get("alpha_pattern"):
             found.append("it has an alpha of its own for some modules (alpha_pattern), which this loader does not read")
@@ -217,13 +218,6 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},
         {name.removeprefix(prefix): value for name, value in (settings or {}).items()},
     )
-
-
-def all_keys(path: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(path / WEIGHTS if path.is_dir() else path, framework="pt") as file:
-        return list(file.keys())
 
 
 def differences(transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool) -> list[str]:

@@ -20,14 +20,11 @@ from cogvx.errors import UserError, listed
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.pt"
-HYPERPARAMETERS = (
-    "betas",
-    "beta3",
-    "eps",
-    "momentum",
-    "weight_decay",
-    "decoupled_weight_decay",
-)  # as configured, not as stored
+AVERAGED = "averaged"  # a folder with the averaged weights, where those are judged and delivered
+HYPERPARAMETERS = (  # as configured, not as stored
+    "betas", "beta3", "eps", "momentum", "weight_decay", "decoupled_weight_decay", "decouple", "use_bias_correction",
+    "safeguard_warmup",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,19 +42,28 @@ class TrainingState:
     def save(self, folder: Path, step: int, pending: list, heldout_loss: float | None) -> None:
         """`pending`: the losses of the steps not logged yet, so that a resumed run logs the same means."""
         self.weights.save(self.transformer, folder)
+        if self.delivers_an_average():
+            with self.averaged():
+                self.weights.save(self.transformer, folder / AVERAGED)
         scaler, average = ((None if part is None else part.state_dict()) for part in (self.scaler, self.average))
         states = {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "average": average}
         torch.save(states, folder / OPTIMIZER)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        about = {"step": step, "pending": pending, "heldout_loss": heldout_loss}
+        about = {"step": step, "pending": pending, "heldout_loss": heldout_loss, "optimizer": self.optimizer_name()}
         about["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         (folder / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
         for path in [*files, folder / MANIFEST]:
             flush_to_disk(path)
 
     def require_fit(self, folder: Path) -> None:
-        """UserError when a checkpoint's weights are not those of this model and configuration."""
+        """UserError when a checkpoint is not one of this model and configuration."""
         found = self.weights.differences(self.transformer, folder, values=False)
+        trained_with = manifest(folder)["optimizer"]
+        if trained_with != self.optimizer_name():
+            found.append(
+                f"its optimizer is {trained_with}, not {self.optimizer_name()}; to go on from the weights of a LoRA alone: "
+                f"lora.init_from={folder}"
+            )
         if found:
             raise UserError(listed(f"{folder} does not fit this model and these settings:", found))
 
@@ -73,16 +79,27 @@ class TrainingState:
         if self.scaler is not None and stored["scaler"] is not None:
             self.scaler.load_state_dict(stored["scaler"])
         if self.average is not None and stored["average"] is not None:
+            decay = self.average.decay
             self.average.load_state_dict(stored["average"])
             self.average.to(self.parameters[0].device)
+            self.average.decay = decay
+        elif self.average is not None:  # it begins here
+            self.average.shadow_params = [parameter.detach().clone() for parameter in self.parameters]
+
+    def optimizer_name(self) -> str:
+        kind = type(inner(self.optimizer))
+        return f"{kind.__module__.split('.')[0]} {kind.__name__}"
+
+    def delivers_an_average(self) -> bool:
+        return self.average is not None or callable(getattr(inner(self.optimizer), "eval", None))
 
     @contextlib.contextmanager
     def averaged(self):
         """With the weights that are judged and delivered, where those are an average; afterwards each trained bit is back."""
-        schedule_free = callable(getattr(inner(self.optimizer), "eval", None))
-        if self.average is None and not schedule_free:
+        if not self.delivers_an_average():
             yield
             return
+        schedule_free = self.average is None
         trained = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
         if schedule_free:
             inner(self.optimizer).eval()
@@ -152,10 +169,12 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
         found = state.weights.differences(state.transformer, folder, values=True)
         if found:
             raise UserError(listed(f"what was saved to {folder} does not read back as it is in memory:", found))
+        (folder / OPTIMIZER).unlink()
+        shutil.rmtree(folder / AVERAGED, ignore_errors=True)
         weights = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        # The result; per checkpoint the weights, Adam's two moments and the average; one more checkpoint while it is written,
-        # and the best one.
-        needed = weights * (1 + (3 if state.average is None else 4) * (kept + 2))
+        # The result; per checkpoint the weights, Adam's two moments, an average and its result; one more checkpoint while it is
+        # written, and the best one.
+        needed = weights * (1 + (5 if state.delivers_an_average() else 3) * (kept + 2))
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(

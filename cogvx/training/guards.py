@@ -13,26 +13,26 @@ from torch import Tensor
 
 from cogvx.errors import UserError, listed
 
-Row = list  # [clip's index, timestep, loss]
+Row = list  # [where the clip was listed, timestep, loss]
+AT_FP16_START = 24  # steps more that fp16's loss scaling may leave out in a row: it begins at 2^16 and halves
 
 
 @dataclass
 class Watch:
     """The losses since the last line of metrics.jsonl, left on the device until that is written."""
 
-    origins: list[str]  # of the clips, for messages
     most_skipped: int
     rows: list[Row] = field(default_factory=list)  # read from the device, or of a checkpoint
-    unread: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)  # indices, timesteps [B], losses [B]
+    unread: list[tuple[list[str], Tensor, Tensor]] = field(default_factory=list)  # clips, timesteps [B], losses [B]
     skipped_in_a_row: int = 0
 
-    def saw(self, indices: list[int], timesteps: Tensor, losses: Tensor) -> None:
-        self.unread.append((indices, timesteps, losses.detach()))
+    def saw(self, clips: list[str], timesteps: Tensor, losses: Tensor) -> None:
+        self.unread.append((clips, timesteps, losses.detach()))
 
     def read(self) -> list[Row]:
         """All rows so far, of this process; waits for the device."""
-        for indices, timesteps, losses in self.unread:
-            self.rows += [list(row) for row in zip(indices, timesteps.tolist(), losses.tolist(), strict=True)]
+        for clips, timesteps, losses in self.unread:
+            self.rows += [list(row) for row in zip(clips, timesteps.tolist(), losses.tolist(), strict=True)]
         self.unread.clear()
         return self.rows
 
@@ -46,12 +46,12 @@ class Watch:
         self.rows.clear()
         if not rows:
             return {}
-        index, timestep, highest = max(rows, key=lambda row: row[2])
+        clip, timestep, highest = max(rows, key=lambda row: row[2])
         return {
             "loss": statistics.fmean(row[2] for row in rows),
             "highest_loss": highest,
             "highest_loss_timestep": timestep,
-            "highest_loss_clip": self.origins[index],
+            "highest_loss_clip": clip,
         }
 
     def finite(self, grad_norm: Tensor, samples: int, *, expected: bool) -> list[str] | None:
@@ -65,8 +65,8 @@ class Watch:
             return None
         self.skipped_in_a_row += 1
         rows = gather_object(self.read()[-samples:])
-        named = [f"{self.origins[index]} at timestep {t}: loss {loss:.4g}" for index, t, loss in rows]
-        if self.skipped_in_a_row >= self.most_skipped:
+        named = [f"{clip} at timestep {t}: loss {loss:.4g}" for clip, t, loss in rows]
+        if self.skipped_in_a_row >= self.most_skipped + (AT_FP16_START if expected else 0):
             headline = (
                 f"{self.skipped_in_a_row} steps in a row had no finite gradient, so nothing is trained any more. Usual causes: "
                 f"optimizer.learning_rate too high, fp16 where bf16 is needed, a damaged base model. The last was made of:"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from cogvx.errors import UserError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @dataclass
 class Optimizer:
     learning_rate: float  # the peak; the scheduler multiplies it
+    package: ClassVar[str] = "torch"  # that holds it
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         raise TypeError(f"{type(self).__name__} has no build()")
@@ -30,6 +31,10 @@ class Optimizer:
             value = getattr(self, name, None)
             if value is not None and not 0 <= value < 1:
                 found.append(f"optimizer.{name}={value}: must be from 0 up to, but not, 1")
+        if importlib.util.find_spec(self.package) is None:
+            found.append(
+                f"this optimizer is in the package {self.package}, which is not installed: pip install {self.package}"
+            )
         for name in ("epsilon", "weight_decay"):
             if not 0 <= getattr(self, name, 0) < 100:
                 found.append(f"optimizer.{name}={getattr(self, name)}: must be 0 or more")
@@ -73,29 +78,38 @@ class Adam8bit(Adam):
     """bitsandbytes: the moments of tensors of min_8bit_size elements or more take one byte each."""
 
     min_8bit_size: int
+    package: ClassVar[str] = "bitsandbytes"
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
-        return package("bitsandbytes").optim.Adam8bit(parameters, **self.settings(), min_8bit_size=self.min_8bit_size)
+        import bitsandbytes
+
+        return bitsandbytes.optim.Adam8bit(parameters, **self.settings(), min_8bit_size=self.min_8bit_size)
 
 
 @dataclass
 class AdamW8bit(AdamW):
     min_8bit_size: int
+    package: ClassVar[str] = "bitsandbytes"
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
-        return package("bitsandbytes").optim.AdamW8bit(parameters, **self.settings(), min_8bit_size=self.min_8bit_size)
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, **self.settings(), min_8bit_size=self.min_8bit_size)
 
 
 @dataclass
 class AdamW8bitTorchao(AdamW):
     """torchao: 8-bit moments in plain torch, compiled; the first step of each shape takes seconds."""
 
+    package: ClassVar[str] = "torchao"
+
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         import torch
+        import torchao.optim
+        from torchao.optim.subclass_8bit import OptimState8bit
 
-        # So that checkpoints load with weights_only.
-        torch.serialization.add_safe_globals([package("torchao.optim.subclass_8bit").OptimState8bit])
-        return package("torchao.optim").AdamW8bit(parameters, **self.settings())
+        torch.serialization.add_safe_globals([OptimState8bit])  # so that checkpoints load with weights_only
+        return torchao.optim.AdamW8bit(parameters, **self.settings())
 
 
 @dataclass
@@ -106,9 +120,12 @@ class Prodigy(AdamW):
     decouple: bool
     use_bias_correction: bool
     safeguard_warmup: bool
+    package: ClassVar[str] = "prodigyopt"
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
-        return package("prodigyopt").Prodigy(
+        import prodigyopt
+
+        return prodigyopt.Prodigy(
             parameters,
             **self.settings(),
             beta3=self.beta3,
@@ -130,8 +147,16 @@ class Prodigy(AdamW):
 class ScheduleFree(AdamW):
     """AdamW without a schedule (Defazio et al. 2024, The Road Less Scheduled): judged and delivered is an average of the weights."""
 
+    package: ClassVar[str] = "schedulefree"
+
+    def problems(self) -> list[str]:
+        zero = ["optimizer.beta1=0: must be above 0 for schedule_free, which averages by it"] if self.beta1 == 0 else []
+        return super().problems() + zero
+
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
-        optimizer = package("schedulefree").AdamWScheduleFree(parameters, **self.settings())
+        import schedulefree
+
+        optimizer = schedulefree.AdamWScheduleFree(parameters, **self.settings())
         optimizer.train()
         return optimizer
 
@@ -154,17 +179,6 @@ class Muon(Optimizer):
         return torch.optim.Muon(
             parameters, lr=self.learning_rate, weight_decay=self.weight_decay, momentum=self.momentum
         )
-
-
-def package(name: str):
-    """The module; UserError when this machine lacks it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        missing = name.split(".")[0]
-        raise UserError(
-            f"this optimizer needs {missing}, which cannot be imported here ({error}): pip install {missing}"
-        ) from error
 
 
 def set_learning_rate(optimizer: TorchOptimizer, rate: float) -> None:

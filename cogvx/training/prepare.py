@@ -81,6 +81,7 @@ class Prepared:
     def from_config(cls, config: Config, folder: Path, accelerator: Accelerator) -> Prepared:
         say, cache = accelerator.print, Cache(Path(config.data.cache_dir))
         validation_prompts = given_prompts(config)
+        start_images = given_images(config, 1 if validation_prompts is None else len(validation_prompts))
         with accelerator.main_process_first():  # what it downloads or renders is there for the others
             examples = config.data.read()
             model_folder = config.model.prepare(**config.asked_of_model())
@@ -96,7 +97,7 @@ class Prepared:
         if accelerator.is_main_process:
             write_report(folder, clips, out, rejected)
             write_contact_sheet(folder, clips, out)
-            fingerprint = key_of([(clip.example.prompt, cache.fingerprint(clip.example.video)) for clip in clips])
+            fingerprint = key_of([fingerprint_of(clip.example, cache) for clip in clips])
             before = record.read_json(folder / record.ENVIRONMENT).get("data_fingerprint", fingerprint)
             if fingerprint != before:
                 say(
@@ -112,14 +113,15 @@ class Prepared:
         sheet = record.shown(folder / "contact_sheet.png")
         say(f"clips   {sheet} shows what the model sees of them, dataset_report.csv says it")
         require_equal_lengths(train, config)
-        for caution in checkpoint.geometry().cautions(config.data.max_num_frames):
-            say(f"warning {caution}")
+        for frames in sorted({clip.about["frames"] for clip in clips}):
+            for caution in checkpoint.geometry().cautions(frames):
+                say(f"warning {caution}")
         shown = (aside or train)[0].example
         if validation_prompts is None:
             validation_prompts = [shown.prompt]
         example, images = [*validation_prompts, shown.prompt][0], {}
         if checkpoint.geometry().image_to_video:
-            given = given_images(config, len(validation_prompts)) or [None] * len(validation_prompts)
+            given = start_images or [None] * len(validation_prompts)
             images[example] = picture(shown, config.data)
             for prompt, path in zip(validation_prompts, given, strict=True):
                 images[prompt] = picture(shown if path is None else replace(shown, image=path), config.data)
@@ -142,6 +144,11 @@ def require_equal_lengths(clips: list[EncodedClip], config: Config) -> None:
             f"Either train.train_batch_size=1 train.gradient_accumulation_steps={config.train.train_batch_size}, "
             f"or data.max_num_frames={frames[0]}, or data.min_num_frames={frames[-1]} to leave the shorter ones out"
         )
+
+
+def fingerprint_of(example: Example, cache: Cache) -> list[str]:
+    files = [example.video, *([] if example.image is None else [example.image])]
+    return [example.prompt, *(cache.fingerprint(path) for path in files)]
 
 
 def picture(example: Example, data: Data) -> numpy.ndarray:

@@ -49,6 +49,8 @@ def encode(config: Config, folder: Path) -> dict:
 def train(config: Config, folder: Path) -> dict:
     """task=train: the main job. Returns the run's summary."""
     started, accelerator = time.monotonic(), start_processes(config)
+    if config.lora is not None and resume_source(config.train.resume, folder) is None:
+        config.lora.require_start()
     data = Prepared.from_config(config, folder, accelerator)
     trainer = Trainer.build(config, folder, accelerator, data)
     try:
@@ -85,7 +87,8 @@ class Trainer:
     @classmethod
     def build(cls, config: Config, folder: Path, accelerator: Accelerator, data: Prepared) -> Trainer:
         say, weights = accelerator.print, full if config.lora is None else lora
-        transformer, found = load_to_train(config, data)
+        source = resume_source(config.train.resume, folder)
+        transformer, found = load_to_train(config, data, resumed=source is not None)
         parameters = lora.trainable(transformer)
         types = guards.audit(transformer, data.checkpoint.dtype)
         for line in (
@@ -97,7 +100,7 @@ class Trainer:
         optimizer = accelerator.prepare(config.optimizer.build(parameters))
         average = None if config.train.ema_decay is None else EMAModel(parameters, decay=config.train.ema_decay)
         state = checkpoints.TrainingState(transformer, weights, parameters, optimizer, accelerator.scaler, average)
-        source, step, pending = resume_source(config.train.resume, folder), 0, []
+        step, pending = 0, []
         if source is not None:
             state.require_fit(source)
             about = checkpoints.manifest(source)
@@ -112,8 +115,7 @@ class Trainer:
             accelerator.prepare(transformer), data.checkpoint.noise_scheduler(), data.checkpoint.geometry(),
             device=accelerator.device, dtype=data.checkpoint.dtype,
         )  # fmt: skip
-        origins = [f"{clip.example.origin} {clip.example.video.name}" for clip in data.train]
-        watch = guards.Watch(origins, config.train.max_skipped_steps, rows=pending)
+        watch = guards.Watch(config.train.max_skipped_steps, rows=pending)
         metrics = None
         if accelerator.is_main_process:
             record.note(folder, dtypes=types)
@@ -179,12 +181,13 @@ class Trainer:
         best_at = None if best is None else checkpoints.manifest(best)
         if self.accelerator.is_main_process:
             if before and after:
-                lower = f"{after.mean:.4f}" < f"{before.mean:.4f}"
+                lower = round(after.mean, 4) < round(before.mean, 4)
                 verdict = "lower" if lower else "NOT lower: more steps or another learning rate may help"
                 say(f"done    held-out loss {before} before, {after} after: {verdict}")
             if best is not None and best_at["step"] != self.step:
+                place = best / checkpoints.AVERAGED if self.state.delivers_an_average() else best
                 say(
-                    f"best    held-out loss {best_at['heldout_loss']:.4f} after step {best_at['step']}: {record.shown(best)}"
+                    f"best    held-out loss {best_at['heldout_loss']:.4f} after step {best_at['step']}: {record.shown(place)}"
                 )
             for path in videos:
                 say(f"video   {record.shown(path)} (base model left, tuned right)")
@@ -215,7 +218,7 @@ class Trainer:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model.transformer):
                 batch, draw = self.batch(micro_step)
                 losses, timesteps = training_losses(self.model, batch, draw)
-                self.watch.saw([sample.index for sample in draw.samples], timesteps, losses)
+                self.watch.saw([self.listed(sample.index) for sample in draw.samples], timesteps, losses)
                 if train.min_snr_gamma is not None:
                     losses = losses * self.model.min_snr_weight(timesteps, train.min_snr_gamma)
                 self.accelerator.backward(losses.mean() / accumulation)
@@ -231,6 +234,10 @@ class Trainer:
         if not_finite:
             self.skipped(not_finite)
         return rate
+
+    def listed(self, index: int) -> str:
+        example = self.data.train[index].example
+        return f"{example.origin} {example.video.name}"
 
     def skipped(self, named: list[str]) -> None:
         if self.metrics:
@@ -295,7 +302,7 @@ class Trainer:
                 trained = self.heldout_loss()
                 values["heldout_loss_trained"] = trained and trained.mean
             with self.base_model() if base else self.state.averaged():
-                found = self.heldout_loss()
+                found = self.heldout_loss(base=base)
         if not base:
             self.judged = (step, found)
         if self.metrics and found and not self.metrics.has("heldout_loss", step):
@@ -305,11 +312,16 @@ class Trainer:
             )  # fmt: skip
         return found
 
-    def heldout_loss(self) -> HeldOutLoss | None:
+    def heldout_loss(self, *, base: bool = False) -> HeldOutLoss | None:
         found = heldout_loss(
             self.model, len(self.data.held_out), self.load_held_out, self.config.validation, self.accelerator
         )
         if found and not math.isfinite(found.mean):
+            if base:
+                raise UserError(
+                    f"the base model's held-out loss is {found.mean}: its weights are damaged, or too large for "
+                    f"train.mixed_precision={self.config.train.mixed_precision.name}"
+                )
             raise UserError(
                 f"the held-out loss is {found.mean} after step {self.step}: the weights are spoilt. The checkpoints in "
                 f"{self.folder} are from before. Usual causes: optimizer.learning_rate="
@@ -415,7 +427,7 @@ class Trainer:
         return self.asked_to_stop is not None
 
 
-def load_to_train(config: Config, data: Prepared) -> tuple[torch.nn.Module, list[str]]:
+def load_to_train(config: Config, data: Prepared, *, resumed: bool) -> tuple[torch.nn.Module, list[str]]:
     """The transformer with what is to be trained in it, and lines that say what that is."""
     if config.lora is None:
         transformer = data.checkpoint.transformer(torch.float32)
@@ -423,14 +435,15 @@ def load_to_train(config: Config, data: Prepared) -> tuple[torch.nn.Module, list
         lines = [f"full    every weight: {count(transformer):.2f} M trainable parameters, kept in fp32"]
     else:
         transformer, settings = data.checkpoint.transformer(), config.lora
-        started = settings.attach(transformer, config.seed)
+        settings.attach(transformer, config.seed)
+        start = None if resumed or settings.init_from is None else Path(settings.init_from)
         variant = (", rsLoRA" if settings.use_rslora else "") + (", DoRA" if settings.use_dora else "")
         modules = lora.count_modules(lora.state(transformer))
         lines = [
             f"lora    rank {settings.rank}, alpha {settings.lora_alpha:g}{variant} on {modules} layers: "
             f"{count(transformer):.2f} M trainable parameters"
         ]
-        lines += [] if started is None else [f"init    {started}"]
+        lines += [] if start is None else [f"init    {settings.start_from(transformer, start)}"]
     blocks.arrange(
         transformer, config.memory, recompute=config.train.gradient_checkpointing, device=data.checkpoint.device
     )

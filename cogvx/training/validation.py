@@ -105,7 +105,8 @@ def given_images(config: Config, prompts: int) -> list[Path] | None:
     given = [Path(name.strip()) for name in validation.validation_images.split(validation.validation_prompt_separator)]
     if len(given) not in (1, prompts):
         raise UserError(
-            f"validation.validation_images names {len(given)} images for {prompts} prompts: give one for each, or one for all"
+            f"validation.validation_images names {len(given)} images for {prompts} prompts (the same one twice counts once): "
+            f"give one for each, or one for all"
         )
     for path in given:
         if not path.is_file():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cogvx.data.cache import Cache
 from cogvx.data.encode import Encoder, encode_clips, encode_images, image_of, noise_levels
 from cogvx.data.sources import Example
-from cogvx.data.video import BadClip, read_clip, to_bytes
+from cogvx.data.video import BadClip, read_clip, to_bytes, write_video
 from cogvx.errors import UserError
 from cogvx.model.checkpoint import Checkpoint
 from cogvx.training.trainer import Trainer
@@ -61,6 +61,21 @@ def test_images_are_read_turned_upright_covered_and_cropped(compose, pictures, t
     Image.fromarray(turned).save(tmp_path / "turned.png", exif=exif)
     upright = to_bytes(image_of(Example("", None, "", image=tmp_path / "turned.png"), data))[0]
     assert upright[:30].max() == 0 and upright[34:].min() == 255
+
+
+def test_a_picture_is_cropped_where_its_clip_is(compose, make_clip, tmp_path):
+    """The clip's own first frame as a picture, from a wide file, cropped at random: the same pixels."""
+    import imageio.v3
+
+    frames = numpy.random.default_rng(0).integers(0, 255, (9, 16, 64, 3), dtype=numpy.uint8).repeat(8, 1).repeat(8, 2)
+    write_video(tmp_path / "wide.mp4", frames, fps=8)
+    first = imageio.v3.imread(tmp_path / "wide.mp4", plugin="FFMPEG")[0]
+    Image.fromarray(first).save(tmp_path / "first.png")
+    data = compose("model=nano_i2v", "data.video_reshape_mode=random").data
+    one, other = (
+        image_of(Example("", tmp_path / "wide.mp4", "", image), data) for image in (None, tmp_path / "first.png")
+    )
+    assert (one - other).abs().mean() < 0.02
 
 
 def test_an_image_column_of_a_csv(compose, pictures):

@@ -93,3 +93,48 @@ def test_muon_refuses_what_is_no_matrix(run, capfd, compose):
     assert "trains matrices only" in capfd.readouterr().err
     with pytest.raises(configuration.UserError, match="muon trains matrices only"):
         compose("optimizer=muon", "lora=null")
+
+
+@pytest.mark.parametrize("name", ["prodigy", "muon", "schedule_free", "adam", "adamw8bit"])
+def test_another_optimizer_cannot_go_on_from_its_states(run, capfd, name):
+    first = run("first", *SHORT)
+    run("other", *SHORT, f"optimizer={name}", f"train.resume={first}", "train.max_train_steps=10", expect=2)
+    said = capfd.readouterr().err
+    assert "its optimizer is torch AdamW, not " in said and f"lora.init_from={first}/checkpoints/step_000008" in said
+
+
+def test_an_average_may_begin_and_change_on_a_resume(run):
+    """Begun at the checkpoint: after no further step it is the weights themselves. The decay is the one asked for."""
+    first = run("first", *SHORT)
+    begun = run("begun", *SHORT, "train.ema_decay=0.999", f"train.resume={first}")
+    assert lora.compare(lora.read(first)[0], lora.read(begun)[0], values=True) == []
+    whole = run("whole", *SHORT, "train.ema_decay=0.9")
+    changed = run("changed", *SHORT, "train.ema_decay=0.05", f"train.resume={whole}/checkpoints/step_000004")
+    stored = torch.load(changed / "checkpoints" / "step_000008" / "optimizer.pt", weights_only=True)
+    assert stored["average"]["decay"] == 0.05
+
+
+@pytest.mark.parametrize("settings", [["train.ema_decay=0.9"], ["optimizer=schedule_free"]])
+def test_the_weights_that_were_judged_stand_in_the_checkpoint(run, settings):
+    folder = run("a", *SHORT, *settings)
+    judged = lora.read(folder / "checkpoints" / "step_000008" / "averaged")[0]
+    assert lora.compare(judged, lora.read(folder)[0], values=True) == []
+
+
+def test_an_average_of_averages_is_refused(compose):
+    with pytest.raises(configuration.UserError, match="which averages by itself"):
+        compose("train.ema_decay=0.9", "optimizer=schedule_free")
+
+
+def test_a_package_that_is_missing_is_named_at_the_door(compose, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(configuration.UserError, match="pip install prodigyopt"):
+        compose("optimizer=prodigy")
+
+
+def test_fewer_clips_after_a_resume(run):
+    """Losses that were not logged yet keep the names of their clips."""
+    settings = ["train.logging_steps=10", "train.max_train_steps=6", "train.checkpointing_steps=3"]
+    first = run("first", *settings)
+    on = run("on", *settings, "data.validation_fraction=0.8", f"train.resume={first}/checkpoints/step_000003")
+    assert len(metrics(on, "highest_loss_clip")) == 1
