@@ -29,7 +29,7 @@ from cogvx.training import optimizers, options, schedules, tracking
 CONF = Path(__file__).parent.parent / "conf"
 
 GROUPS: dict[str, dict[str, type]] = {
-    "task": {"train": tasks.Train, "encode": tasks.Encode},
+    "task": {"train": tasks.Train, "encode": tasks.Encode, "plan": tasks.Plan},
     "model": {
         "nano": checkpoint.Nano, "nano_i2v": checkpoint.Nano, "2b": checkpoint.Model, "5b": checkpoint.Model,
         "5b_i2v": checkpoint.Model, "1_5_5b": checkpoint.Model, "1_5_5b_i2v": checkpoint.Model,
@@ -50,8 +50,14 @@ GROUPS: dict[str, dict[str, type]] = {
     "parallel": {"single": options.Single, "ddp": options.DistributedDataParallel},
     "tracking": {"none": tracking.Tracking, "tensorboard": tracking.TensorBoard, "wandb": tracking.Wandb},
 }  # fmt: skip
-SECTIONS: dict[str, type] = {"lora": Lora, "train": options.Train, "validation": options.Validation}
-NOT_COMPARED = ("output_dir", "train.resume")  # where a run stands and how it was started, not what it computes
+SECTIONS: dict[str, type] = {
+    "lora": Lora, "train": options.Train, "validation": options.Validation, "plan": options.Plan,
+}  # fmt: skip
+NOT_COMPARED = (
+    "output_dir",
+    "train.resume",
+    "plan.card",
+)  # where a run stands and how it was started, not what it computes
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Config:
     scheduler: schedules.Schedule
     train: options.Train
     validation: options.Validation
+    plan: options.Plan
     memory: options.Memory
     parallel: options.Parallel
     tracking: tracking.Tracking
@@ -91,15 +98,24 @@ def check(composed: DictConfig, choices: dict[str, str]) -> Config:
         values[section], found = typed(composed, section, section_class)
         problems += found
     problems += rules(values)
+    memory = values.get("memory")
     if choices["model"] in ("nano", "nano_i2v") and values["model"]:
         option = "nano_i2v" if values["model"].image_to_video else "nano"
         if option != choices["model"]:
             problems.append(
                 f"model.image_to_video with model={choices['model']}: the built-in models are one each: model={option}"
             )
+    if memory and memory.offload_optimizer:
+        if composed.get("lora") is not None:
+            problems.append("memory.offload_optimizer is for lora=null: what a LoRA trains is small")
+        if values["parallel"] and values["parallel"].num_processes > 1:
+            problems.append("memory.offload_optimizer runs in one process: parallel=single")
+        if values["train"] and values["train"].mixed_precision is options.Precision.fp16:
+            problems.append(
+                "memory.offload_optimizer has no loss scaling, which fp16 needs: train.mixed_precision=bf16"
+            )
     if choices["optimizer"] == "schedule_free" and values["train"] and values["train"].ema_decay is not None:
         problems.append("train.ema_decay with optimizer=schedule_free, which averages by itself: train.ema_decay=null")
-    memory = values.get("memory")
     if (
         composed.get("lora") is None
         and memory

@@ -25,6 +25,14 @@ class Train(Task):
 
 
 @dataclass
+class Plan(Task):
+    def run(self, config: Config, folder: Path) -> dict:
+        from cogvx.plan.planner import plan
+
+        return plan(config, folder)
+
+
+@dataclass
 class Encode(Task):
     def run(self, config: Config, folder: Path) -> dict:
         from cogvx.training.trainer import encode

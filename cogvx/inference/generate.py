@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 def generate(
     *, transformer, vae, noise_scheduler, prompt_embeds: Tensor, negative_prompt_embeds: Tensor,
-    image: numpy.ndarray | None, data: Data, sampling: Validation, one_by_one: bool, seed: int,
+    image: numpy.ndarray | None, data: Data, sampling: Validation, frugal: bool, seed: int,
     description: str,
 ) -> numpy.ndarray:  # fmt: skip
     """A video of data's size, [F, H, W, 3] uint8; embeddings [S, D]; image [H, W, 3] uint8 to start from, or None for
-    text-to-video; one_by_one: the two halves of guidance one after the other. The same seed gives the same starting noise on every device."""
+    text-to-video; frugal: memory.frugal_videos. The same seed gives the same starting noise on every device."""
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
     from PIL import Image
 
@@ -38,11 +38,12 @@ def generate(
     device, decode = vae.device, pipeline.decode_latents
 
     def decode_alone(latents: Tensor) -> Tensor:
-        clear_device_cache()  # what the transformer used is in the way of the VAE
-        return decode(latents)
+        with blocks.set_aside(transformer, device) if frugal else contextlib.nullcontext():
+            clear_device_cache()  # what the transformer used is in the way of the VAE
+            return decode(latents)
 
     pipeline.decode_latents = decode_alone
-    with blocks.clip_by_clip(transformer) if one_by_one else contextlib.nullcontext():
+    with blocks.clip_by_clip(transformer) if frugal else contextlib.nullcontext():
         frames = pipeline(
             **start,
             prompt_embeds=prompt_embeds[None].to(device),

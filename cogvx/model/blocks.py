@@ -34,7 +34,9 @@ def arrange(transformer: torch.nn.Module, memory: Memory, *, recompute: bool, de
         for block in transformer.transformer_blocks:
             block.ff.forward = functools.partial(in_chunks, block.ff, block.ff.forward, memory.feed_forward_chunks)
     if memory.base_storage is not Storage.own or memory.stream_weights:
-        Keeper(transformer.transformer_blocks, memory.base_storage, device, streamed=memory.stream_weights)
+        transformer.keeper = Keeper(
+            transformer.transformer_blocks, memory.base_storage, device, streamed=memory.stream_weights
+        )
     bring(transformer, device)
     if recompute:
         transformer.enable_gradient_checkpointing(runner(memory))
@@ -185,6 +187,11 @@ class Keeper:
         parameter.requires_grad_(False)
         return kept
 
+    def move(self, move: Callable[[Tensor], Tensor]) -> None:
+        for kept in self.kept:
+            for place, weight in enumerate(kept):
+                kept[place] = weight.moved(move)
+
     def before(self, index: int, block: torch.nn.Module, inputs: tuple) -> None:
         self.placeholders = [owner._parameters[name] for owner, name in self.places[index]]
         for (owner, name), kept in zip(self.places[index], self.arrived(index), strict=True):
@@ -229,6 +236,20 @@ def frozen_places(block: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
 
 
 # -- one after the other -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def set_aside(transformer: torch.nn.Module, device: torch.device):
+    """While something else needs the device, frozen weights that a Keeper holds there wait on the CPU."""
+    keeper = getattr(transformer, "keeper", None)
+    if keeper is None or keeper.streamed:
+        yield
+        return
+    keeper.move(functools.partial(to_cpu, pinned=False))
+    try:
+        yield
+    finally:
+        keeper.move(functools.partial(to_device, device=device))
 
 
 @contextlib.contextmanager

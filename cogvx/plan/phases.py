@@ -84,7 +84,7 @@ class PlannedCheckpoint(Checkpoint):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with self.recorder.on_host():
+            with self.recorder.putting(on_host=True):
                 return torch.nn.Module.to(build(), dtype).eval().requires_grad_(False)
         finally:
             torch.set_default_dtype(before)
@@ -108,7 +108,7 @@ class MomentsOfEightBits(torch.optim.Optimizer):
         self.smallest = smallest
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:
         for parameter in self.param_groups[0]["params"]:
             state, size = self.state[parameter], parameter.numel()
             if not state and size < self.smallest:
@@ -136,8 +136,20 @@ class PlannedTrainer(Trainer):
         )
 
 
-def run_phases(config: Config, phases: list[str], *, layers: int | None = None, first_step: bool = False) -> Recorder:
-    """Everything that the phases allocate and compute. `first_step`: training as long as the optimizer has no states yet. fp16 is planned as bf16, whose tensors are as large."""
+def run_phases(
+    config: Config,
+    phases: list[str],
+    *,
+    layers: int | None = None,
+    begun: bool = True,
+    steps: int = 1,
+    as_cuda: bool = True,
+    fake: bool = True,
+) -> Recorder:
+    """Everything that the phases allocate and compute. fp16 is planned as bf16, whose tensors are as large.
+
+    layers: only so many of the transformer's; begun: the optimizer has its states already; as_cuda, fake: see tracing().
+    """
     precision = Precision.no if config.train.mixed_precision is Precision.no else Precision.bf16
     dtype = getattr(torch, precision.value)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -145,7 +157,7 @@ def run_phases(config: Config, phases: list[str], *, layers: int | None = None, 
     empty = lambda self, stream, shape: torch.empty(shape)  # noqa: E731
     with (
         tempfile.TemporaryDirectory() as scratch,
-        tracing() as recorder,
+        tracing(as_cuda=as_cuda, fake=fake) as recorder,
         patched(Draw, normal=empty),
         patched(optimizers.Adam8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)),
         patched(optimizers.AdamW8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)),
@@ -158,7 +170,7 @@ def run_phases(config: Config, phases: list[str], *, layers: int | None = None, 
             encode_prompt(config, checkpoint, recorder)
         if set(phases) & {"load", "held-out loss", "train", "video"}:
             with patched(accelerator, print=lambda *texts: None):
-                train(config, checkpoint, accelerator, recorder, Path(scratch), phases, first_step)
+                train(config, checkpoint, accelerator, recorder, Path(scratch), phases, begun, steps)
         recorder.begin("end")
     return recorder
 
@@ -168,7 +180,7 @@ def encode_clip(config: Config, checkpoint: PlannedCheckpoint, recorder: Recorde
     vae = checkpoint.vae(tiling=config.memory.vae_tiling)
     recorder.call(vae.parameters(), "VAE weights")
     data = config.data
-    with recorder.on_host():
+    with recorder.putting(on_host=True):
         frames = torch.empty(data.max_num_frames, 3, data.height, data.width)
     latent_moments(vae, frames, Encoder(None, "", checkpoint.dtype, CPU))
     del vae, frames
@@ -186,7 +198,7 @@ def encode_prompt(config: Config, checkpoint: PlannedCheckpoint, recorder: Recor
 
 
 def train(
-    config, checkpoint, accelerator, recorder: Recorder, folder: Path, phases: list[str], first_step: bool
+    config, checkpoint, accelerator, recorder: Recorder, folder: Path, phases: list[str], begun: bool, steps: int
 ) -> None:
     data = config.data
     clip = EncodedClip(Example("prompt", Path("clip.mp4"), "plan"), Path(), {"frames": data.max_num_frames})
@@ -199,20 +211,26 @@ def train(
     transformer = trainer.state.transformer
     recorder.call((p for p in transformer.parameters() if not p.requires_grad), "frozen weights")
     recorder.call(trainer.state.parameters, "trained weights")
+    if trainer.state.masters is None:
+        for parameter in trainer.state.parameters:
+            parameter.register_post_accumulate_grad_hook(lambda each: recorder.call([each.grad], "gradients"))
+    else:
+        recorder.call(trainer.state.masters.copies, "trained weights")
     if "held-out loss" in phases:
         recorder.begin("held-out loss")
         with patched(config.validation, heldout_timesteps=1, heldout_draws=1):
             trainer.heldout_loss()
+    if {"train", "video"} & set(phases) and begun:  # the states appear with the first step, after its peak
+        for parameter in trainer.state.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        trainer.state.optimizer.step()
+        trainer.state.optimizer.zero_grad()
+        recorder.call(states_of(trainer.state.optimizer), "optimizer states")
     if "train" in phases:
-        if not first_step:  # its states appear with the first step, after its peak
-            for parameter in trainer.state.parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            trainer.state.optimizer.step()
-            trainer.state.optimizer.zero_grad()
-            recorder.call(states_of(trainer.state.optimizer), "optimizer states")
         recorder.empty_cache()
         recorder.begin("train")
-        trainer.optimizer_step()
+        for _ in range(steps):
+            trainer.optimizer_step()
     if "video" in phases:
         recorder.empty_cache()
         recorder.begin("video")

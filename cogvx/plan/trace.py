@@ -62,10 +62,10 @@ class Recorder(TorchDispatchMode):
         self.born = 0
         self.phase = ""
         self.work: dict[tuple[str, str, torch.dtype | None], Work] = defaultdict(Work)
-        self.now, self.most = defaultdict(int), defaultdict(int)  # bytes by place: False device, True host
+        self.now, self.most = defaultdict(int), defaultdict(int)  # bytes by place: False device, True host, None both
         self.at_peak: dict[str, list[Storage]] = {}  # of each phase, what was on the device
         self.peak_of_phase: dict[str, int] = defaultdict(int)
-        self.host = False
+        self.place: bool | None = None  # where new storages are: True on the host; None: where their operands are
 
     def begin(self, phase: str) -> None:
         self.phase = phase
@@ -75,13 +75,13 @@ class Recorder(TorchDispatchMode):
     def empty_cache(self) -> None:
         self.events.append(("empty_cache",))
 
-    def born_now(self, tensor: Tensor, what: str) -> None:
+    def born_now(self, tensor: Tensor, what: str, on_host: bool = False) -> None:
         storage = tensor.untyped_storage()
         name = storage._cdata
         if name in self.storages:
             return
         self.born += 1
-        about = Storage(self.born, storage.nbytes(), self.host, what)
+        about = Storage(self.born, storage.nbytes(), on_host, what)
         about.alive = weakref.ref(storage, lambda _: self.died(name))
         self.storages[name] = about
         self.count(about, about.size)
@@ -91,8 +91,9 @@ class Recorder(TorchDispatchMode):
         self.count(about, -about.size)
 
     def count(self, about: Storage, size: int) -> None:
-        self.now[about.on_host] += size
-        self.most[about.on_host] = max(self.most[about.on_host], self.now[about.on_host])
+        for place in (about.on_host, None):
+            self.now[place] += size
+            self.most[place] = max(self.most[place], self.now[place])
         if not about.on_host:
             self.events.append(("allocate", about.key, about.size) if size > 0 else ("free", about.key))
             if size > 0:
@@ -105,12 +106,12 @@ class Recorder(TorchDispatchMode):
             self.at_peak[self.phase] = [about for about in self.storages.values() if not about.on_host]
 
     @contextlib.contextmanager
-    def on_host(self) -> Iterator[None]:
-        before, self.host = self.host, True
+    def putting(self, *, on_host: bool) -> Iterator[None]:
+        before, self.place = self.place, on_host
         try:
             yield
         finally:
-            self.host = before
+            self.place = before
 
     def is_on_host(self, tensor: Tensor) -> bool:
         about = self.storages.get(tensor.untyped_storage()._cdata)
@@ -135,8 +136,14 @@ class Recorder(TorchDispatchMode):
             return result
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         name, workspace = packet.__name__, workspace_of(packet, args)
+        on_host = self.place
+        if on_host is None:
+            operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            on_host = bool(operands) and all(map(self.is_on_host, operands))
         for tensor in outputs:
-            self.born_now(tensor, f"{self.phase}: {name}")
+            self.born_now(tensor, f"{self.phase}: {name}", on_host)
+        if on_host:
+            return result
         if workspace:
             self.born += 1
             about = Storage(self.born, workspace, False, f"{self.phase}: workspace of {name}")
@@ -231,11 +238,14 @@ def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
     recorder = Recorder()
 
     def to_cpu(tensor: Tensor, *, pinned: bool) -> Tensor:
-        with recorder.on_host():
+        with recorder.putting(on_host=True):
             return tensor.detach().clone()
 
     def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-        return tensor.clone() if recorder.is_on_host(tensor) else tensor
+        if not recorder.is_on_host(tensor):
+            return tensor
+        with recorder.putting(on_host=False):
+            return tensor.clone()
 
     def bring(module: torch.nn.Module, device: torch.device) -> None:
         module._apply(lambda tensor: to_device(tensor, device))

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from cogvx.errors import UserError, listed
+from cogvx.training.on_cpu import Masters
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.pt"
@@ -38,12 +39,14 @@ class TrainingState:
     optimizer: object
     scaler: object | None
     average: object | None
+    masters: Masters | None = None  # the parameters, where the transformer holds but copies of them
 
     def save(self, folder: Path, step: int, pending: list, heldout_loss: float | None) -> None:
         """`pending`: the losses of the steps not logged yet, so that a resumed run logs the same means."""
-        self.weights.save(self.transformer, folder)
+        with self.trained_weights():
+            self.weights.save(self.transformer, folder)
         if self.delivers_an_average():
-            with self.averaged():
+            with self.averaged(), self.trained_weights():
                 self.weights.save(self.transformer, folder / AVERAGED)
         scaler, average = ((None if part is None else part.state_dict()) for part in (self.scaler, self.average))
         states = {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "average": average}
@@ -57,7 +60,7 @@ class TrainingState:
 
     def require_fit(self, folder: Path) -> None:
         """UserError when a checkpoint is not one of this model and configuration."""
-        found = self.weights.differences(self.transformer, folder, values=False)
+        found = self.differences(folder, values=False)
         trained_with = manifest(folder)["optimizer"]
         if trained_with != self.optimizer_name():
             found.append(
@@ -67,8 +70,16 @@ class TrainingState:
         if found:
             raise UserError(listed(f"{folder} does not fit this model and these settings:", found))
 
+    def differences(self, folder: Path, *, values: bool) -> list[str]:
+        with self.trained_weights():
+            return self.weights.differences(self.transformer, folder, values=values)
+
+    def trained_weights(self):
+        return contextlib.nullcontext() if self.masters is None else self.masters.in_their_place()
+
     def load(self, folder: Path) -> None:
-        self.weights.load(self.transformer, folder)
+        with self.trained_weights():
+            self.weights.load(self.transformer, folder)
         stored = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         asked_for = [
             {name: group[name] for name in HYPERPARAMETERS if name in group} for group in self.optimizer.param_groups
@@ -105,6 +116,8 @@ class TrainingState:
             inner(self.optimizer).eval()
         else:
             self.average.copy_to(self.parameters)
+        if self.masters is not None:
+            self.masters.push()
         try:
             yield
         finally:
@@ -114,6 +127,8 @@ class TrainingState:
             if schedule_free:
                 for group in self.optimizer.param_groups:
                     group["train_mode"] = True
+            if self.masters is not None:
+                self.masters.push()
 
 
 def inner(optimizer: object) -> object:
@@ -166,7 +181,7 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run
         folder.mkdir(parents=True)
         state.save(folder, 0, [], None)
-        found = state.weights.differences(state.transformer, folder, values=True)
+        found = state.differences(folder, values=True)
         if found:
             raise UserError(listed(f"what was saved to {folder} does not read back as it is in memory:", found))
         (folder / OPTIMIZER).unlink()

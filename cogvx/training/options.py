@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from cogvx.errors import did_you_mean
+from cogvx.plan.cards import CARDS
+
 
 class Precision(Enum):
     """Of the frozen weights and the arithmetic. What is trained, and the objective, are fp32 always."""
@@ -146,7 +149,7 @@ class Memory:
     base_storage: Storage
     stream_weights: bool
     feed_forward_chunks: int
-    guidance_one_by_one: bool
+    frugal_videos: bool
     offload_optimizer: bool
 
     def problems(self) -> list[str]:
@@ -156,6 +159,16 @@ class Memory:
         if self.offload_activations and self.recompute is Recompute.selective:
             found.append("memory.offload_activations recomputes all: memory.recompute=full")
         return found
+
+
+@dataclass
+class Plan:
+    card: str
+
+    def problems(self) -> list[str]:
+        if self.card not in CARDS:
+            return [f"plan.card={self.card} is not known{did_you_mean(self.card, CARDS)} Known are {', '.join(CARDS)}"]
+        return []
 
 
 @dataclass

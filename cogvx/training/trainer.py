@@ -28,6 +28,7 @@ from cogvx.runs import record
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training import guards
 from cogvx.training.metrics import Metrics
+from cogvx.training.on_cpu import Masters
 from cogvx.training.optimizers import Prodigy, adaptation, set_learning_rate
 from cogvx.training.options import TimestepSampling
 from cogvx.training.prepare import Prepared, read_tensor, start_processes
@@ -89,17 +90,26 @@ class Trainer:
         say, weights = accelerator.print, full if config.lora is None else lora
         source = resume_source(config.train.resume, folder)
         transformer, found = load_to_train(config, data, resumed=source is not None)
-        parameters = lora.trainable(transformer)
-        types = guards.audit(transformer, data.checkpoint.dtype)
+        types, masters = guards.audit(transformer, data.checkpoint.dtype), None
+        if config.memory.offload_optimizer:
+            masters = Masters(lora.trainable(transformer), data.checkpoint.device, data.checkpoint.dtype)
+        blocks.arrange(
+            transformer, config.memory, recompute=config.train.gradient_checkpointing, device=data.checkpoint.device
+        )
+        parameters = lora.trainable(transformer) if masters is None else masters.weights
         for line in (
             *found,
             f"types   {guards.in_words(types)}",
             *(f"warning {w}" for w in learning_rate_warnings(config)),
         ):
             say(line)
-        optimizer = accelerator.prepare(config.optimizer.build(parameters))
+        optimizer = accelerator.prepare(config.optimizer.build(parameters), device_placement=[masters is None])
+        if masters is not None:
+            optimizer.optimizer.register_step_post_hook(masters.push)
         average = None if config.train.ema_decay is None else EMAModel(parameters, decay=config.train.ema_decay)
-        state = checkpoints.TrainingState(transformer, weights, parameters, optimizer, accelerator.scaler, average)
+        state = checkpoints.TrainingState(
+            transformer, weights, parameters, optimizer, accelerator.scaler, average, masters
+        )
         step, pending = 0, []
         if source is not None:
             state.require_fit(source)
@@ -444,9 +454,6 @@ def load_to_train(config: Config, data: Prepared, *, resumed: bool) -> tuple[tor
             f"{count(transformer):.2f} M trainable parameters"
         ]
         lines += [] if start is None else [f"init    {settings.start_from(transformer, start)}"]
-    blocks.arrange(
-        transformer, config.memory, recompute=config.train.gradient_checkpointing, device=data.checkpoint.device
-    )
     return transformer, lines
 
 

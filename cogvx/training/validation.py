@@ -173,7 +173,7 @@ class Videos:
             transformer=transformer, vae=vae, noise_scheduler=self.checkpoint.noise_scheduler(),
             prompt_embeds=self.prompt_embeds[prompt], negative_prompt_embeds=self.negative_prompt_embeds,
             image=self.images.get(prompt), data=self.config.data, sampling=self.config.validation,
-            one_by_one=self.config.memory.guidance_one_by_one, seed=seed, description=description,
+            frugal=self.config.memory.frugal_videos, seed=seed, description=description,
         )  # fmt: skip
 
     def save(self, path: Path, frames: numpy.ndarray) -> None:

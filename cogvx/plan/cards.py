@@ -1,0 +1,41 @@
+"""Cards by name: memory, peak rates, and how much of them training of this kind reaches.   [no torch]"""
+
+from dataclasses import dataclass
+
+from cogvx.plan.allocator import GIB
+
+# Shares of the peaks that matrix products, attention forward and backward, convolutions and everything else reach, so that the
+# published times come out: CogVideoX inference on A100 and H100 (THUDM: about 180 and 90 s for 5B), 1.5-5B LoRA on A800 (about 40 s a
+# step, CogVideo issue 715). Other cards take their generation's. Expect +-35 %.
+AMPERE = {"matrix": 0.80, "attention": 0.62, "attention backward": 0.50, "convolution": 0.35, "memory": 0.80}
+HOPPER = {"matrix": 0.65, "attention": 0.40, "attention backward": 0.33, "convolution": 0.30, "memory": 0.80}
+
+
+@dataclass(frozen=True)
+class Card:
+    """Peaks: the makers' data sheets, dense."""
+
+    memory_gib: float
+    tflops: float  # bf16 with fp32 sums
+    gb_per_second: float
+    shares: dict[str, float]
+    context_gib: float = 0.6  # taken by CUDA itself, before the first tensor
+
+    @property
+    def usable(self) -> float:
+        """Bytes."""
+        return (self.memory_gib - self.context_gib) * GIB
+
+
+CARDS = {
+    "rtx3060_12gb": Card(12, 51, 360, AMPERE),
+    "rtx4060_8gb": Card(8, 60, 272, AMPERE),
+    "rtx3090_24gb": Card(24, 71, 936, AMPERE),
+    "rtx4080_16gb": Card(16, 97, 717, AMPERE),
+    "rtx4090_24gb": Card(24, 165, 1008, AMPERE),
+    "l40s_48gb": Card(48, 362, 864, AMPERE),
+    "a100_40gb": Card(40, 312, 1555, AMPERE),
+    "a100_80gb": Card(80, 312, 2039, AMPERE),
+    "h100_80gb": Card(80, 989, 3350, HOPPER),
+    "h200_141gb": Card(141, 989, 4800, HOPPER),
+}

@@ -1,0 +1,132 @@
+"""The planner runs the trainer's own code; on a CPU its count is exact, and it agrees with what others measured."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvx.plan import phases
+from cogvx.plan.allocator import GIB, replay
+
+PROJECT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(PROJECT / "tests" / "benchmarks"))
+
+import calibration  # noqa: E402
+
+SMALL = ["data.max_num_frames=9", "data.height=64", "data.width=64", "data.fps=8"]
+CASES = [
+    [], ["lora=null"], ["train.gradient_checkpointing=true"], ["memory=balanced"], ["memory=low"], ["memory=minimal"],
+    ["train.mixed_precision=bf16"], ["lora=null", "memory=balanced"],
+    ["lora=null", "memory=balanced", "memory.offload_optimizer=true"], ["optimizer=schedule_free"],
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def another_run():
+    """As a process of its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def sizes(recorder) -> list[tuple]:
+    """Allocations by size, and releases, in order, up to the end, where the order of releases is Python's."""
+    events = recorder.events[: recorder.events.index(("phase", "end"))]
+    return [event[0::2] for event in events]
+
+
+def recorded(compose, nano_folder, overrides, wanted, **how):
+    config = compose("model=2b", f"model.path='{nano_folder}'", "train.mixed_precision=no", *SMALL, *overrides)
+    return phases.run_phases(config, wanted, **how)
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_without_contents_as_with(compose, nano_folder, overrides):
+    """Every allocation and release of a training step, in order and in bytes, is the one that real tensors make; so is its work."""
+    fake = recorded(compose, nano_folder, overrides, ["held-out loss", "train"], as_cuda=False)
+    real = recorded(compose, nano_folder, overrides, ["held-out loss", "train"], as_cuda=False, fake=False)
+    assert len(fake.events) > 1000
+    assert sizes(fake) == sizes(real)
+    assert dict(fake.most) == dict(real.most)
+    assert {k: w.flops for k, w in fake.work.items() if w.flops} == {
+        k: w.flops for k, w in real.work.items() if w.flops
+    }
+
+
+def test_the_count_is_the_profilers(compose, nano_folder, tmp_path):
+    """Against PyTorch's own record of what its CPU allocator gave out during a step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        real = recorded(compose, nano_folder, ["lora=null"], ["train"], as_cuda=False, fake=False)
+    measured.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    totals = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    assert len(totals) > 1000
+    assert 0.98 < real.most[None] / (max(totals) - totals[0]) < 1.02
+
+
+def test_attention_is_planned_as_cuda_runs_it(compose):
+    """The math path would hold 17,776 x 17,776 scores: 59 GiB for this step."""
+    config = compose("model=2b", "train.gradient_checkpointing=true", "train.mixed_precision=bf16")
+    recorder = phases.run_phases(config, ["train"], layers=2)
+    assert replay(recorder.events)["train"].allocated < 6 * GIB
+
+
+def test_what_a_mode_promises_holds_in_order(compose):
+    """At full size with few layers: each mode takes less than the one before, and the frozen weights leave the device."""
+    peaks = []
+    for memory in ("fast", "balanced", "low", "minimal"):
+        config = compose("model=5b", f"memory={memory}")
+        recorder = phases.run_phases(config, ["train"], layers=4)
+        peaks.append(replay(recorder.events)["train"].allocated)
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
+
+
+@pytest.mark.slow
+def test_published_figures_are_met():
+    """Four of the table's rows anew, and the table's own figures (python tests/benchmarks/calibration.py makes it)."""
+    rows = [row for row in calibration.ROWS if row.rank == 64 and row.optimizer == "adamw"]
+    found = calibration.predictions(rows)
+    assert len(rows) == 4 and max(calibration.errors_of(rows, found)) <= 0.05
+    table = calibration.TABLE.read_text(encoding="utf-8")
+    for line in calibration.lines_of(rows, found)[2:]:
+        assert line in table, "tests/golden/calibration.md is of another version: run tests/benchmarks/calibration.py"
+
+
+def test_a_plan_prints_what_is_asked_and_leaves_it_in_the_folder(run, nano_folder, capfd):
+    folder = run("a", "task=plan", "model=2b", f"model.path='{nano_folder}'", *SMALL, "plan.card=rtx3060_12gb")
+    said = capfd.readouterr().out
+    for phase in phases.PHASES:
+        assert said.count(f"\n{phase}") == 1
+    assert "rtx3060_12gb has 11.4 free: fits" in said and "TFLOP a step" in said
+    result = json.loads((folder / "plan.json").read_text())
+    assert result["fits"] and result["phases"]["train"]["reserved_gib"] > 0
+    assert (folder / "plan.png").is_file() and not (folder / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_comes_with_what_would(run, capfd):
+    run("a", "task=plan", "model=2b", "plan.card=rtx4060_8gb", "lora.rank=64")
+    said = capfd.readouterr().out
+    assert "rtx4060_8gb has 7.4 free: does NOT fit" in said
+    assert "try     memory=" in said
+
+
+def test_an_unknown_card_and_an_unknown_model_are_named(run, compose, capfd):
+    with pytest.raises(Exception, match=r"plan.card=rtx4091 is not known; did you mean"):
+        compose("plan.card=rtx4091")
+    run("a", "task=plan", "model=2b", "model.path=nobody/nothing", expect=2)
+    assert "neither here nor one of the released checkpoints" in capfd.readouterr().err
+
+
+def test_eight_bit_moments_are_counted_as_bitsandbytes_holds_them():
+    parameter = torch.nn.Parameter(torch.zeros(100, 256))
+    optimizer = phases.MomentsOfEightBits([parameter])
+    optimizer.step()
+    held = sum(t.numel() * t.element_size() for t in phases.states_of(optimizer))
+    assert held == 2 * (25600 + 4 * 100)
+    assert dataclasses.is_dataclass(phases.PlannedCheckpoint)
