@@ -46,7 +46,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "constant": schedules.Constant, "constant_with_warmup": schedules.ConstantWithWarmup, "linear": schedules.Linear,
         "cosine": schedules.Cosine, "cosine_with_restarts": schedules.CosineWithRestarts, "polynomial": schedules.Polynomial,
     },
-    "memory": dict.fromkeys(("fast", "balanced", "low", "minimal"), options.Memory),
+    "memory": dict.fromkeys(("fast", "balanced", "low", "minimal", "low_full"), options.Memory),
     "parallel": {"single": options.Single, "ddp": options.DistributedDataParallel},
     "tracking": {"none": tracking.Tracking, "tensorboard": tracking.TensorBoard, "wandb": tracking.Wandb},
 }  # fmt: skip

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from cogvx.training.options import Memory, Recompute, Storage
 
@@ -39,29 +41,25 @@ def arrange(transformer: torch.nn.Module, memory: Memory, *, recompute: bool, de
         )
     bring(transformer, device)
     if recompute:
-        transformer.enable_gradient_checkpointing(runner(memory))
-
-
-def runner(memory: Memory) -> Callable:
-    """What runs a block when gradients are wanted."""
-    if memory.recompute is Recompute.selective:
-        contexts = functools.partial(create_selective_checkpoint_contexts, ATTENTION)
-        return lambda block, *inputs: checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
-    return functools.partial(run_again, memory.offload_activations)
+        transformer.enable_gradient_checkpointing(functools.partial(run_again, memory))
 
 
 # -- everything computed again -----------------------------------------------------------------------------------------
 
 
 class RunAgain(torch.autograd.Function):
-    """Gradient checkpointing: a block keeps its inputs alone, on the CPU if asked to, and runs once more in the backward pass.
+    """Gradient checkpointing: a block keeps its inputs, on the CPU if asked to, and its attention's results if they are not to be
+    computed again, and runs once more in the backward pass.
 
     torch's own keeps, besides, the graph of the first run, and with it weights that a Keeper has made whole.
     """
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, on_cpu: bool, block, hidden_states, encoder_hidden_states, temb: Tensor, *others):
+    def forward(
+        ctx, anchor: Tensor, memory: Memory, block, hidden_states, encoder_hidden_states, temb: Tensor, *others
+    ):
         ctx.device, inputs = hidden_states.device, (hidden_states, encoder_hidden_states)
+        on_cpu = memory.offload_activations
         ctx.kept = [to_cpu(each, pinned=each.is_cuda) for each in inputs] if on_cpu else inputs
         ctx.block, ctx.temb, ctx.others = block, temb, others  # these two are the same for all blocks
         # The backward pass runs outside of autocast, and has to compute as the forward pass did.
@@ -71,7 +69,11 @@ class RunAgain(torch.autograd.Function):
             "enabled": torch.is_autocast_enabled(kind),
             "dtype": torch.get_autocast_dtype(kind),
         }
-        with torch.no_grad():
+        first, ctx.again = contextlib.nullcontext(), contextlib.nullcontext()
+        if memory.recompute is Recompute.selective:
+            first = KeepAttention([])
+            ctx.again = GiveAttention(first.results)
+        with torch.no_grad(), first:
             return block(hidden_states, encoder_hidden_states, temb, *others)
 
     @staticmethod
@@ -79,17 +81,39 @@ class RunAgain(torch.autograd.Function):
         inputs = [to_device(kept, ctx.device).detach().requires_grad_() for kept in ctx.kept]
         ctx.kept = None
         temb = ctx.temb.detach().requires_grad_(ctx.temb.requires_grad)
-        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+        with torch.enable_grad(), torch.autocast(**ctx.autocast), ctx.again:
             outputs = ctx.block(*inputs, temb, *ctx.others)
         torch.autograd.backward(outputs, gradients)
         return None, None, None, *(tensor.grad for tensor in inputs), temb.grad, *(None for _ in ctx.others)
 
 
-def run_again(on_cpu: bool, block, *inputs):
+class KeepAttention(TorchDispatchMode):
+    """Keeps the results of attention, in the order in which it is called ..."""
+
+    def __init__(self, results: list):
+        super().__init__()
+        self.results = results
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in ATTENTION:
+            self.results.append(tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result))
+        return result
+
+
+class GiveAttention(KeepAttention):
+    """... and gives them instead of computing them again. (torch's selective checkpointing wants every operation to come again in
+    the same number, and some come otherwise with gradients than without.)"""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.results.pop(0) if func in ATTENTION else func(*args, **(kwargs or {}))
+
+
+def run_again(memory: Memory, block, *inputs):
     anchor = torch.empty(
         0, device=inputs[0].device, requires_grad=True
     )  # the first block's inputs may need no gradient
-    return RunAgain.apply(anchor, on_cpu, block, *inputs)
+    return RunAgain.apply(anchor, memory, block, *inputs)
 
 
 # -- between the two memories (the planner follows these three) --------------------------------------------------------

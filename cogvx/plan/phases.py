@@ -189,7 +189,7 @@ def encode_clip(config: Config, checkpoint: PlannedCheckpoint, recorder: Recorde
 
 def encode_prompt(config: Config, checkpoint: PlannedCheckpoint, recorder: Recorder) -> None:
     recorder.begin("encode prompts")
-    _, model = checkpoint.text_encoder(streamed=config.memory.stream_weights)
+    _, model = checkpoint.text_encoder(streamed=config.memory.stream_text_encoder)
     recorder.call(model.parameters(), "text encoder weights")
     with torch.no_grad():
         model(torch.zeros(1, checkpoint.geometry().text_tokens, dtype=torch.int64))

@@ -166,7 +166,7 @@ def plan(config: Config, folder: Path) -> dict:
 def plainly(config: Config) -> Config:
     """The same step with nothing computed twice: what is necessary."""
     memory = Memory(
-        vae_tiling=False, recompute=Recompute.full, offload_activations=False, base_storage=Storage.own, stream_weights=False,
+        vae_tiling=False, recompute=Recompute.full, offload_activations=False, base_storage=Storage.own, stream_weights=False, stream_text_encoder=False,
         feed_forward_chunks=1, frugal_videos=False, offload_optimizer=False,
     )  # fmt: skip
     train = dataclasses.replace(config.train, gradient_checkpointing=False)

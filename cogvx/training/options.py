@@ -148,6 +148,7 @@ class Memory:
     offload_activations: bool
     base_storage: Storage
     stream_weights: bool
+    stream_text_encoder: bool
     feed_forward_chunks: int
     frugal_videos: bool
     offload_optimizer: bool
@@ -156,8 +157,6 @@ class Memory:
         found = []
         if self.feed_forward_chunks < 1:
             found.append(f"memory.feed_forward_chunks={self.feed_forward_chunks}: must be 1 (whole) or more")
-        if self.offload_activations and self.recompute is Recompute.selective:
-            found.append("memory.offload_activations recomputes all: memory.recompute=full")
         return found
 
 

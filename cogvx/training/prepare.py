@@ -170,7 +170,7 @@ def encoders(checkpoint: Checkpoint, cache: Cache, memory: Memory) -> tuple[Enco
             checkpoint.device,
         ),
         Encoder(
-            lambda: checkpoint.text_encoder(streamed=memory.stream_weights),
+            lambda: checkpoint.text_encoder(streamed=memory.stream_text_encoder),
             f"{text} {tokenizer}",
             checkpoint.dtype,
             checkpoint.device,

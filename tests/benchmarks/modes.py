@@ -19,12 +19,10 @@ from cogvx.plan.planner import IN_TWO_PROCESSES, at_layers, configs_of, plainly,
 from cogvx.runs import processes  # noqa: E402
 
 TABLE = PROJECT / "tests" / "golden" / "modes.md"
-OFFLOADED = "lora=null memory=balanced memory.recompute=full memory.offload_activations=true memory.feed_forward_chunks=4 memory.offload_optimizer=true"
 ROWS = [
     *(f"model={model} memory={memory}" for model in ("2b", "5b") for memory in ("fast", "balanced", "low", "minimal")),
     *(f"model=1_5_5b memory={memory}" for memory in ("low", "minimal")),
-    f"model=2b {OFFLOADED}",
-    f"model=5b {OFFLOADED}",
+    *(f"model={model} memory=low_full lora=null" for model in ("2b", "5b")),
 ]
 CARD = CARDS["a100_80gb"]
 
