@@ -75,31 +75,26 @@ def parts_of(storages: list) -> dict[str, int]:
 
 
 def part_of(what: str) -> str:
-    if what.endswith("weights") or what.startswith(
-        "load:"
-    ):  # what loading leaves is the frozen weights in a smaller form
+    if what.endswith("weights") or what.startswith("load:"):  # loading leaves the frozen weights in a smaller form
         return "weights"
-    if what == "optimizer states":
-        return "optimizer"
-    if what == "gradients":
-        return "gradients"
-    return "workspace" if "workspace" in what else "activations"
+    return {"optimizer states": "optimizer", "gradients": "gradients"}.get(
+        what, "workspace" if "workspace" in what else "activations"
+    )
+
+
+def kind_of(op: str) -> str:
+    """Of Card.shares."""
+    if "attention" in op:
+        return "attention backward" if "backward" in op else "attention"
+    return "convolution" if "conv" in op else "matrix"
 
 
 def seconds_on(card: Card, work: dict[tuple[str, torch.dtype | None], Work]) -> float:
     """Each operation takes as long as its arithmetic or its memory traffic, whichever is more, at the card's shares."""
     total = 0.0
     for (op, dtype), w in work.items():
-        kind = (
-            "attention backward"
-            if "attention" in op and "backward" in op
-            else "attention"
-            if "attention" in op
-            else None
-        )
-        kind = kind or ("convolution" if "conv" in op else "matrix")
         rate = card.tflops * 1e12 * (1 if dtype in (torch.bfloat16, torch.float16) else 0.5)
-        arithmetic = w.flops / (rate * card.shares[kind])
+        arithmetic = w.flops / (rate * card.shares[kind_of(op)])
         traffic = w.bytes / (card.gb_per_second * 1e9 * card.shares["memory"])
         total += max(arithmetic, traffic) + w.count * KERNEL_SECONDS
     return total
@@ -223,7 +218,7 @@ def say(config: Config, card: Card, found: Outcome, result: dict) -> None:
         f"{card.usable / GIB:.1f} free: {verdict}\n"
         f"compute {executed:.0f} TFLOP a step, of which {necessary:.0f} are necessary ({executed / necessary:.2f})\n"
         f"time    about {seconds:.1f} s a step on {config.plan.card}, +-{UNCERTAIN:.0%}{whole}\n"
-        f"RAM     {result['host_gib']:.1f} GiB of weights and activations wait there, besides Python's 2\n"
+        f"RAM     {result['host_gib']:.1f} GiB of weights and activations at most, besides Python's 2\n"
         f"disk    {result['cache_mib_per_clip']:.1f} MiB of cache a clip; {result['checkpoint_gib']:.2f} GiB a checkpoint"
     )
 
@@ -232,7 +227,7 @@ def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outc
     """Memory modes and shorter clips that would fit, fastest first. Their peaks are taken from two and three layers, with this
     configuration's share of reserved over allocated: near, not exact; plan one to know."""
     layers = configs_of(config)["transformer"]["num_layers"]
-    changes = [change for change in changes_of(config) if compare_modes(config, change)]
+    changes = [change for change in changes_of(config) if with_changes(config, change) != config]
     configs = [with_changes(config, change) for change in changes]
     outcomes = traces([(changed, ["load", "train"], n, card) for changed in configs for n in (2, 3)])
     now = found.phase("train").peak
@@ -254,6 +249,8 @@ def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outc
     for suggestion in fitting[:3]:
         slower = suggestion["seconds"] / found.phase("train").seconds
         print(f"try     {suggestion['change']}: about {suggestion['peak_gib']:.1f} GiB, {slower:.2f} x the time")
+    if fitting:
+        print("        (times on the card alone: transfers to and from RAM are not counted)")
     if not fitting:
         print(
             "try     nothing tried here fits this card: a smaller model, a smaller size, or a larger card (plan.card=...)"
@@ -263,36 +260,25 @@ def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outc
 
 def changes_of(config: Config) -> list[list[str]]:
     if config.lora is None:
-        return [
-            ["memory=balanced"],
-            ["memory=balanced", "optimizer=adamw8bit"],
-            ["memory=balanced", "memory.recompute=full"],
-        ]
+        return [["memory=balanced"], ["memory=balanced", "optimizer=adamw8bit"], ["memory=low_full"]]
     shorter = 1 + (config.data.max_num_frames - 1) // 8 * 4
     modes = [["memory=balanced"], ["memory=balanced", "memory.base_storage=int8"], ["memory=low"], ["memory=minimal"]]
     return [*modes, ["memory=balanced", f"data.max_num_frames={shorter}"]]
 
 
 def with_changes(config: Config, change: list[str]) -> Config:
-    """This configuration with these overrides."""
-    values = compose_config(
-        [f"data.cache_dir='{config.data.cache_dir}'", *(c for c in change if c.startswith("memory"))]
-    )
+    """This configuration with these overrides of memory, optimizer and length."""
+    kind = [] if config.lora is not None else ["lora=null", "train.mixed_precision=bf16"]
+    values = compose_config([*kind, *(override for override in change if not override.startswith("data."))])
     train = dataclasses.replace(config.train, gradient_checkpointing=values.train.gradient_checkpointing)
     changed = dataclasses.replace(config, memory=values.memory, train=train)
+    if any(override.startswith("optimizer=") for override in change):
+        changed = dataclasses.replace(changed, optimizer=values.optimizer)
     for override in change:
-        if override.startswith("optimizer="):
-            changed = dataclasses.replace(changed, optimizer=compose_config([override]).optimizer)
         if override.startswith("data.max_num_frames="):
-            changed = dataclasses.replace(
-                changed, data=dataclasses.replace(config.data, max_num_frames=int(override.split("=")[1]))
-            )
+            frames = int(override.partition("=")[2])
+            changed = dataclasses.replace(changed, data=dataclasses.replace(config.data, max_num_frames=frames))
     return changed
-
-
-def compare_modes(config: Config, change: list[str]) -> bool:
-    """Whether the change changes anything."""
-    return with_changes(config, change) != config
 
 
 def draw(path: Path, config: Config, card: Card, found: Outcome) -> None:
@@ -313,7 +299,10 @@ def draw(path: Path, config: Config, card: Card, found: Outcome) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set_title(
+        f"{config.model.path}, memory={config.choices['memory']}: at most, by phase", fontsize=10, loc="left"
+    )
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -18,7 +18,8 @@ def write(folder: Path) -> Path:
     metrics = record.read_lines(folder / "metrics.jsonl")
     parts = [
         f"<h1>{escape(folder.name)}</h1>",
-        table({name: value for name, value in summary.items() if value is not None}),
+        table({name: value for name, value in summary.items() if isinstance(value, str | int | float)}),
+        section("Memory by phase", picture(folder / "plan.png")),
         section("Losses", curves(metrics)),
         section("Videos: base model left, tuned right", videos(folder)),
         section("What the model saw", picture(folder / "contact_sheet.png")),
