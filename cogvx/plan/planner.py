@@ -229,14 +229,17 @@ def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outc
     layers = configs_of(config)["transformer"]["num_layers"]
     changes = [change for change in changes_of(config) if with_changes(config, change) != config]
     configs = [with_changes(config, change) for change in changes]
-    outcomes = traces([(changed, ["load", "train"], n, card) for changed in configs for n in (2, 3)])
+    encode = ["encode clips", "encode prompts"]
+    jobs = [
+        (changed, wanted, n, card) for changed in configs for wanted, n in ((["train"], 2), (["train"], 3), (encode, 1))
+    ]
+    outcomes = traces(jobs)
     now = found.phase("train").peak
-    encoders = {name: found.phase(name).peak.reserved for name in ("encode clips", "encode prompts")}
     suggestions = []
-    for change, two, three in zip(changes, outcomes[::2], outcomes[1::2], strict=True):
+    for change, two, three, encoders in zip(changes, outcomes[::3], outcomes[1::3], outcomes[2::3], strict=True):
         allocated = at_layers(layers, two.phase("train").peak.allocated, three.phase("train").peak.allocated)
         seconds = at_layers(layers, two.phase("train").seconds, three.phase("train").seconds)
-        peak = max(allocated * now.reserved / now.allocated, *encoders.values())
+        peak = max(allocated * now.reserved / now.allocated, *(phase.peak.reserved for phase in encoders.phases))
         suggestions.append(
             {
                 "change": " ".join(change),

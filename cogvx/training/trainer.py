@@ -363,6 +363,8 @@ class Trainer:
 
     def write_videos(self, *, base: bool = False) -> list[Path]:
         """The videos of this step; or only the base model's, before the first step, so that a lack of memory shows then."""
+        if not self.data.validation_prompts:
+            return []
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return []
@@ -372,13 +374,15 @@ class Trainer:
             self.data.embeds(""),
         )  # fmt: skip
         written = []
-        clear_device_cache(garbage_collection=True)  # what training keeps for its next step is in the way of the VAE
         with self.not_timed(), self.base_model() if base else self.state.averaged():
+            clear_device_cache(
+                garbage_collection=True
+            )  # what training keeps for its next step is in the way of the VAE
             if base:
                 videos.write_base(self.state.transformer)
             else:
                 written = videos.write(self.state.transformer, self.step)
-        clear_device_cache(garbage_collection=True)  # of the VAE
+            clear_device_cache(garbage_collection=True)  # of the VAE
         self.metrics.tracking.videos(written, self.step)
         self.accelerator.wait_for_everyone()
         return written
