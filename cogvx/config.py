@@ -98,34 +98,7 @@ def check(composed: DictConfig, choices: dict[str, str]) -> Config:
         values[section], found = typed(composed, section, section_class)
         problems += found
     problems += rules(values)
-    memory = values.get("memory")
-    if choices["model"] in ("nano", "nano_i2v") and values["model"]:
-        option = "nano_i2v" if values["model"].image_to_video else "nano"
-        if option != choices["model"]:
-            problems.append(
-                f"model.image_to_video with model={choices['model']}: the built-in models are one each: model={option}"
-            )
-    if memory and memory.offload_optimizer:
-        if composed.get("lora") is not None:
-            problems.append("memory.offload_optimizer is for lora=null: what a LoRA trains is small")
-        if values["parallel"] and values["parallel"].num_processes > 1:
-            problems.append("memory.offload_optimizer runs in one process: parallel=single")
-        if values["train"] and values["train"].mixed_precision is options.Precision.fp16:
-            problems.append(
-                "memory.offload_optimizer has no loss scaling, which fp16 needs: train.mixed_precision=bf16"
-            )
-    if choices["optimizer"] == "schedule_free" and values["train"] and values["train"].ema_decay is not None:
-        problems.append("train.ema_decay with optimizer=schedule_free, which averages by itself: train.ema_decay=null")
-    if (
-        composed.get("lora") is None
-        and memory
-        and (memory.stream_weights or memory.base_storage is not options.Storage.own)
-    ):
-        problems.append(
-            "memory.base_storage and memory.stream_weights are for frozen weights, and lora=null trains all: memory=balanced"
-        )
-    if composed.get("lora") is None and choices["optimizer"] == "muon":
-        problems.append("optimizer=muon trains matrices only, and lora=null trains other weights too: optimizer=adamw")
+    problems += rules_of_choices(values, choices, full="lora" in composed and composed.lora is None)
     top, found = typed(OmegaConf.create({"top": {k: composed.get(k) for k in ("seed", "output_dir")}}), "top", Top)
     problems += [problem.replace("top.", "") for problem in found]
     if top is not None and top.seed < 0:
@@ -176,6 +149,35 @@ def rules(values: dict[str, object]) -> list[str]:
             f"scheduler.lr_warmup_steps={warmup} with train.max_train_steps={train.max_train_steps}: the full learning rate is "
             f"never reached; lower the first (0: no warm-up) or raise the second"
         )
+    return found
+
+
+def rules_of_choices(values: dict[str, object], choices: dict[str, str], *, full: bool) -> list[str]:
+    """What is wrong between the options chosen; `full`: lora=null, every weight is trained."""
+    found = []
+    model, train, memory, parallel = (values.get(name) for name in ("model", "train", "memory", "parallel"))
+    if choices["model"] in ("nano", "nano_i2v") and model:
+        option = "nano_i2v" if model.image_to_video else "nano"
+        if option != choices["model"]:
+            found.append(
+                f"model.image_to_video with model={choices['model']}: the built-in models are one each: model={option}"
+            )
+    if choices["optimizer"] == "schedule_free" and train and train.ema_decay is not None:
+        found.append("train.ema_decay with optimizer=schedule_free, which averages by itself: train.ema_decay=null")
+    if full and choices["optimizer"] == "muon":
+        found.append("optimizer=muon trains matrices only, and lora=null trains other weights too: optimizer=adamw")
+    if full and memory and (memory.stream_weights or memory.base_storage is not options.Storage.own):
+        found.append(
+            "memory.base_storage and memory.stream_weights are for frozen weights, and lora=null trains all: "
+            "memory=balanced or low_full"
+        )
+    if memory and memory.offload_optimizer:
+        if not full:
+            found.append("memory.offload_optimizer is for lora=null: what a LoRA trains is small")
+        if parallel and parallel.num_processes > 1:
+            found.append("memory.offload_optimizer runs in one process: parallel=single")
+        if train and train.mixed_precision is options.Precision.fp16:
+            found.append("memory.offload_optimizer has no loss scaling, which fp16 needs: train.mixed_precision=bf16")
     return found
 
 

@@ -81,6 +81,7 @@ class Trainer:
     step: int  # of these, done
     timed_from: int  # the step after which, at `clock`, the steps since the last log began
     clock: float = field(default_factory=time.monotonic)
+    waited: float = 0.0  # seconds for data, since the last log
     grad_norm: torch.Tensor | None = None  # of the last step, on the device
     judged: tuple[int, HeldOutLoss | None] | None = None  # the step of the last held-out loss, and it
     asked_to_stop: int | None = None  # the signal that asked
@@ -226,7 +227,9 @@ class Trainer:
         for micro_step in range(self.step * accumulation, (self.step + 1) * accumulation):
             last = (micro_step + 1) % accumulation == 0
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model.transformer):
+                started = time.monotonic()
                 batch, draw = self.batch(micro_step)
+                self.waited += time.monotonic() - started
                 losses, timesteps = training_losses(self.model, batch, draw)
                 self.watch.saw([self.listed(sample.index) for sample in draw.samples], timesteps, losses)
                 if train.min_snr_gamma is not None:
@@ -290,16 +293,18 @@ class Trainer:
 
     def log(self, progress, rate: float) -> None:
         """The mean over the steps since the last call, and over all processes."""
-        seconds = (time.monotonic() - self.clock) / (self.step - self.timed_from)
+        seconds, waited = (
+            (total / (self.step - self.timed_from)) for total in (time.monotonic() - self.clock, self.waited)
+        )
         losses = self.watch.means()
-        self.clock, self.timed_from = time.monotonic(), self.step
+        self.clock, self.timed_from, self.waited = time.monotonic(), self.step, 0.0
         grad_norm = float(self.grad_norm)
         if losses:
             progress.set_postfix_str(f"loss {losses['loss']:.4f}, lr {rate:.2e}", refresh=sys.stderr.isatty())
         if self.metrics:
             self.metrics.log(
                 self.step, **losses, grad_norm=grad_norm if math.isfinite(grad_norm) else None, lr=rate,
-                **adaptation(self.state.optimizer), seconds=round(seconds, 4),
+                **adaptation(self.state.optimizer), seconds=round(seconds, 4), data_seconds=round(waited, 4),
                 peak_memory_gib=peak_memory_gib(self.accelerator.device),
             )  # fmt: skip
 

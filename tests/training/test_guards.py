@@ -52,6 +52,12 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_clip_is_named(run, spoil,
     assert json.loads((folder / "summary.json").read_text())["status"] == "done"
 
 
+def test_the_wait_for_data_is_logged(run):
+    folder = run("a", *SHORT)
+    assert all(0 < line["data_seconds"] < line["seconds"] for line in lines(folder, "data_seconds"))
+    assert len(lines(folder, "data_seconds")) == 4
+
+
 def test_a_step_left_out_changes_no_weight(run, spoil):
     """All but the first step spoilt: the result is that of one step."""
     spoil(set(range(1, 12)))

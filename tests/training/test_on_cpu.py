@@ -1,0 +1,52 @@
+"""Full fine-tuning with its optimizer on the CPU: the same training, resumed and averaged as ever."""
+
+import shutil
+
+import torch
+
+from cogvx.model import full, lora
+from cogvx.runs import record
+
+SETTINGS = [
+    "lora=null", "memory=balanced", "optimizer.learning_rate=3e-4", "train.ema_decay=0.5", "train.max_train_steps=8",
+    "train.checkpointing_steps=4", "train.logging_steps=2",
+]  # fmt: skip
+OFFLOADED = [*SETTINGS, "memory.offload_optimizer=true"]
+
+
+def saved(folder) -> dict:
+    return dict(full.saved(folder))
+
+
+def losses(folder, name="heldout_loss"):
+    return [line[name] for line in record.read_lines(folder / "metrics.jsonl") if name in line]
+
+
+def test_where_the_optimizer_steps_changes_nothing(run):
+    here, there = run("here", *SETTINGS), run("there", *OFFLOADED)
+    assert losses(here) == losses(there) and losses(here, "heldout_loss_trained") == losses(
+        there, "heldout_loss_trained"
+    )
+    for place in (".", "checkpoints/step_000008", "checkpoints/step_000008/averaged"):
+        assert lora.compare(saved(here / place), saved(there / place), values=True) == []
+
+
+def test_stopping_and_resuming_changes_nothing(run):
+    whole, resumed = run("whole", *OFFLOADED), run("resumed", *OFFLOADED)
+    shutil.rmtree(resumed / "checkpoints" / "step_000008")
+    (resumed / "summary.json").unlink()
+    run("resumed", *OFFLOADED)
+    assert lora.compare(saved(whole), saved(resumed), values=True) == []
+    assert losses(whole) == losses(resumed)
+
+
+def test_small_updates_survive_in_bf16(run):
+    """The device's copies are bf16, where a step of 1e-6 vanishes; the fp32 weights that are kept take every step."""
+    settings = [*OFFLOADED, "train.mixed_precision=bf16", "optimizer.learning_rate=1e-6", "train.ema_decay=null"]
+    folder = run("a", *settings, "scheduler.lr_warmup_steps=0")
+    early, late = (saved(folder / "checkpoints" / f"step_{step:06d}") for step in (4, 8))
+    name = "transformer_blocks.0.attn1.to_q.weight"
+    assert late[name].dtype == torch.float32 and saved(folder)[name].dtype == torch.bfloat16
+    moved = (late[name] - early[name]).abs()
+    assert (moved > 0).float().mean() > 0.9 and moved.max() < 1e-5
+    assert (late[name].bfloat16() == early[name].bfloat16()).float().mean() > 0.9, "in bf16 hardly any would have moved"
