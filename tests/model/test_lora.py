@@ -40,9 +40,12 @@ def trained(nano_folder, rank, alpha, **others):
     return transformer
 
 
+@pytest.mark.parametrize(
+    "variant", [{}, {"use_rslora": True}, {"use_dora": True}, {"use_rslora": True, "use_dora": True}]
+)
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (8, 4), (4, 16), (16, 1)])
-def test_plain_diffusers_loads_it_at_the_trained_strength(nano_folder, tmp_path, rank, alpha):
-    transformer = trained(nano_folder, rank, alpha)
+def test_plain_diffusers_loads_it_at_the_trained_strength(nano_folder, tmp_path, rank, alpha, variant):
+    transformer = trained(nano_folder, rank, alpha, **variant)
     lora.save(transformer, tmp_path)
     pipeline = CogVideoXPipeline.from_pretrained(nano_folder)
     base = output(pipeline.transformer)
@@ -99,17 +102,6 @@ def test_a_target_that_matches_nothing_is_named(nano_folder):
     transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
     with pytest.raises(UserError, match=r"no layer is called to_w.*attn1.to_q"):
         settings(4, 4, target_modules=["to_q", "to_w"]).attach(transformer, seed=0)
-
-
-@pytest.mark.parametrize("variant", [{"use_rslora": True}, {"use_dora": True}, {"use_rslora": True, "use_dora": True}])
-def test_variants_load_in_plain_diffusers_as_trained(nano_folder, tmp_path, variant):
-    transformer = trained(nano_folder, 8, 4, **variant)
-    lora.save(transformer, tmp_path)
-    pipeline = CogVideoXPipeline.from_pretrained(nano_folder)
-    base = output(pipeline.transformer)
-    pipeline.load_lora_weights(str(tmp_path))
-    assert torch.allclose(output(pipeline.transformer), output(transformer), atol=1e-5)
-    assert (output(pipeline.transformer) - base).abs().max() > 1e-3
 
 
 def test_targets_as_a_regular_expression(nano_folder, tmp_path):
