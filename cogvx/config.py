@@ -29,13 +29,13 @@ from cogvx.training import optimizers, options, schedules, tracking
 CONF = Path(__file__).parent.parent / "conf"
 
 GROUPS: dict[str, dict[str, type]] = {
-    "task": {"train": tasks.Train, "encode": tasks.Encode, "plan": tasks.Plan},
+    "task": {"train": tasks.Train, "encode": tasks.Encode, "plan": tasks.Plan, "nano_vae": tasks.NanoVae},
     "model": {
         "nano": checkpoint.Nano, "nano_i2v": checkpoint.Nano, "2b": checkpoint.Model, "5b": checkpoint.Model,
         "5b_i2v": checkpoint.Model, "1_5_5b": checkpoint.Model, "1_5_5b_i2v": checkpoint.Model,
     },
     "data": {
-        "demo": sources.Demo, "text_files": sources.TextFiles, "csv": sources.Csv, "dataset": sources.Dataset,
+        "demo": sources.Demo, "world": sources.World, "text_files": sources.TextFiles, "csv": sources.Csv, "dataset": sources.Dataset,
     },
     "optimizer": {
         "adam": optimizers.Adam, "adamw": optimizers.AdamW, "adam8bit": optimizers.Adam8bit, "adamw8bit": optimizers.AdamW8bit,
@@ -57,6 +57,7 @@ NOT_COMPARED = (
     "output_dir",
     "train.resume",
     "plan.card",
+    "train.profile_steps",
 )  # where a run stands and how it was started, not what it computes
 
 
@@ -143,6 +144,21 @@ def rules(values: dict[str, object]) -> list[str]:
                     f"memory.{name} without train.gradient_checkpointing=true saves nothing: every block's weights and "
                     f"inputs would be kept for the backward pass"
                 )
+    if memory and train and train.gradient_checkpointing and memory.recompute is options.Recompute.selective:
+        for name, used in (
+            ("compile=true", train.compile),
+            ("attention=math", train.attention is options.Attention.math),
+        ):
+            if used:
+                found.append(
+                    f"train.{name} with memory.recompute=selective, which keeps the results of fused attention by watching the "
+                    f"operations of a block: memory.recompute=full"
+                )
+    if memory and train and train.compile and memory.feed_forward_chunks > 1:
+        found.append(
+            "train.compile=true with memory.feed_forward_chunks above 1: every block would be compiled by itself, and soon none any "
+            "more: memory.feed_forward_chunks=1"
+        )
     warmup = getattr(scheduler, "lr_warmup_steps", 0)
     if train and train.max_train_steps is not None and 0 < train.max_train_steps <= warmup:
         found.append(
@@ -171,6 +187,8 @@ def rules_of_choices(values: dict[str, object], choices: dict[str, str], *, full
             "memory.base_storage and memory.stream_weights are for frozen weights, and lora=null trains all: "
             "memory=balanced or low_full"
         )
+    if memory and memory.step_in_backward:
+        found += refusals_of_stepping_in_backward(memory, train, parallel, choices["optimizer"], full)
     if memory and memory.offload_optimizer:
         if not full:
             found.append("memory.offload_optimizer is for lora=null: what a LoRA trains is small")
@@ -179,6 +197,23 @@ def rules_of_choices(values: dict[str, object], choices: dict[str, str], *, full
         if train and train.mixed_precision is options.Precision.fp16:
             found.append("memory.offload_optimizer has no loss scaling, which fp16 needs: train.mixed_precision=bf16")
     return found
+
+
+def refusals_of_stepping_in_backward(
+    memory: options.Memory, train: options.Train | None, parallel: options.Parallel | None, optimizer: str, full: bool
+) -> list[str]:
+    """Each weight steps by itself, as soon as its gradient is there: what needs all gradients at once cannot be had."""
+    needed = [("lora=null", full), ("optimizer=adam or adamw", optimizer in ("adam", "adamw")), ("memory.offload_optimizer=false", not memory.offload_optimizer)]  # fmt: skip
+    if train:
+        needed += [
+            ("train.max_grad_norm=null", train.max_grad_norm is None),
+            ("train.gradient_accumulation_steps=1", train.gradient_accumulation_steps == 1),
+            ("train.mixed_precision=bf16 or no", train.mixed_precision is not options.Precision.fp16),
+        ]
+    if parallel:
+        needed.append(("parallel=single", parallel.num_processes == 1))
+    missing = [what for what, there in needed if not there]
+    return [f"memory.step_in_backward needs {', '.join(missing)}"] if missing else []
 
 
 def asked_of_model(data: sources.Data, train: options.Train | None) -> dict:

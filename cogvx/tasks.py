@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +20,11 @@ class Task:
 @dataclass
 class Train(Task):
     def run(self, config: Config, folder: Path) -> dict:
+        from cogvx.plan.clock import Expectation, present_card
         from cogvx.training.trainer import train
 
-        return train(config, folder)
+        with Expectation(folder, present_card() if os.environ.get("RANK", "0") == "0" else None) as expected:
+            return train(config, folder, expected)
 
 
 @dataclass
@@ -38,3 +41,20 @@ class Encode(Task):
         from cogvx.training.trainer import encode
 
         return encode(config, folder)
+
+
+@dataclass
+class NanoVae(Task):
+    steps: int
+    batch: int
+    crop: int
+    share_of_whole_frames: float
+    learning_rate: float
+    max_grad_norm: float
+    kl_weight: float
+    bf16: bool
+
+    def run(self, config: Config, folder: Path) -> dict:
+        from cogvx.training.autoencoder import train
+
+        return train(config, self, folder)

@@ -71,6 +71,8 @@ def test_everything_wrong_is_reported_at_once(launch):
         ("memory.base_storage=int8", "without train.gradient_checkpointing=true saves nothing"),
         ("memory.feed_forward_chunks=0", "must be 1 (whole) or more"),
         ("train.ema_decay=1", "0.999 is usual"),
+        ("train.attention=fast", "expected one of [auto, flash, efficient, cudnn, math]"),
+        ("train.profile_steps=-1", "must be 0 (none) or more"),
         ("train.timestep_sampling=normal", "expected one of [uniform, stratified, logit_normal]"),
         ("lora.rank=0", "must be 1 or more"),
         ("seed=-1", "must be 0 or more"),
@@ -87,6 +89,20 @@ def test_a_wrong_setting_is_named_with_exit_code_2(launch, override, said):
     ran = launch(override)
     assert ran.returncode == 2
     assert said in ran.stderr and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["memory=balanced", "train.compile=true"], "memory.recompute=full"),
+        (["memory=balanced", "train.attention=math"], "memory.recompute=full"),
+        (["memory=low", "train.compile=true"], "memory.feed_forward_chunks=1"),
+        (["train.profile_steps=9", "train.max_train_steps=12", "scheduler=constant"], "there must be 13 or more"),
+    ],
+)
+def test_settings_that_exclude_each_other_say_which_to_change(compose, overrides, said):
+    with pytest.raises(UserError, match=said):
+        compose(*overrides)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from cogvx.data import demo
+from cogvx.data import demo, world
 from cogvx.errors import UserError, did_you_mean, listed
 
 
@@ -148,8 +148,27 @@ class Demo(TextFiles):
 
     def root(self) -> Path:
         if self.instance_data_root is None:
-            return demo.render(Path(self.cache_dir) / demo.NAME)
+            return demo.render(Path(self.cache_dir))
         return super().root()
+
+
+@dataclass
+class World(TextFiles):
+    """The little world that model=nano was trained on, rendered into the cache."""
+
+    clips: int
+    clips_seed: int
+
+    def root(self) -> Path:
+        name = f"{world.NAME}_{self.clips}_{self.clips_seed}"
+        return world.render(Path(self.cache_dir), world.scenes(self.clips, self.clips_seed), name)
+
+    def described(self) -> str:
+        return "data=world"
+
+    def problems(self) -> list[str]:
+        few = [] if self.clips >= 1 else [f"data.clips={self.clips}: must be 1 or more"]
+        return super().problems() + few
 
 
 @dataclass

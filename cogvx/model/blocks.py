@@ -29,9 +29,14 @@ ATTENTION = [
     )
 ]
 
+VARIANTS = 32  # of a compiled block: with and without gradients, with and without the LoRA, by length and batch; torch's default is 8
 
-def arrange(transformer: torch.nn.Module, memory: Memory, *, recompute: bool, device: torch.device) -> None:
+
+def arrange(
+    transformer: torch.nn.Module, memory: Memory, *, recompute: bool, device: torch.device, compiled: bool = False
+) -> None:
     """Sets the transformer up as `memory` says and brings it to the device, as far as it is to stay there."""
+    remember_positions(transformer.patch_embed)
     if memory.feed_forward_chunks > 1:
         for block in transformer.transformer_blocks:
             block.ff.forward = functools.partial(in_chunks, block.ff, block.ff.forward, memory.feed_forward_chunks)
@@ -40,8 +45,17 @@ def arrange(transformer: torch.nn.Module, memory: Memory, *, recompute: bool, de
             transformer.transformer_blocks, memory.base_storage, device, streamed=memory.stream_weights
         )
     bring(transformer, device)
+    if compiled:  # without the hooks of a Keeper, which are of no use in a graph; all blocks share what is compiled
+        torch._dynamo.config.recompile_limit = VARIANTS
+        for block in transformer.transformer_blocks:
+            block.forward = torch.compile(block.forward)
     if recompute:
         transformer.enable_gradient_checkpointing(functools.partial(run_again, memory))
+
+
+def remember_positions(patch_embed: torch.nn.Module) -> None:
+    """diffusers computes the sine table anew in every forward pass at other sizes than the checkpoint's own."""
+    patch_embed._get_positional_embeddings = functools.lru_cache(maxsize=8)(patch_embed._get_positional_embeddings)
 
 
 # -- everything computed again -----------------------------------------------------------------------------------------

@@ -39,3 +39,13 @@ CARDS = {
     "h100_80gb": Card(80, 989, 3350, HOPPER),
     "h200_141gb": Card(141, 989, 4800, HOPPER),
 }
+
+
+def named(device: str, memory_gib: float) -> str | None:
+    """The card of CARDS that CUDA calls by this name ("NVIDIA GeForce RTX 4090") and that has about this memory; None for others."""
+    words = device.lower().replace("-", " ").split()
+    for name, card in CARDS.items():
+        model = name.rpartition("_")[0].removeprefix("rtx")
+        if model in words and 0.8 < memory_gib / card.memory_gib < 1.1:
+            return name
+    return None

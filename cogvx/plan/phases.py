@@ -5,7 +5,9 @@ F frames, C channels, H height, W width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ from cogvx.model import blocks
 from cogvx.model.checkpoint import Checkpoint, placed
 from cogvx.model.geometry import Geometry, read_config
 from cogvx.model.released import NAMES, RELEASED, SCHEDULER, T5_XXL
-from cogvx.plan.trace import Recorder, patched, tracing
+from cogvx.plan.trace import Meter, Recorder, metering, patched, tracing
 from cogvx.training import optimizers
 from cogvx.training.options import Precision
 from cogvx.training.prepare import Prepared
@@ -72,7 +74,7 @@ class PlannedCheckpoint(Checkpoint):
 
         encoder = self.built(lambda: T5EncoderModel(T5Config(**self.configs["text_encoder"])), self.dtype)
         encoder.encoder.embed_tokens = encoder.shared  # as loading it does
-        return None, placed(encoder, CPU, streamed)
+        return None, placed(encoder, self.device, streamed)
 
     def noise_scheduler(self):
         from diffusers import CogVideoXDDIMScheduler
@@ -128,12 +130,9 @@ class PlannedTrainer(Trainer):
         size = (data.height // geometry.spatial_stride, data.width // geometry.spatial_stride)
         channels, count = 2 * geometry.latent_channels, len(clips)
         width = self.data.checkpoint.configs["transformer"]["text_embed_dim"]
-        first = torch.empty(count, channels, 1, *size, dtype=dtype) if geometry.image_to_video else None
-        return Batch(
-            torch.empty(count, channels, frames, *size, dtype=dtype),
-            torch.empty(count, geometry.text_tokens, width, dtype=dtype),
-            first,
-        )
+        zeros = functools.partial(torch.zeros, dtype=dtype, device=self.model.device)
+        first = zeros(count, channels, 1, *size) if geometry.image_to_video else None
+        return Batch(zeros(count, channels, frames, *size), zeros(count, geometry.text_tokens, width), first)
 
 
 def run_phases(
@@ -145,25 +144,26 @@ def run_phases(
     steps: int = 1,
     as_cuda: bool = True,
     fake: bool = True,
-) -> Recorder:
+    device: torch.device = CPU,
+) -> Recorder | Meter:
     """Everything that the phases allocate and compute. fp16 is planned as bf16, whose tensors are as large.
 
-    layers: only so many of the transformer's; begun: the optimizer has its states already; as_cuda, fake: see tracing().
+    layers: only so many of the transformer's; begun: the optimizer has its states already; as_cuda, fake: see tracing();
+    device: a GPU on which all this really runs, with a Meter in the Recorder's place.
     """
     precision = Precision.no if config.train.mixed_precision is Precision.no else Precision.bf16
     dtype = getattr(torch, precision.value)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    accelerator = Accelerator(mixed_precision=precision.name, cpu=True)
-    empty = lambda self, stream, shape: torch.empty(shape)  # noqa: E731
+    on_gpu = device.type != "cpu"
+    accelerator = Accelerator(mixed_precision=precision.name, cpu=not on_gpu)
+    nothing = lambda self, stream, shape: torch.zeros(shape, device=self.device)  # noqa: E731
     with (
         tempfile.TemporaryDirectory() as scratch,
-        tracing(as_cuda=as_cuda, fake=fake) as recorder,
-        patched(Draw, normal=empty),
-        patched(optimizers.Adam8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)),
-        patched(optimizers.AdamW8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)),
-        patched(optimizers.AdamW8bitTorchao, build=lambda self, p: MomentsOfEightBits(p)),
+        metering(device) if on_gpu else tracing(as_cuda=as_cuda, fake=fake) as recorder,
+        patched(Draw, normal=nothing),
+        contextlib.nullcontext() if on_gpu else eight_bits_without_kernels(),
     ):
-        checkpoint = PlannedCheckpoint(Path(), CPU, dtype, configs_of(config), recorder, layers)
+        checkpoint = PlannedCheckpoint(Path(), device, dtype, configs_of(config), recorder, layers)
         if "encode clips" in phases:
             encode_clip(config, checkpoint, recorder)
         if "encode prompts" in phases:
@@ -175,14 +175,25 @@ def run_phases(
     return recorder
 
 
+@contextlib.contextmanager
+def eight_bits_without_kernels() -> Iterator[None]:
+    """8-bit optimizers as MomentsOfEightBits."""
+    with (
+        patched(optimizers.Adam8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)),
+        patched(optimizers.AdamW8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)),
+        patched(optimizers.AdamW8bitTorchao, build=lambda self, p: MomentsOfEightBits(p)),
+    ):
+        yield
+
+
 def encode_clip(config: Config, checkpoint: PlannedCheckpoint, recorder: Recorder) -> None:
     recorder.begin("encode clips")
     vae = checkpoint.vae(tiling=config.memory.vae_tiling)
     recorder.call(vae.parameters(), "VAE weights")
     data = config.data
     with recorder.putting(on_host=True):
-        frames = torch.empty(data.max_num_frames, 3, data.height, data.width)
-    latent_moments(vae, frames, Encoder(None, "", checkpoint.dtype, CPU))
+        frames = torch.zeros(data.max_num_frames, 3, data.height, data.width)
+    latent_moments(vae, frames, Encoder(None, "", checkpoint.dtype, checkpoint.device))
     del vae, frames
     recorder.empty_cache()
 
@@ -192,7 +203,7 @@ def encode_prompt(config: Config, checkpoint: PlannedCheckpoint, recorder: Recor
     _, model = checkpoint.text_encoder(streamed=config.memory.stream_text_encoder)
     recorder.call(model.parameters(), "text encoder weights")
     with torch.no_grad():
-        model(torch.zeros(1, checkpoint.geometry().text_tokens, dtype=torch.int64))
+        model(torch.zeros(1, checkpoint.geometry().text_tokens, dtype=torch.int64, device=checkpoint.device))
     del model
     recorder.empty_cache()
 
@@ -213,9 +224,14 @@ def train(
     recorder.call(trainer.state.parameters, "trained weights")
     if trainer.state.masters is None:
         for parameter in trainer.state.parameters:
-            parameter.register_post_accumulate_grad_hook(lambda each: recorder.call([each.grad], "gradients"))
+            parameter.register_post_accumulate_grad_hook(functools.partial(name_gradient, recorder))
     else:
         recorder.call(trainer.state.masters.copies, "trained weights")
+    if (
+        config.parallel.num_processes > 1
+    ):  # DistributedDataParallel's buckets; it is not built, as its peers are not there
+        buckets = [torch.empty_like(parameter) for parameter in trainer.state.parameters]
+        recorder.call(buckets, "gradients")
     if "held-out loss" in phases:
         recorder.begin("held-out loss")
         with patched(config.validation, heldout_timesteps=1, heldout_draws=1):
@@ -231,14 +247,12 @@ def train(
         recorder.begin("train")
         for _ in range(steps):
             trainer.optimizer_step()
+            recorder.lap()
     if "video" in phases:
         recorder.empty_cache()
         recorder.begin("video")
-        embeds = torch.empty(
-            checkpoint.geometry().text_tokens,
-            checkpoint.configs["transformer"]["text_embed_dim"],
-            dtype=checkpoint.dtype,
-        )
+        width = checkpoint.configs["transformer"]["text_embed_dim"]
+        embeds = torch.zeros(checkpoint.geometry().text_tokens, width, dtype=checkpoint.dtype, device=checkpoint.device)
         videos = Videos(folder, config, checkpoint, {"prompt": embeds}, images, embeds)
         vae = checkpoint.vae(tiling=config.memory.vae_tiling)
         recorder.call(vae.parameters(), "VAE weights")
@@ -249,6 +263,11 @@ def train(
             patched(config.validation, num_inference_steps=STEPS_OF_VIDEO),
         ):
             videos.generate(transformer, vae, "prompt", 0, "")
+
+
+def name_gradient(recorder: Recorder | Meter, parameter: torch.nn.Parameter) -> None:
+    if parameter.grad is not None:  # it has stepped already with memory.step_in_backward
+        recorder.call([parameter.grad], "gradients")
 
 
 def states_of(optimizer) -> Iterator[torch.Tensor]:

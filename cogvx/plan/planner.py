@@ -152,17 +152,55 @@ def plan(config: Config, folder: Path) -> dict:
     say(config, card, found, result)
     if not fits:
         result["suggestions"] = suggest(config, card, found, (two, three))
+    if config.plan.measure:
+        result["measured"] = measured(config, found)
     (folder / "plan.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(folder / "plan.png", config, card, found)
     print(f"picture {record.shown(folder / 'plan.png')}")
     return result
 
 
+def measured(config: Config, found: Outcome) -> dict:
+    """The phases for real, two steps of training: on a GPU what CUDA's allocator and the clock say, beside the plan; on a CPU what
+    was really allocated, beside a plan for the CPU, which has neither CUDA's kernels nor its allocator."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        meter = run_phases(config, PHASES, steps=2, device=device)
+        planned = {phase.name: phase.peak for phase in found.phases}
+        real, seconds = meter.peaks, meter.laps[-1]
+    else:
+        planned, real = (replay(run_phases(config, PHASES, as_cuda=False, fake=fake).events) for fake in (True, False))
+        seconds = None
+    rows = {
+        name: {
+            "planned_gib": gib(planned[name].allocated), "measured_gib": gib(real[name].allocated),
+            "planned_reserved_gib": gib(planned[name].reserved), "measured_reserved_gib": gib(real[name].reserved),
+        }
+        for name in PHASES
+    }  # fmt: skip
+    where = torch.cuda.get_device_name() if seconds is not None else "this CPU, planned for it"
+    print(f"\n{'measured on ' + where:44}{'planned':>10}{'measured':>10}{'error':>9}   GiB allocated")
+    for name, row in rows.items():
+        error = row["measured_gib"] and row["planned_gib"] / row["measured_gib"] - 1
+        print(f"{name:44}{row['planned_gib']:10.3f}{row['measured_gib']:10.3f}{error:+9.1%}")
+    if seconds is not None:
+        planned_seconds = found.phase("train").seconds
+        print(f"{'a step, in seconds':44}{planned_seconds:10.2f}{seconds:10.2f}{planned_seconds / seconds - 1:+9.1%}")
+    return {"where": where, "seconds_per_step": seconds, "phases": rows}
+
+
+def step_seconds(config: Config, card: Card) -> float:
+    """Of an optimizer step, from two and three layers: they are all alike."""
+    layers = configs_of(config)["transformer"]["num_layers"]
+    two, three = (trace((config, ["train"], n, card)).phase("train").seconds for n in (2, 3))
+    return at_layers(layers, two, three)
+
+
 def plainly(config: Config) -> Config:
     """The same step with nothing computed twice: what is necessary."""
     memory = Memory(
         vae_tiling=False, recompute=Recompute.full, offload_activations=False, base_storage=Storage.own, stream_weights=False, stream_text_encoder=False,
-        feed_forward_chunks=1, frugal_videos=False, offload_optimizer=False,
+        feed_forward_chunks=1, frugal_videos=False, offload_optimizer=False, step_in_backward=False,
     )  # fmt: skip
     train = dataclasses.replace(config.train, gradient_checkpointing=False)
     return dataclasses.replace(config, memory=memory, train=train)

@@ -8,7 +8,9 @@ are logged apart (to_cpu, to_device and bring in model/blocks.py are the only pl
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from cogvx.model import blocks
-from cogvx.plan.allocator import Event
+from cogvx.plan.allocator import Event, Peak
 
 aten = torch.ops.aten
 MOVES_NOTHING = {
@@ -74,6 +76,9 @@ class Recorder(TorchDispatchMode):
 
     def empty_cache(self) -> None:
         self.events.append(("empty_cache",))
+
+    def lap(self) -> None:
+        """Time means nothing here."""
 
     def born_now(self, tensor: Tensor, what: str, on_host: bool = False) -> None:
         storage = tensor.untyped_storage()
@@ -161,6 +166,39 @@ class Recorder(TorchDispatchMode):
         work.bytes += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
         if packet in flop_registry:
             work.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+
+
+class Meter:
+    """In a Recorder's place where everything really runs: what CUDA's own allocator says of each phase."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.phase = ""
+        self.peaks: dict[str, Peak] = {}
+        self.laps: list[float] = []  # seconds, of each step
+
+    def begin(self, phase: str) -> None:
+        torch.cuda.synchronize(self.device)
+        if self.phase:
+            allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+            self.peaks[self.phase] = Peak(allocated(self.device), reserved(self.device))
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.phase, self.clock = phase, time.monotonic()
+
+    def lap(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self.laps.append(time.monotonic() - self.clock)
+        self.clock = time.monotonic()
+
+    def empty_cache(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def putting(self, *, on_host: bool):
+        return contextlib.nullcontext()
+
+    def call(self, tensors: Iterator[Tensor], what: str) -> None:
+        """Who owns what cannot be told here."""
 
 
 def workspace_of(packet, args) -> int:
@@ -261,3 +299,10 @@ def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
             stack.enter_context(patched(F, scaled_dot_product_attention=fused_attention, **norms))
         stack.enter_context(recorder)
         yield recorder
+
+
+@contextlib.contextmanager
+def metering(device: torch.device) -> Iterator[Meter]:
+    """All that runs within really runs on this GPU, its weights filled with a constant: their values change no size."""
+    with patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor.data.fill_(0.01) for name in INITS}):
+        yield Meter(device)

@@ -132,6 +132,12 @@ def in_words(error: BaseException) -> tuple[str, int]:
         return f"{error}: free some space, or set output_dir and data.cache_dir to where this user can write", FAILED
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return f"{OUT_OF_MEMORY} torch says: {str(error).splitlines()[0]}", FAILED
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        said = str(error).strip().splitlines()[0]
+        return (
+            f"train.compile=true: torch cannot compile the blocks here: {said}. A C++ compiler (g++) is what is usually missing; "
+            f"train.compile=false runs them as they are"
+        ), FAILED
     return f"{type(error).__name__}: {error}", 1
 
 

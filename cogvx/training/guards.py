@@ -24,10 +24,19 @@ class Watch:
     most_skipped: int
     rows: list[Row] = field(default_factory=list)  # read from the device, or of a checkpoint
     unread: list[tuple[list[str], Tensor, Tensor]] = field(default_factory=list)  # clips, timesteps [B], losses [B]
+    unjudged: list[tuple[int, Tensor, int, int]] = field(
+        default_factory=list
+    )  # step, gradient norm, its rows: from, to
     skipped_in_a_row: int = 0
 
     def saw(self, clips: list[str], timesteps: Tensor, losses: Tensor) -> None:
         self.unread.append((clips, timesteps, losses.detach()))
+
+    def stepped(self, step: int, grad_norm: Tensor, samples: int) -> None:
+        """After the last saw() of an optimizer step. grad_norm: of the gradients averaged over all processes, so all processes
+        come to the same answer; samples: of this process in this step."""
+        end = len(self.rows) + sum(len(clips) for clips, _, _ in self.unread)
+        self.unjudged.append((step, grad_norm, end - samples, end))
 
     def read(self) -> list[Row]:
         """All rows so far, of this process; waits for the device."""
@@ -54,25 +63,47 @@ class Watch:
             "highest_loss_clip": clip,
         }
 
-    def finite(self, grad_norm: Tensor, samples: int, *, expected: bool) -> list[str] | None:
-        """None when the step may be taken, else the clips and timesteps it was made of. `grad_norm` is of the averaged gradients,
-        so all processes come to the same answer. UserError after most_skipped in a row.
+    def left_out(self, *, expected: bool) -> dict[int, list[str]]:
+        """The steps since the last call that had no finite gradient, and the clips and timesteps each was made of; waits for the
+        device. UserError after most_skipped in a row.
 
-        samples: of this process in this step. expected: fp16's loss scaling overshoots now and then, and then lowers its scale.
+        expected: fp16's loss scaling overshoots now and then, and then lowers its scale; such steps are not named.
         """
-        if bool(grad_norm.isfinite()):
-            self.skipped_in_a_row = 0
-            return None
-        self.skipped_in_a_row += 1
-        rows = gather_object(self.read()[-samples:])
-        named = [f"{clip} at timestep {t}: loss {loss:.4g}" for clip, t, loss in rows]
-        if self.skipped_in_a_row >= self.most_skipped + (AT_FP16_START if expected else 0):
-            headline = (
-                f"{self.skipped_in_a_row} steps in a row had no finite gradient, so nothing is trained any more. Usual causes: "
-                f"optimizer.learning_rate too high, fp16 where bf16 is needed, a damaged base model. The last was made of:"
-            )
-            raise UserError(listed(headline, named))
-        return [] if expected and all(math.isfinite(row[2]) for row in rows) else named
+        found, most = {}, self.most_skipped + (AT_FP16_START if expected else 0)
+        for step, grad_norm, start, end in self.unjudged:
+            if bool(grad_norm.isfinite()):
+                self.skipped_in_a_row = 0
+                continue
+            self.skipped_in_a_row += 1
+            rows = gather_object(self.read()[start:end])
+            named = [f"{clip} at timestep {t}: loss {loss:.4g}" for clip, t, loss in rows]
+            if self.skipped_in_a_row >= most:
+                headline = (
+                    f"{self.skipped_in_a_row} steps in a row had no finite gradient, so nothing is trained any more. Usual causes: "
+                    f"optimizer.learning_rate too high, fp16 where bf16 is needed, a damaged base model. The last was made of:"
+                )
+                raise UserError(listed(headline, named))
+            if not expected or not all(math.isfinite(row[2]) for row in rows):
+                found[step] = named
+        self.unjudged.clear()
+        return found
+
+
+SLOW = 2.0  # times what is expected; the planner's step times are +-35 %
+
+
+def slow(seconds: float, waited: float, expected: float | None) -> str | None:
+    """What to say of steps that take `seconds`, of these `waited` for data, where `expected` were planned; None if all is well."""
+    if expected is None or seconds <= SLOW * expected:
+        return None
+    if waited > 0.5 * seconds:
+        cause = f"{waited:.1f} s of it wait for data: put data.cache_dir on a local disk"
+    else:
+        cause = (
+            "usual causes: another process on the same GPU, a hot or power-limited card (nvidia-smi shows both), GPU memory that "
+            "spills over into RAM (Windows; choose a lower memory mode), with memory=minimal or low_full a slow bus, train.attention=math"
+        )
+    return f"a step takes {seconds:.1f} s where the plan for this card says {expected:.1f} s +-35 %; {cause}"
 
 
 def audit(transformer: torch.nn.Module, arithmetic: torch.dtype) -> dict[str, dict[str, int] | str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from cogvx.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer as TorchOptimizer
 
@@ -187,6 +188,16 @@ def set_learning_rate(optimizer: TorchOptimizer, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def leaves_out_by_itself(optimizer: TorchOptimizer, grad_norm: Tensor) -> bool:
+    """Tells the optimizer, on its device, to change nothing in a step whose gradient is not finite. False when it cannot be
+    told: torch's fused Adam and AdamW can."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapping
+    if not getattr(inner, "_step_supports_amp_scaling", False):
+        return False
+    inner.grad_scale, inner.found_inf = None, (~grad_norm.isfinite()).float()
+    return True
 
 
 def adaptation(optimizer: TorchOptimizer) -> dict[str, float]:

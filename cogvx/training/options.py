@@ -33,6 +33,19 @@ class TimestepSampling:
     logit_std: float
 
 
+class Attention(Enum):
+    """torch's kernels for scaled_dot_product_attention."""
+
+    auto = "auto"
+    flash = "flash"
+    efficient = "efficient"
+    cudnn = "cudnn"
+    math = "math"
+
+
+PROFILE_AFTER = 4  # steps: the first ones compile, choose kernels and fill the allocator
+
+
 @dataclass
 class Train:
     num_train_epochs: int
@@ -50,6 +63,9 @@ class Train:
     min_snr_gamma: float | None
     ema_decay: float | None
     max_skipped_steps: int
+    attention: Attention
+    compile: bool
+    profile_steps: int
     logging_steps: int
     checkpointing_steps: int
     checkpoints_total_limit: int | None
@@ -78,6 +94,14 @@ class Train:
         for name in ("min_snr_gamma", "logit_std"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 found.append(f"train.{name}={getattr(self, name)}: must be above 0")
+        if self.profile_steps < 0:
+            found.append(f"train.profile_steps={self.profile_steps}: must be 0 (none) or more steps to record")
+        needed = PROFILE_AFTER + self.profile_steps
+        if self.profile_steps > 0 and self.max_train_steps is not None and self.max_train_steps < needed:
+            found.append(
+                f"train.profile_steps={self.profile_steps} with train.max_train_steps={self.max_train_steps}: recording begins after "
+                f"{PROFILE_AFTER} steps, so there must be {needed} or more"
+            )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             found.append(f"train.max_grad_norm={self.max_grad_norm}: must be above 0, or null for no clipping")
         return found
@@ -152,6 +176,7 @@ class Memory:
     feed_forward_chunks: int
     frugal_videos: bool
     offload_optimizer: bool
+    step_in_backward: bool
 
     def problems(self) -> list[str]:
         found = []
@@ -163,6 +188,7 @@ class Memory:
 @dataclass
 class Plan:
     card: str
+    measure: bool
 
     def problems(self) -> list[str]:
         if self.card not in CARDS:

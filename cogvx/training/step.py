@@ -23,6 +23,11 @@ class Batch:
     image_moments: Tensor | None = None  # [B, 2C, 1, H, W], of the image a clip starts from; None for text-to-video
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def training_losses(model: CogVideoX, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
     """Mean squared error of the predicted velocity and the timestep it was taken at, for each clip: [B] fp32 and [B].
 
@@ -73,7 +78,7 @@ class Draw:
         rows = [
             self.generator(stream, sample).standard_normal(shape[1:], dtype=numpy.float32) for sample in self.samples
         ]
-        return torch.from_numpy(numpy.stack(rows)).to(self.device)
+        return sent(torch.from_numpy(numpy.stack(rows)), self.device)
 
     def posterior(self, moments: Tensor, stream: int = POSTERIOR) -> Tensor:
         """A sample of the VAE's posterior, [B, 2C, F, H, W] -> [B, C, F, H, W], as diffusers' DiagonalGaussianDistribution."""
@@ -86,7 +91,7 @@ class Draw:
     def timesteps(self, num_timesteps: int) -> Tensor:
         """[B], each from 0 to num_timesteps - 1."""
         shares = [self.share_of_schedule(sample) for sample in self.samples]
-        return torch.tensor([min(int(share * num_timesteps), num_timesteps - 1) for share in shares]).to(self.device)
+        return sent(torch.tensor([min(int(share * num_timesteps), num_timesteps - 1) for share in shares]), self.device)
 
     def share_of_schedule(self, sample: Sample) -> float:
         """The timestep in [0, 1)."""
@@ -117,7 +122,7 @@ class Draw:
             return None
         kept = [self.generator(IMAGE_DROPOUT, sample).random() >= self.image_dropout for sample in self.samples]
         latents = self.posterior(moments, IMAGE_POSTERIOR)
-        return latents * torch.tensor(kept).to(latents).view(-1, 1, 1, 1, 1)
+        return latents * sent(torch.tensor(kept, dtype=latents.dtype), self.device).view(-1, 1, 1, 1, 1)
 
 
 @dataclass(frozen=True)

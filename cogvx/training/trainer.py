@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,18 +22,19 @@ from cogvx.config import Config, as_dict
 from cogvx.data.encode import EncodedClip
 from cogvx.errors import UserError
 from cogvx.inference import export
-from cogvx.model import blocks, full, lora
+from cogvx.model import attention, blocks, full, lora
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import bar
 from cogvx.runs import record
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training import guards
+from cogvx.training.in_backward import SteppingInBackward
 from cogvx.training.metrics import Metrics
 from cogvx.training.on_cpu import Masters
-from cogvx.training.optimizers import Prodigy, adaptation, set_learning_rate
-from cogvx.training.options import TimestepSampling
+from cogvx.training.optimizers import Prodigy, adaptation, leaves_out_by_itself, set_learning_rate
+from cogvx.training.options import PROFILE_AFTER, TimestepSampling
 from cogvx.training.prepare import Prepared, read_tensor, start_processes
-from cogvx.training.step import Batch, Draw, sample_order, training_losses
+from cogvx.training.step import Batch, Draw, sample_order, sent, training_losses
 from cogvx.training.validation import HeldOutLoss, Videos, heldout_loss
 
 
@@ -47,18 +49,20 @@ def encode(config: Config, folder: Path) -> dict:
     }
 
 
-def train(config: Config, folder: Path) -> dict:
-    """task=train: the main job. Returns the run's summary."""
+def train(config: Config, folder: Path, expected: Callable[[], float | None] = lambda: None) -> dict:
+    """task=train: the main job. Returns the run's summary. expected(): seconds a step should take, when that is known."""
     started, accelerator = time.monotonic(), start_processes(config)
     if config.lora is not None and resume_source(config.train.resume, folder) is None:
         config.lora.require_start()
     data = Prepared.from_config(config, folder, accelerator)
-    trainer = Trainer.build(config, folder, accelerator, data)
-    try:
-        summary = trainer.run()
-    finally:
-        if trainer.metrics:
-            trainer.metrics.tracking.finish()
+    with attention.using(config.train.attention):
+        trainer = Trainer.build(config, folder, accelerator, data)
+        trainer.expected = expected
+        try:
+            summary = trainer.run()
+        finally:
+            if trainer.metrics:
+                trainer.metrics.tracking.finish()
     return {
         **summary,
         "seconds": round(time.monotonic() - started, 1),
@@ -77,6 +81,7 @@ class Trainer:
     source: Path | None  # the checkpoint to go on from
     watch: guards.Watch
     metrics: Metrics | None  # of the main process
+    in_backward: SteppingInBackward | None
     steps: int  # optimizer steps of the whole run
     step: int  # of these, done
     timed_from: int  # the step after which, at `clock`, the steps since the last log began
@@ -85,6 +90,9 @@ class Trainer:
     grad_norm: torch.Tensor | None = None  # of the last step, on the device
     judged: tuple[int, HeldOutLoss | None] | None = None  # the step of the last held-out loss, and it
     asked_to_stop: int | None = None  # the signal that asked
+    progress: tqdm | None = None
+    expected: Callable[[], float | None] = lambda: None  # seconds a step should take
+    found_slow: bool = False
 
     @classmethod
     def build(cls, config: Config, folder: Path, accelerator: Accelerator, data: Prepared) -> Trainer:
@@ -95,18 +103,21 @@ class Trainer:
         if config.memory.offload_optimizer:
             masters = Masters(lora.trainable(transformer), data.checkpoint.device, data.checkpoint.dtype)
         blocks.arrange(
-            transformer, config.memory, recompute=config.train.gradient_checkpointing, device=data.checkpoint.device
-        )
+            transformer, config.memory, recompute=config.train.gradient_checkpointing, device=data.checkpoint.device,
+            compiled=config.train.compile,
+        )  # fmt: skip
         parameters = lora.trainable(transformer) if masters is None else masters.weights
         for line in (
             *found,
             f"types   {guards.in_words(types)}",
+            speed_in_words(config, transformer, data),
             *(f"warning {w}" for w in learning_rate_warnings(config)),
         ):
             say(line)
         optimizer = accelerator.prepare(config.optimizer.build(parameters), device_placement=[masters is None])
         if masters is not None:
             optimizer.optimizer.register_step_post_hook(masters.push)
+        in_backward = SteppingInBackward(optimizer.optimizer) if config.memory.step_in_backward else None
         average = None if config.train.ema_decay is None else EMAModel(parameters, decay=config.train.ema_decay)
         state = checkpoints.TrainingState(
             transformer, weights, parameters, optimizer, accelerator.scaler, average, masters
@@ -132,7 +143,8 @@ class Trainer:
             record.note(folder, dtypes=types)
             metrics = Metrics(folder, config.tracking, as_dict(config), resumed_at=step)
         return cls(
-            config, folder, accelerator, data, model, state, source, watch, metrics, steps=steps, step=step, timed_from=step
+            config, folder, accelerator, data, model, state, source, watch, metrics, in_backward, steps=steps, step=step,
+            timed_from=step,
         )  # fmt: skip
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -149,12 +161,13 @@ class Trainer:
         latest = self.evaluate() if self.step == self.steps else before
         doing = "all steps are done" if self.step == self.steps else f"steps {self.step + 1} to {self.steps}"
         say(f"train   {doing}" + (f"; held-out loss of the base model {before}{floor_of(before)}" if before else ""))
-        with self.stop_signals(), self.progress_bar() as progress:
-            self.clock = time.monotonic()
+        with self.stop_signals(), self.progress_bar() as progress, self.profiler() as profiler:
+            self.clock, self.progress = time.monotonic(), progress
             while self.step < self.steps and not self.must_stop():
                 rate = self.optimizer_step()
                 self.step += 1
                 progress.update()
+                profiler.step()
                 at_end = self.step == self.steps
                 keeping = self.step % train.checkpointing_steps == 0 or at_end
                 if self.step % train.logging_steps == 0 or at_end:
@@ -219,7 +232,8 @@ class Trainer:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def optimizer_step(self) -> float:
-        """Returns the learning rate. Losses and gradient norm stay on the device; whether the gradient is finite is waited for."""
+        """Returns the learning rate. Losses and gradient norm stay on the device, and nothing waits for it, unless the optimizer
+        cannot leave out by itself a step whose gradient is not finite."""
         train, peak, optimizer = self.config.train, self.config.optimizer.learning_rate, self.state.optimizer
         accumulation = train.gradient_accumulation_steps
         rate = peak * self.config.scheduler.multiplier(self.step, self.steps, peak)
@@ -235,27 +249,40 @@ class Trainer:
                 if train.min_snr_gamma is not None:
                     losses = losses * self.model.min_snr_weight(timesteps, train.min_snr_gamma)
                 self.accelerator.backward(losses.mean() / accumulation)
-        most = math.inf if train.max_grad_norm is None else train.max_grad_norm
-        self.grad_norm = self.accelerator.clip_grad_norm_(self.state.parameters, most)
-        scaled = self.accelerator.scaler is not None
-        not_finite = self.watch.finite(self.grad_norm, accumulation * train.train_batch_size, expected=scaled)
-        if not_finite is None or scaled:  # a scaler leaves the step out by itself, and lowers its scale
-            optimizer.step()
+        self.grad_norm = self.clipped()
+        self.watch.stepped(self.step + 1, self.grad_norm, accumulation * train.train_batch_size)
+        if self.leaves_out_by_itself() or not self.left_out():
+            if self.in_backward is None:
+                optimizer.step()
+            if self.state.average is not None:
+                self.state.average.step(self.state.parameters)
         optimizer.zero_grad()
-        if not_finite is None and self.state.average is not None:
-            self.state.average.step(self.state.parameters)
-        if not_finite:
-            self.skipped(not_finite)
         return rate
+
+    def clipped(self) -> torch.Tensor:
+        """The norm of all gradients, which are clipped where that is asked for."""
+        if self.in_backward is not None:
+            return self.in_backward.grad_norm()
+        most = self.config.train.max_grad_norm
+        return self.accelerator.clip_grad_norm_(self.state.parameters, math.inf if most is None else most)
+
+    def leaves_out_by_itself(self) -> bool:
+        """Whether a step without a finite gradient changes nothing, told or not: fp16's loss scaling leaves it out too."""
+        scaled = self.accelerator.scaler is not None
+        return scaled or self.in_backward is not None or leaves_out_by_itself(self.state.optimizer, self.grad_norm)
+
+    def left_out(self) -> list[int]:
+        """The steps since the last call that were left out, each said once with its clips."""
+        found = self.watch.left_out(expected=self.accelerator.scaler is not None)
+        for step, named in found.items():
+            if self.metrics:
+                self.metrics.log(step, skipped=named)
+                tqdm.write(f"warning step {step} left out, its gradient is not finite: {'; '.join(named)}")
+        return list(found)
 
     def listed(self, index: int) -> str:
         example = self.data.train[index].example
         return f"{example.origin} {example.video.name}"
-
-    def skipped(self, named: list[str]) -> None:
-        if self.metrics:
-            self.metrics.log(self.step + 1, skipped=named)
-            tqdm.write(f"warning step {self.step + 1} left out, its gradient is not finite: {'; '.join(named)}")
 
     def batch(self, micro_step: int) -> tuple[Batch, Draw]:
         """This process's clips of a micro-step. All processes together take consecutive places of the sample order, so the
@@ -282,10 +309,10 @@ class Trainer:
         image_moments = None
         if self.model.geometry.image_to_video:
             rows = [read_tensor(c.image_path, "image_moments", row) for c, row in zip(clips, images, strict=True)]
-            image_moments = torch.stack(rows).to(device)
+            image_moments = sent(torch.stack(rows), device)
         return Batch(
-            latent_moments=torch.stack(latents).to(device),
-            prompt_embeds=torch.stack([self.data.embeds(prompt) for prompt in prompts]).to(device),
+            latent_moments=sent(torch.stack(latents), device),
+            prompt_embeds=sent(torch.stack([self.data.embeds(prompt) for prompt in prompts]), device),
             image_moments=image_moments,
         )
 
@@ -296,9 +323,11 @@ class Trainer:
         seconds, waited = (
             (total / (self.step - self.timed_from)) for total in (time.monotonic() - self.clock, self.waited)
         )
+        self.left_out()
         losses = self.watch.means()
         self.clock, self.timed_from, self.waited = time.monotonic(), self.step, 0.0
         grad_norm = float(self.grad_norm)
+        self.warn_if_slow(seconds, waited)
         if losses:
             progress.set_postfix_str(f"loss {losses['loss']:.4f}, lr {rate:.2e}", refresh=sys.stderr.isatty())
         if self.metrics:
@@ -307,6 +336,14 @@ class Trainer:
                 **adaptation(self.state.optimizer), seconds=round(seconds, 4), data_seconds=round(waited, 4),
                 peak_memory_gib=peak_memory_gib(self.accelerator.device),
             )  # fmt: skip
+
+    def warn_if_slow(self, seconds: float, waited: float) -> None:
+        """Once, not for the first steps, which are slower."""
+        warmed_up = self.step >= 2 * self.config.train.logging_steps
+        found = guards.slow(seconds, waited, self.expected()) if warmed_up and not self.found_slow else None
+        if found is not None:
+            self.found_slow = True
+            tqdm.write(f"warning {found}")
 
     def evaluate(self, *, base: bool = False) -> HeldOutLoss | None:
         """The held-out loss now, of the weights that would be delivered; or the base model's, which stands in metrics.jsonl as
@@ -361,10 +398,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def not_timed(self):
-        """Validation and checkpoints do not count into a step's seconds."""
+        """Validation and checkpoints do not count into a step's seconds, nor into the time that the progress bar expects."""
         started = time.monotonic()
         yield
-        self.clock += time.monotonic() - started
+        took = time.monotonic() - started
+        self.clock += took
+        if self.progress is not None:
+            self.progress.start_t += took
+            self.progress.last_print_t += took
 
     def write_videos(self, *, base: bool = False) -> list[Path]:
         """The videos of this step; or only the base model's, before the first step, so that a lack of memory shows then."""
@@ -396,6 +437,7 @@ class Trainer:
         limit = self.config.train.checkpoints_total_limit
         judged_at, found = self.judged or (None, None)
         with self.not_timed():
+            self.left_out()
             pending = self.watch.everyones()
             if not all(bool(parameter.isfinite().all()) for parameter in self.state.parameters):
                 raise UserError(
@@ -421,6 +463,25 @@ class Trainer:
             disable=not self.accelerator.is_main_process or self.step == self.steps,
         )
 
+    def profiler(self):
+        """Records train.profile_steps steps, once the first are over."""
+        count = self.config.train.profile_steps
+        if not count or not self.accelerator.is_main_process:
+            return contextlib.nullcontext(Unprofiled())
+        when = torch.profiler.schedule(wait=PROFILE_AFTER - 1, warmup=1, active=count, repeat=1)
+        return torch.profiler.profile(schedule=when, on_trace_ready=self.write_profile, record_shapes=True)
+
+    def write_profile(self, recorded) -> None:
+        place, kind = self.folder / "profile", self.accelerator.device.type
+        place.mkdir(exist_ok=True)
+        table = recorded.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=40)
+        (place / "operations.txt").write_text(table, encoding="utf-8")
+        recorded.export_chrome_trace(str(place / "trace.json"))
+        tqdm.write(
+            f"profile {record.shown(place / 'operations.txt')} says where the time of {self.config.train.profile_steps} steps went, "
+            f"trace.json beside it shows it (chrome://tracing, Perfetto)"
+        )
+
     # -- stopping -----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -444,6 +505,19 @@ class Trainer:
         asked = torch.tensor(self.asked_to_stop or 0, device=self.accelerator.device)
         self.asked_to_stop = int(self.accelerator.gather(asked[None]).max()) or None
         return self.asked_to_stop is not None
+
+
+class Unprofiled:
+    """In a profiler's place."""
+
+    def step(self) -> None:
+        pass
+
+
+def speed_in_words(config: Config, transformer: torch.nn.Module, data: Prepared) -> str:
+    heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    kernel = attention.in_use(heads, width, data.checkpoint.device, data.checkpoint.dtype)
+    return f"speed   attention by {kernel.name}" + ("; blocks compiled by torch" if config.train.compile else "")
 
 
 def load_to_train(config: Config, data: Prepared, *, resumed: bool) -> tuple[torch.nn.Module, list[str]]:

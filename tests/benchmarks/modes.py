@@ -1,6 +1,6 @@
 """What each memory mode takes and costs, by the planner: writes tests/golden/modes.md.
 
-python tests/benchmarks/modes.py                about 6 minutes on 2 cores, no GPU, no weights
+python tests/benchmarks/modes.py                about 10 minutes on 2 cores, no GPU, no weights
 """
 
 from __future__ import annotations
@@ -25,6 +25,25 @@ ROWS = [
     *(f"model={model} memory=low_full lora=null" for model in ("2b", "5b")),
 ]
 CARD = CARDS["a100_80gb"]
+AGAIN, FULL = "train.gradient_checkpointing=true", "model=2b lora=null train.gradient_checkpointing=true"
+# An option, what it is added to, the phase it is for, and what the tests found of its results.
+OPTIONS = [
+    ("train.gradient_checkpointing=true", "", "train", "same bits"),
+    ("memory.recompute=selective", AGAIN, "train", "same bits"),
+    ("memory.offload_activations=true", AGAIN, "train", "same bits; bus"),
+    ("memory.feed_forward_chunks=4", AGAIN, "train", "rounding"),
+    ("memory.base_storage=fp8", AGAIN, "train", "output off by < 3 %"),
+    ("memory.base_storage=int8", AGAIN, "train", "output off by < 1 %"),
+    ("memory.base_storage=nf4", AGAIN, "train", "output off by < 10 %"),
+    ("memory.stream_weights=true", AGAIN, "train", "same bits; bus"),
+    ("optimizer=adamw8bit", f"{AGAIN} lora.rank=256", "train", "another optimizer"),
+    ("memory.vae_tiling=true", "", "encode clips", "blended seams"),
+    ("memory.stream_text_encoder=true", "", "encode prompts", "same bits; bus"),
+    ("memory.frugal_videos=true", "memory.vae_tiling=true", "video", "same bits; bus"),
+    ("memory.step_in_backward=true train.max_grad_norm=null", FULL, "train", "same bits, not clipped"),
+    ("memory.offload_optimizer=true", FULL, "train", "same bits in fp32; bus, CPU"),
+    ("optimizer=adamw8bit", FULL, "train", "another optimizer"),
+]
 
 
 def row(overrides: str) -> str:
@@ -41,6 +60,24 @@ def row(overrides: str) -> str:
     return f"| {overrides} | {sizes} | **{max(p.peak.reserved for p in found.values()) / 1e9:.1f}** | {ratio:.2f} | {host:.0f} |"
 
 
+def option_rows() -> list[str]:
+    """Each option by itself, on 5b unless another model is named."""
+    jobs = []
+    for option, base, phase, _ in OPTIONS:
+        for overrides in (base, f"{base} {option}"):
+            jobs.append(
+                (compose_config(["model=5b", *overrides.split(), "train.mixed_precision=bf16"]), [phase], None, CARD)
+            )
+    outcomes, rows = traces(jobs), []
+    for (option, base, phase, found), without, added in zip(OPTIONS, outcomes[::2], outcomes[1::2], strict=True):
+        before, after = without.phase(phase), added.phase(phase)
+        sizes = f"{before.peak.reserved / GIB:.1f} | {after.peak.reserved / GIB:.1f}"
+        rows.append(
+            f"| {option} | {base or 'fast'} | {phase} | {sizes} | {after.seconds / before.seconds:.2f} | {found} |"
+        )
+    return rows
+
+
 if __name__ == "__main__":
     processes.quiet_libraries()
     lines = [
@@ -53,4 +90,12 @@ if __name__ == "__main__":
     for overrides in ROWS:
         lines.append(row(overrides))
         print(lines[-1], flush=True)
+    lines += [
+        "", "## Each option by itself", "",
+        "5b, LoRA rank 64, unless the second column says otherwise: GiB reserved in the phase without and with it, how many times as long",
+        "the phase takes by the plan for an A100 (`bus`: and what the copies between RAM and the card do not hide), and its results beside",
+        "those without it (tests/model/test_blocks.py, tests/training).", "",
+        "| option | added to | phase | without | with | time | results |", "|---|---|---|---|---|---|---|", *option_rows(),
+    ]  # fmt: skip
+    print("\n".join(lines[-len(OPTIONS) :]))
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from cogvx.training.options import Memory, Recompute, Storage
 CPU = torch.device("cpu")
 PLAIN = Memory(
     vae_tiling=False, recompute=Recompute.full, offload_activations=False, base_storage=Storage.own, stream_weights=False, stream_text_encoder=False,
-    feed_forward_chunks=1, frugal_videos=False, offload_optimizer=False,
+    feed_forward_chunks=1, frugal_videos=False, offload_optimizer=False, step_in_backward=False,
 )  # fmt: skip
 
 

@@ -128,3 +128,39 @@ def test_eight_bit_moments_are_counted_as_bitsandbytes_holds_them():
     optimizer.step()
     held = sum(t.numel() * t.element_size() for t in phases.states_of(optimizer))
     assert held == 2 * (25600 + 4 * 100)
+
+
+def test_what_is_planned_is_measured_where_it_can_be_counted(run, nano_folder, capfd):
+    folder = run(
+        "a",
+        "task=plan",
+        "model=2b",
+        f"model.path='{nano_folder}'",
+        *SMALL,
+        "train.mixed_precision=no",
+        "plan.measure=true",
+    )
+    rows = json.loads((folder / "plan.json").read_text())["measured"]["phases"]
+    assert list(rows) == phases.PHASES and "measured on this CPU" in capfd.readouterr().out
+    for name in ("held-out loss", "train", "video"):
+        assert rows[name]["planned_gib"] == rows[name]["measured_gib"] > 0, name
+
+
+def test_of_all_gradients_one_is_there_at_a_time_when_steps_are_taken_in_the_backward_pass(compose, nano_folder):
+    settings = ["lora=null", "train.max_grad_norm=null", "train.gradient_checkpointing=true"]
+    at_peak = []
+    for in_backward in ("false", "true"):
+        more = [*settings, f"memory.step_in_backward={in_backward}"]
+        recorder = recorded(compose, nano_folder, more, ["train"], as_cuda=False)
+        at_peak.append(sum(s.size for s in recorder.at_peak["train"] if s.what == "gradients"))
+    weights = 4 * 1_700_000
+    assert at_peak[0] > 0.5 * weights and at_peak[1] < 0.1 * weights
+
+
+def test_several_processes_are_planned_with_their_buckets(compose, nano_folder):
+    one, two = (
+        recorded(compose, nano_folder, settings, ["train"], as_cuda=False)
+        for settings in (["lora=null"], ["lora=null", "parallel=ddp"])
+    )
+    trained = 4 * sum(p.numel() for p in phases.PlannedCheckpoint(Path(), phases.CPU, torch.float32, phases.configs_of(compose(f"model.path='{nano_folder}'"))).transformer().parameters())  # fmt: skip
+    assert abs(two.most[False] - one.most[False] - trained) < 0.02 * trained

@@ -1,0 +1,64 @@
+"""What a step of this run should take on this card: planned beside the run's start, in a process that leaves the GPU alone.
+
+python -m cogvx.plan.clock RUN CARD        prints the seconds
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from cogvx import config as configuration
+from cogvx.plan.cards import CARDS, named
+from cogvx.runs import record
+
+
+class Expectation:
+    """Called, gives the seconds once they are known; None before, and where the card is not one of plan/cards.py."""
+
+    def __init__(self, folder: Path, card: str | None):
+        command = [sys.executable, "-m", "cogvx.plan.clock", str(folder), str(card)]
+        here = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(record.PROJECT)}
+        self.seconds, self.folder, self.process = None, folder, None
+        if card is not None:
+            self.process = subprocess.Popen(
+                command, env=here, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+
+    def __call__(self) -> float | None:
+        if self.process is not None and self.process.poll() is not None:
+            said, self.process = self.process.communicate()[0], None
+            if said:
+                self.seconds = float(said.split()[-1])
+                record.note(self.folder, planned_seconds_per_step=round(self.seconds, 3))
+        return self.seconds
+
+    def __enter__(self) -> Expectation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process is not None:
+            self.process.kill()
+
+
+def present_card() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    about = torch.cuda.get_device_properties(0)
+    return named(about.name, about.total_memory / 2**30)
+
+
+def main(folder: Path, card: str) -> None:
+    from cogvx.plan.planner import step_seconds
+    from cogvx.runs.processes import quiet_libraries
+
+    quiet_libraries()
+    print(step_seconds(configuration.read(folder / record.CONFIG), CARDS[card]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,263 @@
+"""What makes a step fast changes no result, and nothing in a step waits for the device."""
+
+import json
+import shutil
+import types
+
+import pytest
+import torch
+from families import model_of
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from cogvx.errors import UserError
+from cogvx.model import attention, blocks, full, lora
+from cogvx.plan.cards import CARDS, named
+from cogvx.plan.clock import Expectation
+from cogvx.runs import record
+from cogvx.training import guards, prepare, trainer
+from cogvx.training.options import Attention
+
+SHORT = ["train.max_train_steps=12", "train.logging_steps=6", "validation.heldout_steps=12"]
+
+
+def losses(folder) -> list:
+    return [line["loss"] for line in record.read_lines(folder / "metrics.jsonl") if "loss" in line]
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would make the host wait for the device: values read from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+        waits = (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.equal,
+            torch.ops.aten.is_nonzero,
+            torch.ops.aten.nonzero,
+        )
+        self.count += func._overloadpacket in waits
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "waits"),
+    [
+        ([], False),
+        (["optimizer=adam", "train.gradient_accumulation_steps=2", "train.max_grad_norm=null"], False),
+        (["lora=null", "train.gradient_checkpointing=true"], False),
+        (["model=nano_i2v", "train.min_snr_gamma=5"], False),
+        (["optimizer=prodigy"], True),  # it cannot leave out a step by itself
+    ],
+)
+def test_a_step_reads_nothing_from_the_device(run, monkeypatch, settings, waits):
+    step, found = trainer.Trainer.optimizer_step, []
+
+    def watched(self):
+        with Reads() as reads, pytest.MonkeyPatch.context() as within:
+            for name in ("tolist", "cpu", "numpy"):  # which the mode does not see
+                real = getattr(torch.Tensor, name)
+                within.setattr(torch.Tensor, name, lambda *given, real=real: (found.append(1), real(*given))[1])
+            rate = step(self)
+        found.append(reads.count)
+        return rate
+
+    read_tensor = trainer.read_tensor
+
+    def from_disk(*given):  # into the host's memory
+        with _disable_current_modes():
+            return read_tensor(*given)
+
+    monkeypatch.setattr(trainer.Trainer, "optimizer_step", watched)
+    for module in (prepare, trainer):
+        monkeypatch.setattr(module, "read_tensor", from_disk)
+    run("a", "train.max_train_steps=4", *settings)
+    assert len(found) >= 4 and (sum(found) > 0) == waits
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_of_attention_gives_the_same_and_is_named(run, capfd):
+    folders = {kind: run(kind, *SHORT, f"train.attention={kind}") for kind in ("auto", "flash", "math")}
+    said = capfd.readouterr().out
+    assert said.count("speed   attention by flash") == 2 and said.count("speed   attention by math") == 1
+    assert losses(folders["auto"]) == losses(folders["flash"])
+    assert losses(folders["flash"]) != losses(folders["math"]), "another kernel rounds otherwise"
+    assert all(abs(a - b) < 1e-5 for a, b in zip(losses(folders["flash"]), losses(folders["math"]), strict=True))
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled(), "put back afterwards"
+
+
+def test_a_kernel_that_is_not_there_is_refused_in_words(run, capfd):
+    run("a", *SHORT, "train.attention=cudnn", expect=2)
+    assert "train.attention: no such kernel on cpu" in capfd.readouterr().err
+    with attention.using(Attention.efficient), pytest.raises(UserError, match="auto takes the fastest"):
+        attention.in_use(2, 32, torch.device("cpu"), torch.float32)
+
+
+def test_the_sine_table_of_another_size_is_computed_once(family_folder, compose):
+    plain, ours = model_of(family_folder("2b")), model_of(family_folder("2b"))
+    real, calls = ours.transformer.patch_embed._get_positional_embeddings, []
+    ours.transformer.patch_embed._get_positional_embeddings = lambda *given, **named: (
+        calls.append(given),
+        real(*given, **named),
+    )[1]
+    blocks.arrange(ours.transformer, compose().memory, recompute=False, device=torch.device("cpu"))
+    latents = torch.randn(1, 3, 16, 10, 14)  # not the checkpoint's 12 x 16
+    for _ in range(3):
+        answers = [m.predict_velocity(latents, None, torch.ones(1, 64, 64), torch.tensor([5])) for m in (plain, ours)]
+        assert torch.equal(*answers)
+    assert len(calls) == 1
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind",
+    [[], ["train.gradient_checkpointing=true"], ["memory=minimal", "memory.feed_forward_chunks=1"], ["lora=null"]],
+)
+def test_compiled_blocks_train_as_others_do(run, kind):
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.reset()  # as in a process of its own
+    settings = [*SHORT, "train.checkpointing_steps=6", *kind]
+    plain, compiled = run("plain", *settings), run("compiled", *settings, "train.compile=true")
+    assert all(abs(a - b) < 1e-4 for a, b in zip(losses(plain), losses(compiled), strict=True))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0, "nothing was compiled"
+    shutil.rmtree(compiled / "checkpoints" / "step_000012")
+    (compiled / "summary.json").unlink()
+    before = losses(compiled)
+    assert losses(run("compiled", *settings, "train.compile=true")) == before, "a resumed run goes on as it was"
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_said_in_words(run, monkeypatch, tmp_path, capfd):
+    import torch._inductor.config
+
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    run("a", *SHORT, "train.compile=true", "lora.rank=3", expect=2)
+    said = capfd.readouterr().err
+    assert "train.compile=true: torch cannot compile the blocks here" in said and "Traceback" not in said
+
+
+# -- the optimizer in the backward pass --------------------------------------------------------------------------------
+
+FULL = ["lora=null", "optimizer.learning_rate=1e-4", "train.max_grad_norm=null", "train.checkpointing_steps=6"]
+
+
+def test_stepping_in_the_backward_pass_changes_nothing(run):
+    plain, ours = run("plain", *SHORT, *FULL), run("ours", *SHORT, *FULL, "memory.step_in_backward=true")
+    assert lora.compare(dict(full.saved(plain)), dict(full.saved(ours)), values=True) == []
+    norms = [
+        [m["grad_norm"] for m in record.read_lines(f / "metrics.jsonl") if "grad_norm" in m] for f in (plain, ours)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    shutil.rmtree(ours / "checkpoints" / "step_000012")
+    (ours / "summary.json").unlink()
+    resumed = run("ours", *SHORT, *FULL, "memory.step_in_backward=true")
+    assert lora.compare(dict(full.saved(plain)), dict(full.saved(resumed)), values=True) == []
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight_in_the_backward_pass_either(run, monkeypatch):
+    real, count = trainer.training_losses, iter(range(100))
+
+    def spoilt(*given):
+        losses, timesteps = real(*given)
+        return losses * (float("nan") if next(count) else 1.0), timesteps
+
+    monkeypatch.setattr(trainer, "training_losses", spoilt)
+    settings = [*FULL, "memory.step_in_backward=true", "data.validation_fraction=0", "scheduler.lr_warmup_steps=0"]
+    folder = run("a", *settings, "train.max_train_steps=6")
+    count = iter(range(100))
+    one = run("b", *settings, "train.max_train_steps=1")
+    assert lora.compare(dict(full.saved(folder)), dict(full.saved(one)), values=True) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], "needs lora=null, train.max_grad_norm=null"),
+        (["lora=null", "optimizer=schedule_free"], "needs optimizer=adam or adamw, train.max_grad_norm=null"),
+        ([*FULL[:3], "train.gradient_accumulation_steps=2"], "needs train.gradient_accumulation_steps=1"),
+    ],
+)
+def test_what_needs_all_gradients_at_once_is_refused(compose, settings, said):
+    with pytest.raises(UserError, match=said):
+        compose("memory.step_in_backward=true", *settings)
+
+
+# -- the clock ---------------------------------------------------------------------------------------------------------
+
+
+def test_slow_steps_are_said_once_with_their_cause(run, monkeypatch, capfd):
+    assert guards.slow(1.9, 0.0, 1.0) is None and guards.slow(100.0, 0.0, None) is None
+    assert "a step takes 2.1 s where the plan for this card says 1.0 s" in guards.slow(2.1, 0.1, 1.0)
+    assert "1.5 s of it wait for data: put data.cache_dir on a local disk" in guards.slow(2.1, 1.5, 1.0)
+    train = trainer.train
+    monkeypatch.setattr(trainer, "train", lambda config, folder, expected: train(config, folder, lambda: 1e-6))
+    run("a", *SHORT, "train.logging_steps=2")
+    assert capfd.readouterr().out.count("warning a step takes") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "card"),
+    [
+        ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090_24gb"),
+        ("NVIDIA A100-SXM4-80GB", 79.1, "a100_80gb"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "a100_40gb"),
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100_80gb"),
+        ("NVIDIA L40S", 44.4, "l40s_48gb"),
+        ("NVIDIA GeForce RTX 3060", 11.8, "rtx3060_12gb"),
+        ("NVIDIA GeForce RTX 4080 SUPER", 15.7, "rtx4080_16gb"),
+        ("NVIDIA GeForce RTX 3080", 9.8, None),
+        ("Tesla T4", 14.6, None),
+    ],
+)
+def test_cards_are_known_by_the_names_cuda_gives_them(device, gib, card):
+    assert named(device, gib) == card
+
+
+@pytest.mark.slow
+def test_the_expectation_is_the_plans(compose, nano_folder, tmp_path):
+    import time
+
+    from accelerate.state import AcceleratorState
+
+    from cogvx.plan.planner import step_seconds
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    small = ["data.max_num_frames=9", "data.height=64", "data.width=64", "data.fps=8", "train.mixed_precision=bf16"]
+    config = compose("model=2b", f"model.path='{nano_folder}'", *small, f"output_dir='{tmp_path / 'run'}'")
+    folder = record.open_folder(config)
+    with Expectation(folder, "rtx4090_24gb") as expected:
+        deadline = time.monotonic() + 120
+        while expected() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert expected() == pytest.approx(step_seconds(config, CARDS["rtx4090_24gb"]), rel=1e-6)
+    assert record.read_json(folder / record.ENVIRONMENT)["planned_seconds_per_step"] == round(expected(), 3)
+    with Expectation(folder, None) as unknown:
+        assert unknown() is None
+
+
+def test_the_progress_bars_forecast_leaves_validation_out():
+    bar = types.SimpleNamespace(start_t=0.0, last_print_t=0.0)
+    self = types.SimpleNamespace(progress=bar, clock=0.0)
+    with trainer.Trainer.not_timed(self):
+        import time
+
+        time.sleep(0.05)
+    assert bar.start_t == bar.last_print_t == self.clock >= 0.05
+
+
+def test_a_profile_says_where_the_time_of_some_steps_went(run, capfd):
+    folder = run("a", *SHORT, "train.profile_steps=2")
+    assert "operations.txt says where the time of 2 steps went" in capfd.readouterr().out
+    assert "aten::addmm" in (folder / "profile" / "operations.txt").read_text()
+    names = {event.get("name") for event in json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]}
+    assert "aten::scaled_dot_product_attention" in names
+    assert losses(folder) == losses(run("b", *SHORT))
