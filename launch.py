@@ -70,15 +70,18 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
 
     `--config-dir RUN --config-name config`: Hydra would find conf/config.yaml first and train the defaults, so the record
     becomes the primary configuration and conf/ the place of its options. `train.resume=RUN` starts from RUN's record too:
-    alone, it goes on in RUN's folder; with changes, or from one of RUN's checkpoints, in a new one.
+    alone, it goes on in RUN's folder; with changes, or from one of RUN's checkpoints, in a new one. So does task=evaluate task.run=RUN.
     """
     arguments = list(arguments)
     folder = take_option(arguments, "--config-dir", "-cd")
     resume = next((a.split("=", 1)[1] for a in arguments if a.startswith("train.resume=")), "null")
+    judged = next((a.split("=", 1)[1] for a in arguments if a.startswith("task.run=")), None)
     if folder is None and resume not in ("auto", "null"):
-        folder = str(run_folder_of(Path(resume)))
+        folder = str(run_folder_of(Path(resume), "train.resume"))
         if Path(resume).absolute() == Path(folder).absolute() and all(a.startswith("train.resume=") for a in arguments):
             arguments.append(f"output_dir={Path(folder).absolute()}")
+    if folder is None and judged is not None:
+        folder = str(run_folder_of(Path(judged), "task.run"))
     if folder is None:
         return arguments
     name = take_option(arguments, "--config-name", "-cn") or "config"
@@ -110,12 +113,12 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
     return ["--config-path", str(scratch), *options, *overrides]
 
 
-def run_folder_of(place: Path) -> Path:
+def run_folder_of(place: Path, setting: str) -> Path:
     """The run that a folder or one of its checkpoints belongs to."""
     for folder in (place, place.parent.parent):
         if (folder / record.CONFIG).is_file():
             return folder
-    raise UserError(f"train.resume={place}: no run's folder (it would hold {record.CONFIG}) and no checkpoint of one")
+    raise UserError(f"{setting}={place}: no run's folder (it would hold {record.CONFIG}) and no checkpoint of one")
 
 
 def take_option(arguments: list[str], *names: str) -> str | None:

@@ -29,7 +29,7 @@ from cogvx.training import optimizers, options, schedules, tracking
 CONF = Path(__file__).parent.parent / "conf"
 
 GROUPS: dict[str, dict[str, type]] = {
-    "task": {"train": tasks.Train, "encode": tasks.Encode, "plan": tasks.Plan, "nano_vae": tasks.NanoVae},
+    "task": {"train": tasks.Train, "encode": tasks.Encode, "plan": tasks.Plan, "nano_vae": tasks.NanoVae, "evaluate": tasks.Evaluate},
     "model": {
         "nano": checkpoint.Nano, "nano_i2v": checkpoint.Nano, "2b": checkpoint.Model, "5b": checkpoint.Model,
         "5b_i2v": checkpoint.Model, "1_5_5b": checkpoint.Model, "1_5_5b_i2v": checkpoint.Model,
@@ -261,7 +261,8 @@ def typed(composed: DictConfig, section: str, section_class: type) -> tuple[obje
 def make_paths_absolute(config: Config) -> None:
     for owner, name in (
         (config.data, "instance_data_root"), (config.data, "cache_dir"),
-        (config.validation, "validation_prompts_file"), (config, "output_dir"), (config.lora, "init_from"),
+        (config.validation, "validation_prompts_file"), (config.task, "run"), (config.task, "prompts_file"),
+        (config.task, "other_prompts_file"), (config, "output_dir"), (config.lora, "init_from"),
     ):  # fmt: skip
         value = getattr(owner, name, None)
         if value is not None:

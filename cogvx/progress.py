@@ -4,7 +4,8 @@ import sys
 
 
 def bar(iterable=None, **settings):
-    """A tqdm bar; in a log file it draws a line every 20 seconds instead of ten a second."""
+    """A tqdm bar; in a log file, where there is no going back in a line, only what takes long, every 20 seconds."""
     from tqdm import tqdm
 
-    return tqdm(iterable, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 20, **settings)
+    seconds = {"mininterval": 0.2} if sys.stderr.isatty() else {"mininterval": 20, "delay": 20}
+    return tqdm(iterable, dynamic_ncols=True, **seconds, **settings)

@@ -1,4 +1,4 @@
-"""What a run does: one YAML under conf/task/ and one class here each. run() returns the run's summary."""
+"""What a run does: one YAML under conf/task/ and one class here each. start() returns the run's summary."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Task:
-    def run(self, config: Config, folder: Path) -> dict:
-        raise TypeError(f"{type(self).__name__} has no run()")
+    def start(self, config: Config, folder: Path) -> dict:
+        raise TypeError(f"{type(self).__name__} has no start()")
 
 
 @dataclass
 class Train(Task):
-    def run(self, config: Config, folder: Path) -> dict:
+    def start(self, config: Config, folder: Path) -> dict:
         from cogvx.plan.clock import Expectation, present_card
         from cogvx.training.trainer import train
 
@@ -29,7 +29,7 @@ class Train(Task):
 
 @dataclass
 class Plan(Task):
-    def run(self, config: Config, folder: Path) -> dict:
+    def start(self, config: Config, folder: Path) -> dict:
         from cogvx.plan.planner import plan
 
         return plan(config, folder)
@@ -37,7 +37,7 @@ class Plan(Task):
 
 @dataclass
 class Encode(Task):
-    def run(self, config: Config, folder: Path) -> dict:
+    def start(self, config: Config, folder: Path) -> dict:
         from cogvx.training.trainer import encode
 
         return encode(config, folder)
@@ -54,7 +54,31 @@ class NanoVae(Task):
     kl_weight: float
     bf16: bool
 
-    def run(self, config: Config, folder: Path) -> dict:
+    def start(self, config: Config, folder: Path) -> dict:
         from cogvx.training.autoencoder import train
 
         return train(config, self, folder)
+
+
+@dataclass
+class Evaluate(Task):
+    run: str
+    strengths: list[float]
+    checkpoints: bool
+    count: int
+    prompts_file: str | None
+    other_prompts_file: str | None
+    seed: int
+    clip_path: str | None
+    vbench: list[str]
+
+    def problems(self) -> list[str]:
+        found = [] if self.count >= 1 else [f"task.count={self.count}: must be 1 or more"]
+        if not self.strengths or any(strength <= 0 for strength in self.strengths):
+            found.append(f"task.strengths={self.strengths}: must be numbers above 0; the base model is judged anyway")
+        return found
+
+    def start(self, config: Config, folder: Path) -> dict:
+        from cogvx.inference.evaluate import evaluate
+
+        return evaluate(config, self, folder)

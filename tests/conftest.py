@@ -58,6 +58,7 @@ def run(compose, tmp_path):
             "lora.lora_alpha=2",
             "scheduler.lr_warmup_steps=2",
             "validation.num_validation_videos=0",
+            "validation.scored_prompts=0",
         ]
         folder = record.open_folder(compose(*quick, f"output_dir='{tmp_path / name}'", *overrides))
         assert processes.run_here(folder) == expect

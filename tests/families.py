@@ -40,7 +40,7 @@ def tiny(family: str) -> nano.Tiny:
 
 
 def write(folder: Path, family: str) -> Path:
-    nano.write(folder, tiny(family))
+    nano.write_random(folder, tiny(family))
     if tiny(family).geometry.learned_positions:  # a new table is the sine table; a trained one is not
         transformer = CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer")
         with torch.no_grad():
@@ -95,7 +95,7 @@ def passed_by_the_pipeline(folder, family, frames, height, width, picture):
     start = {"image": picture} if picture else {}
     pipeline(
         **start, prompt=PROMPT, guidance_scale=1, num_frames=frames, height=height, width=width, num_inference_steps=2,
-        max_sequence_length=64, generator=torch.Generator().manual_seed(7), output_type="latent",
+        max_sequence_length=nano.TEXT_TOKENS, generator=torch.Generator().manual_seed(7), output_type="latent",
     )  # fmt: skip
     return calls[0]
 

@@ -41,8 +41,7 @@ def write_report(folder: Path, clips: list[EncodedClip], held_out: list[bool], r
 
 def write_contact_sheet(folder: Path, clips: list[EncodedClip], held_out: list[bool]) -> None:
     """First, middle and last frame of up to MOST_ON_SHEET clips, as resized and cropped for the model."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
     from safetensors.torch import load_file
 
     shown = list(zip(clips, held_out, strict=True))[:MOST_ON_SHEET]
@@ -53,9 +52,7 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], held_out: list[b
     rows = -(-len(shown) // columns)
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.font = ImageFont.truetype(
-        Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 10
-    )  # has most alphabets
+    pen.font = font(10)
     for number, ((clip, out), strip) in enumerate(zip(shown, strips, strict=True)):
         left, top = gap + number % columns * cell_width, gap + number // columns * cell_height
         for place, frame in enumerate(strip):
@@ -64,6 +61,14 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], held_out: list[b
         pen.text((left, top + height + 1), fitted(pen, label, 3 * width), "black")
         pen.text((left, top + height + 14), fitted(pen, clip.example.prompt, 3 * width), "dimgray")
     sheet.save(folder / "contact_sheet.png")
+
+
+def font(size: int):
+    """One that has most alphabets."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def fitted(pen, text: str, width: int) -> str:

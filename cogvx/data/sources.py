@@ -118,6 +118,10 @@ class Data:
             found.append(f"data.max_bad_fraction={self.max_bad_fraction}: must be from 0 to 1")
         return found
 
+    def is_demo(self) -> bool:
+        """Whether the clips are those of cogvx/data/demo.py."""
+        return False
+
     def root(self) -> Path:
         root = Path(self.instance_data_root)
         if not root.is_dir():
@@ -150,6 +154,9 @@ class Demo(TextFiles):
         if self.instance_data_root is None:
             return demo.render(Path(self.cache_dir))
         return super().root()
+
+    def is_demo(self) -> bool:
+        return self.instance_data_root is None
 
 
 @dataclass

@@ -6,6 +6,7 @@ model=nano was trained on it (experiment=nano_pretrain), and the demo adds a sha
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,3 +148,14 @@ def render_scenes(folder: Path, clips: list[Scene]) -> None:
         write_video(folder / name, draw(scene), fps=scene.fps)
     (folder / "prompts.txt").write_text("".join(f"{scene.caption()}\n" for scene in clips), encoding="utf-8")
     (folder / "videos.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+FORM = re.compile(r"\bA (\w+) (\w+) moves (\w+) over a (\w+) background\b")
+
+
+def described(prompt: str) -> dict[str, str]:
+    """What a prompt in the form of Scene.caption() asks for: colour, shape (by its name there), direction, background; {} for others."""
+    found = FORM.search(prompt)
+    return (
+        {} if found is None else dict(zip(("colour", "shape", "direction", "background"), found.groups(), strict=True))
+    )

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 def generate(
     *, transformer, vae, noise_scheduler, prompt_embeds: Tensor, negative_prompt_embeds: Tensor,
     image: numpy.ndarray | None, data: Data, sampling: Validation, frugal: bool, seed: int,
-    description: str,
+    description: str | None,
 ) -> numpy.ndarray:  # fmt: skip
     """A video of data's size, [F, H, W, 3] uint8; embeddings [S, D]; image [H, W, 3] uint8 to start from, or None for
-    text-to-video; frugal: memory.frugal_videos. The same seed gives the same starting noise on every device."""
+    text-to-video; frugal: memory.frugal_videos; description: of the progress bar, None: no bar. The same seed gives the same starting noise on every device."""
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
     from PIL import Image
 
@@ -34,7 +34,9 @@ def generate(
     pipeline = pipeline_class(
         tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=noise_scheduler
     )
-    pipeline.set_progress_bar_config(desc=description, leave=False, disable=not sys.stderr.isatty())
+    pipeline.set_progress_bar_config(
+        desc=description, leave=False, disable=description is None or not sys.stderr.isatty()
+    )
     device, decode = vae.device, pipeline.decode_latents
 
     def decode_alone(latents: Tensor) -> Tensor:

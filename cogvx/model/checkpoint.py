@@ -104,6 +104,8 @@ class Model:
 class Nano(Model):
     """The built-in tiny checkpoint, written where `path` says on first use."""
 
+    blank: bool  # with a transformer that is still to be trained
+
     def is_local(self) -> bool:
         return True
 
@@ -113,7 +115,7 @@ class Nano(Model):
     def local_folder(self) -> Path:
         from cogvx.model import nano
 
-        return nano.write(Path(self.path), self.tiny())
+        return nano.write(Path(self.path), self.tiny(), blank=self.blank)
 
     def tiny(self):
         from cogvx.model import nano

@@ -1,14 +1,14 @@
-"""A CogVideoX checkpoint of 2 million parameters, written to disk in the released checkpoints' own format.
+"""A CogVideoX of 2.5 million parameters that knows a little world (cogvx/data/world.py), in the released checkpoints' own format.
 
-The real classes at tiny size, like 2B: sine positions, no rotary; VAE 4 x 4 x 4, patch 2. Everything that loads,
-trains, samples and saves the 2B does it here too; nano_i2v is the same for image-to-video. The weights are random but
-always the same.
+The real classes at tiny size, like 2B: sine positions, no rotary; VAE 4 x 4 x 4, patch 2. Everything that loads, trains, samples
+and saves the 2B does it here too; nano_i2v is the same for image-to-video. weights/README.md says how the weights were made.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from cogvx.data.cache import filled
 from cogvx.model.geometry import Geometry
 from cogvx.model.released import SCHEDULER, TRANSFORMER_2B, VAE_2B
 
-TEXT_TOKENS = 64
+WEIGHTS = Path(__file__).parent / "weights"  # nano/ whole but for what write_settings() adds, nano_i2v/transformer
+TEXT_TOKENS = 32
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 16
-SCALING_FACTOR = 2.65  # 1 / standard deviation of the random VAE's latents of the demo's clips; a test measures it
+SCALING_FACTOR = 1.3504  # 1 / standard deviation of the VAE's latents of the world's clips; task=nano_vae measures it
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Tiny:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry.from_configs(self.transformer, self.vae, "F32")
+        return Geometry.from_configs(self.transformer, self.vae, "F16")
 
 
 NANO = Tiny(
     transformer=TRANSFORMER_2B | {
-        "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 4, "time_embed_dim": 128,
+        "num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 6, "time_embed_dim": 128,
         "text_embed_dim": TEXT_WIDTH, "max_text_seq_length": TEXT_TOKENS, "sample_frames": 9, "sample_height": 16, "sample_width": 16,
     },
     # Tiles are half of sample_height and sample_width; of these sizes their overlaps are whole latent pixels, as the 2B's are.
@@ -46,31 +47,77 @@ NANO = Tiny(
         "block_out_channels": [16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8, "latent_channels": LATENT_CHANNELS,
         "sample_height": 96, "sample_width": 80, "scaling_factor": SCALING_FACTOR,
     },
-    snr_shift_scale=3.0,
+    snr_shift_scale=1.0,  # as the 5B's; the 2B's 3 is for larger frames
 )  # fmt: skip
 NANO_I2V = replace(NANO, transformer=NANO.transformer | {"in_channels": 2 * LATENT_CHANNELS})
 
 
-def write(folder: Path, tiny: Tiny = NANO) -> Path:
-    """The checkpoint's folder, written unless it is there."""
-    return filled(folder, lambda partial: write_parts(partial, tiny))
+def write(folder: Path, tiny: Tiny = NANO, *, blank: bool = False) -> Path:
+    """nano or nano_i2v in a folder, unless it is there. `blank`: with a transformer that is still to be trained: a random one, or
+    for image-to-video nano's own that does not look at the image yet."""
+    return filled(folder, lambda partial: write_parts(partial, tiny, blank))
 
 
-def write_parts(folder: Path, tiny: Tiny) -> None:
+def write_parts(folder: Path, tiny: Tiny, blank: bool) -> None:
+    from cogvx.model.checkpoint import library_bars
+
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(WEIGHTS / "nano" / part, folder / part)
+    trained = WEIGHTS / ("nano_i2v" if tiny.geometry.image_to_video else "nano") / "transformer"
+    if blank:
+        with library_bars(shown=False):
+            blank_transformer(tiny).save_pretrained(folder / "transformer")
+    else:
+        shutil.copytree(trained, folder / "transformer")
+    write_settings(folder, tiny)
+
+
+def blank_transformer(tiny: Tiny):
     import torch
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+    from diffusers import CogVideoXTransformer3DModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = CogVideoXTransformer3DModel(**tiny.transformer)
+    if not tiny.geometry.image_to_video:
+        return transformer
+    trained = CogVideoXTransformer3DModel.from_pretrained(WEIGHTS / "nano" / "transformer", torch_dtype=torch.float32)
+    weights = trained.state_dict()
+    name = "patch_embed.proj.weight"  # [width, channels, patch, patch]
+    weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=1)
+    transformer.load_state_dict(weights)
+    return transformer
+
+
+def write_random(folder: Path, tiny: Tiny) -> Path:
+    """A checkpoint of random weights, always the same, in a folder, unless it is there."""
+    return filled(folder, lambda partial: write_random_parts(partial, tiny))
+
+
+def write_random_parts(folder: Path, tiny: Tiny) -> None:
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
 
     from cogvx.model.checkpoint import library_bars
 
     with library_bars(shown=False), torch.random.fork_rng():
         torch.manual_seed(0)
-        vocabulary = write_tokenizer(folder / "tokenizer")
+        write_text_encoder(folder)
         CogVideoXTransformer3DModel(**tiny.transformer).save_pretrained(folder / "transformer")
-        narrow_posterior(AutoencoderKLCogVideoX(**tiny.vae)).save_pretrained(folder / "vae")
-        text_encoder(vocabulary).save_pretrained(folder / "text_encoder")
+        narrow_posterior(new_vae(tiny)).save_pretrained(folder / "vae")
+    write_settings(folder, tiny)
+
+
+def write_settings(folder: Path, tiny: Tiny) -> None:
     noise_scheduler(tiny.snr_shift_scale).save_pretrained(folder / "scheduler")
     pipeline = "CogVideoXImageToVideoPipeline" if tiny.geometry.image_to_video else "CogVideoXPipeline"
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline} | PARTS, indent=2), encoding="utf-8")
+
+
+def new_vae(tiny: Tiny = NANO):
+    from diffusers import AutoencoderKLCogVideoX
+
+    return AutoencoderKLCogVideoX(**tiny.vae)
 
 
 def narrow_posterior(vae):
@@ -82,35 +129,37 @@ def narrow_posterior(vae):
     return vae
 
 
-def text_encoder(vocabulary: int):
+def write_text_encoder(folder: Path) -> None:
+    """A random T5, which tells words and their order apart, and its tokenizer; nothing in it needs to be trained."""
     from transformers import T5Config, T5EncoderModel
 
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocabulary,
-            d_model=TEXT_WIDTH,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-    )
+    vocabulary = write_tokenizer(folder / "tokenizer")
+    settings = {
+        "d_model": TEXT_WIDTH,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+    }
+    encoder = T5EncoderModel(T5Config(vocab_size=vocabulary, is_encoder_decoder=False, use_cache=False, **settings))
+    encoder.save_pretrained(folder / "text_encoder")
 
 
 def write_tokenizer(folder: Path) -> int:
-    """A sentencepiece model of the demo's captions and single letters, as T5's spiece.model; returns its size."""
+    """A sentencepiece model of the world's captions and single letters, as T5's spiece.model; returns its size."""
     import string
 
     import sentencepiece
 
-    from cogvx.data.demo import SCENES
+    from cogvx.data import world
 
+    captions = [scene.caption() for scene in world.scenes(672, 0)]
+    words = sorted({word.strip(".") for caption in captions for word in caption.split()})
+    punctuated = [f"{word}, {word}." for word in words]  # a piece has to be part of two different words
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([scene.caption() for scene in SCENES] * 10 + list(string.printable)),
+        sentence_iterator=iter([*captions, *punctuated * 10, *string.printable]),
         model_writer=written, vocab_size=300, hard_vocab_limit=False, character_coverage=1.0,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
     )  # fmt: skip
@@ -138,3 +187,18 @@ PARTS = {
     "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLCogVideoX"],
 }
+
+
+def keep_weights(run: Path, place: Path) -> None:
+    """Copies a run's transformer to be shipped, in fp16."""
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+    transformer = CogVideoXTransformer3DModel.from_pretrained(run / "transformer", torch_dtype=torch.float16)
+    transformer.save_pretrained(place / "transformer")
+
+
+if __name__ == "__main__":
+    import sys
+
+    keep_weights(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -121,16 +121,19 @@ class MomentsOfEightBits(torch.optim.Optimizer):
                     state[moment] = torch.zeros(size, dtype=torch.uint8), torch.zeros(blocks)
 
 
-class PlannedTrainer(Trainer):
-    """The trainer, on batches without contents."""
+@dataclass
+class PlannedData(Prepared):
+    """Batches without contents."""
 
-    def load_batch(self, clips, prompts, images) -> Batch:
-        data, geometry, dtype = self.config.data, self.model.geometry, self.model.dtype
+    config: Config
+
+    def load_batch(self, clips: list[EncodedClip], prompts: list[str], images: list[int]) -> Batch:
+        data, checkpoint, geometry = self.config.data, self.checkpoint, self.checkpoint.geometry()
         frames = (data.max_num_frames - 1) // geometry.temporal_stride + 1
         size = (data.height // geometry.spatial_stride, data.width // geometry.spatial_stride)
         channels, count = 2 * geometry.latent_channels, len(clips)
-        width = self.data.checkpoint.configs["transformer"]["text_embed_dim"]
-        zeros = functools.partial(torch.zeros, dtype=dtype, device=self.model.device)
+        width = checkpoint.configs["transformer"]["text_embed_dim"]
+        zeros = functools.partial(torch.zeros, dtype=checkpoint.dtype, device=checkpoint.device)
         first = zeros(count, channels, 1, *size) if geometry.image_to_video else None
         return Batch(zeros(count, channels, frames, *size), zeros(count, geometry.text_tokens, width), first)
 
@@ -216,9 +219,9 @@ def train(
     clips = [clip] * (config.train.train_batch_size * config.train.gradient_accumulation_steps)
     picture = numpy.zeros((data.height, data.width, 3), numpy.uint8)
     images = {"prompt": picture} if checkpoint.geometry().image_to_video else {}
-    prepared = Prepared(checkpoint, clips, [clip], {}, ["prompt"], "prompt", images)
+    prepared = PlannedData(checkpoint, clips, [clip], {}, ["prompt"], "prompt", images, config)
     recorder.begin("load")
-    trainer = PlannedTrainer.build(config, folder, accelerator, prepared)
+    trainer = Trainer.build(config, folder, accelerator, prepared)
     transformer = trainer.state.transformer
     recorder.call((p for p in transformer.parameters() if not p.requires_grad), "frozen weights")
     recorder.call(trainer.state.parameters, "trained weights")
@@ -253,7 +256,7 @@ def train(
         recorder.begin("video")
         width = checkpoint.configs["transformer"]["text_embed_dim"]
         embeds = torch.zeros(checkpoint.geometry().text_tokens, width, dtype=checkpoint.dtype, device=checkpoint.device)
-        videos = Videos(folder, config, checkpoint, {"prompt": embeds}, images, embeds)
+        videos = Videos(folder, config, checkpoint, ["prompt"], lambda prompt: embeds, images, {}, [])
         vae = checkpoint.vae(tiling=config.memory.vae_tiling)
         recorder.call(vae.parameters(), "VAE weights")
         nothing = [numpy.zeros((1, 1, 1, 3))]

@@ -103,7 +103,7 @@ def run_here(folder: Path) -> int:
     config = configuration.read(folder / record.CONFIG)
     quiet_libraries()
     try:
-        summary = config.task.run(config, folder)
+        summary = config.task.start(config, folder)
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
         message, code = in_words(error)

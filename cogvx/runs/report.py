@@ -21,7 +21,12 @@ def write(folder: Path) -> Path:
         table({name: value for name, value in summary.items() if isinstance(value, str | int | float)}),
         section("Memory by phase", picture(folder / "plan.png")),
         section("Losses", curves(metrics)),
-        section("Videos: base model left, tuned right", videos(folder)),
+        section("Videos: base model, tuned, a training clip", videos(folder)),
+        section("Scores", scores(folder)),
+        section(
+            "Videos of the base model and of each variant: first, middle and last frame",
+            picture(folder / "evaluation.png"),
+        ),
         section("What the model saw", picture(folder / "contact_sheet.png")),
         section("Settings", f"<pre>{escape((folder / record.CONFIG).read_text(encoding='utf-8'))}</pre>"),
         section("Where it ran", table({name: value for name, value in facts.items() if name != "packages"})),
@@ -108,6 +113,17 @@ def videos(folder: Path) -> str:
     return "".join(
         f"<video src='{escape(source)}' autoplay loop muted playsinline controls></video>" for source in sources
     )
+
+
+def scores(folder: Path) -> str:
+    """Of every variant that was judged, each measure of base and tuned and their difference with the interval that holds it with 95 %."""
+    rows = ""
+    for variant, found in record.read_json(folder / "evaluation.json").get("comparisons", {}).items():
+        for c in found:
+            values = "".join(f"<td>{c[name]:.3f}" for name in ("base", "tuned"))
+            interval = f"{c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})"
+            rows += f"<tr><td>{escape(variant)} {escape(c['kind'])}<td>{escape(c['measure'])}{values}<td>{interval}"
+    return f"<table><tr><td><td><td>base<td>tuned<td>difference{rows}</table>" if rows else ""
 
 
 def picture(path: Path) -> str:

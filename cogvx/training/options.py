@@ -114,6 +114,7 @@ class Validation:
     validation_prompts_file: str | None
     validation_images: str | None
     num_validation_videos: int
+    scored_prompts: int
     validation_steps: int | None
     num_inference_steps: int
     guidance_scale: float
@@ -138,8 +139,9 @@ class Validation:
             found.append(
                 f"validation.num_inference_steps={self.num_inference_steps}: must be at most 1000; 50 are usual"
             )
-        if self.num_validation_videos < 0:
-            found.append(f"validation.num_validation_videos={self.num_validation_videos}: must be 0 (none) or more")
+        for name in ("num_validation_videos", "scored_prompts"):
+            if getattr(self, name) < 0:
+                found.append(f"validation.{name}={getattr(self, name)}: must be 0 (none) or more")
         if self.validation_prompt is not None and self.validation_prompts_file is not None:
             found.append(
                 "validation.validation_prompt and validation.validation_prompts_file are both set: leave one null"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ from cogvx.errors import UserError
 from cogvx.model.checkpoint import Checkpoint
 from cogvx.runs import record
 from cogvx.training.options import Memory, Precision
+from cogvx.training.step import Batch, sent
 from cogvx.training.validation import given_images, given_prompts
 
 
@@ -78,7 +79,10 @@ class Prepared:
     images: dict[str, numpy.ndarray]  # image-to-video: for these prompts the first frame, [H, W, 3] uint8
 
     @classmethod
-    def from_config(cls, config: Config, folder: Path, accelerator: Accelerator) -> Prepared:
+    def from_config(
+        cls, config: Config, folder: Path, accelerator: Accelerator, prompts: Iterable[str] = ()
+    ) -> Prepared:
+        """`prompts`: more that are to be encoded."""
         say, cache = accelerator.print, Cache(Path(config.data.cache_dir))
         validation_prompts = given_prompts(config)
         start_images = given_images(config, 1 if validation_prompts is None else len(validation_prompts))
@@ -125,13 +129,37 @@ class Prepared:
             images[example] = picture(shown, config.data)
             for prompt, path in zip(validation_prompts, given, strict=True):
                 images[prompt] = picture(shown if path is None else replace(shown, image=path), config.data)
-        prompts = ["", *(clip.example.prompt for clip in clips), *validation_prompts]
-        embeds = encode_prompts(prompts, cache, text, checkpoint.geometry().text_tokens, say)
+        all_prompts = ["", *(clip.example.prompt for clip in clips), *validation_prompts, *prompts]
+        embeds = encode_prompts(all_prompts, cache, text, checkpoint.geometry().text_tokens, say)
         clear_device_cache(garbage_collection=True)  # of the two encoders, which nothing refers to any more
         return cls(checkpoint, train, aside, embeds, validation_prompts, example, images)
 
     def embeds(self, prompt: str) -> torch.Tensor:
         return read_tensor(self.prompts[prompt], "prompt_embeds")
+
+    def load_batch(self, clips: list[EncodedClip], prompts: list[str], images: list[int]) -> Batch:
+        """On the device. `images`: which encoding of its image each clip starts from; 0 is without noise."""
+        device, image_moments = self.checkpoint.device, None
+        latents = [read_tensor(clip.path, "latent_moments") for clip in clips]
+        if clips[0].image_path is not None:
+            rows = [read_tensor(c.image_path, "image_moments", row) for c, row in zip(clips, images, strict=True)]
+            image_moments = sent(torch.stack(rows), device)
+        return Batch(
+            latent_moments=sent(torch.stack(latents), device),
+            prompt_embeds=sent(torch.stack([self.embeds(prompt) for prompt in prompts]), device),
+            image_moments=image_moments,
+        )
+
+    def held_out_batch(self, index: int) -> Batch:
+        clip = self.held_out[index]
+        return self.load_batch([clip], [clip.example.prompt], [0])
+
+    def clip_beside(self, prompt: str) -> EncodedClip:
+        """The clip whose caption shares most words with the prompt."""
+        words = set(prompt.lower().split())
+        return max(
+            [*self.held_out, *self.train], key=lambda clip: len(words & set(clip.example.prompt.lower().split()))
+        )
 
 
 def require_equal_lengths(clips: list[EncodedClip], config: Config) -> None:

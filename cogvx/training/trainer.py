@@ -19,9 +19,9 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from cogvx.config import Config, as_dict
-from cogvx.data.encode import EncodedClip
+from cogvx.data.video import read_clip, to_bytes
 from cogvx.errors import UserError
-from cogvx.inference import export
+from cogvx.inference import export, scores
 from cogvx.model import attention, blocks, full, lora
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import bar
@@ -33,8 +33,8 @@ from cogvx.training.metrics import Metrics
 from cogvx.training.on_cpu import Masters
 from cogvx.training.optimizers import Prodigy, adaptation, leaves_out_by_itself, set_learning_rate
 from cogvx.training.options import PROFILE_AFTER, TimestepSampling
-from cogvx.training.prepare import Prepared, read_tensor, start_processes
-from cogvx.training.step import Batch, Draw, sample_order, sent, training_losses
+from cogvx.training.prepare import Prepared, start_processes
+from cogvx.training.step import Batch, Draw, sample_order, training_losses
 from cogvx.training.validation import HeldOutLoss, Videos, heldout_loss
 
 
@@ -54,10 +54,11 @@ def train(config: Config, folder: Path, expected: Callable[[], float | None] = l
     started, accelerator = time.monotonic(), start_processes(config)
     if config.lora is not None and resume_source(config.train.resume, folder) is None:
         config.lora.require_start()
-    data = Prepared.from_config(config, folder, accelerator)
+    asked = scores.asked_of(scores.prompts_of(config, config.validation.scored_prompts), seed=0)
+    data = Prepared.from_config(config, folder, accelerator, [each.prompt for each in asked])
     with attention.using(config.train.attention):
         trainer = Trainer.build(config, folder, accelerator, data)
-        trainer.expected = expected
+        trainer.expected, trainer.asked = expected, asked
         try:
             summary = trainer.run()
         finally:
@@ -93,6 +94,7 @@ class Trainer:
     progress: tqdm | None = None
     expected: Callable[[], float | None] = lambda: None  # seconds a step should take
     found_slow: bool = False
+    asked: list[scores.Asked] = field(default_factory=list)  # of the videos that are only scored
 
     @classmethod
     def build(cls, config: Config, folder: Path, accelerator: Accelerator, data: Prepared) -> Trainer:
@@ -200,7 +202,7 @@ class Trainer:
                     self.data.images.get(prompt),
                     self.data.checkpoint,
                 )
-        videos = self.write_videos()  # after the result is safe
+        videos, compared = self.write_videos(), self.compare()  # after the result is safe
         best = checkpoints.best(self.folder)
         best_at = None if best is None else checkpoints.manifest(best)
         if self.accelerator.is_main_process:
@@ -214,7 +216,9 @@ class Trainer:
                     f"best    held-out loss {best_at['heldout_loss']:.4f} after step {best_at['step']}: {record.shown(place)}"
                 )
             for path in videos:
-                say(f"video   {record.shown(path)} (base model left, tuned right)")
+                say(f"video   {record.shown(path)} (base model, tuned, a training clip; .gif and .png beside it)")
+            if compared:
+                say(f"score   {scores.in_words(compared)}")
             result = self.folder / (full.FOLDER if self.config.lora is None else lora.WEIGHTS)
             say(f"result  {record.shown(result)}\n\nUse it in plain diffusers:\n\n{lines}\n")
         return {
@@ -227,6 +231,7 @@ class Trainer:
             "heldout_noise_floor": after.noise_floor if after else None,
             "best_heldout_loss": best_at["heldout_loss"] if best_at else None,
             "best_step": best_at["step"] if best_at else None,
+            **scores.for_summary(compared),
         }
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -300,21 +305,7 @@ class Trainer:
         prompts = ["" if drop else clip.example.prompt for clip, drop in zip(clips, draw.drops_caption(), strict=True)]
         noisy = self.config.data.image_noise_variants
         variants = [1 + variant for variant in draw.image_variants(noisy)] if noisy else [0] * size
-        return self.load_batch(clips, prompts, variants), draw
-
-    def load_batch(self, clips: list[EncodedClip], prompts: list[str], images: list[int]) -> Batch:
-        """`images`: which encoding of its image each clip starts from; 0 is without noise."""
-        device = self.accelerator.device
-        latents = [read_tensor(clip.path, "latent_moments") for clip in clips]
-        image_moments = None
-        if self.model.geometry.image_to_video:
-            rows = [read_tensor(c.image_path, "image_moments", row) for c, row in zip(clips, images, strict=True)]
-            image_moments = sent(torch.stack(rows), device)
-        return Batch(
-            latent_moments=sent(torch.stack(latents), device),
-            prompt_embeds=sent(torch.stack([self.data.embeds(prompt) for prompt in prompts]), device),
-            image_moments=image_moments,
-        )
+        return self.data.load_batch(clips, prompts, variants), draw
 
     # -- seeing and keeping -------------------------------------------------------------------------------------------
 
@@ -366,7 +357,7 @@ class Trainer:
 
     def heldout_loss(self, *, base: bool = False) -> HeldOutLoss | None:
         found = heldout_loss(
-            self.model, len(self.data.held_out), self.load_held_out, self.config.validation, self.accelerator
+            self.model, len(self.data.held_out), self.data.held_out_batch, self.config.validation, self.accelerator
         )
         if found and not math.isfinite(found.mean):
             if base:
@@ -380,10 +371,6 @@ class Trainer:
                 f"{self.config.optimizer.learning_rate:g} too high, fp16 where bf16 is needed"
             )
         return found
-
-    def load_held_out(self, index: int) -> Batch:
-        clip = self.data.held_out[index]
-        return self.load_batch([clip], [clip.example.prompt], [0])
 
     def base_model(self):
         """A context with the model as it was before training: the base model without the LoRA. With lora=null it is used before
@@ -409,17 +396,12 @@ class Trainer:
 
     def write_videos(self, *, base: bool = False) -> list[Path]:
         """The videos of this step; or only the base model's, before the first step, so that a lack of memory shows then."""
-        if not self.data.validation_prompts:
+        if not self.data.validation_prompts and not self.asked:
             return []
         if not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return []
-        videos = Videos(
-            self.folder, self.config, self.data.checkpoint,
-            {prompt: self.data.embeds(prompt) for prompt in self.data.validation_prompts}, self.data.images,
-            self.data.embeds(""),
-        )  # fmt: skip
-        written = []
+        videos, written = self.videos(), []
         with self.not_timed(), self.base_model() if base else self.state.averaged():
             clear_device_cache(
                 garbage_collection=True
@@ -432,6 +414,25 @@ class Trainer:
         self.metrics.tracking.videos(written, self.step)
         self.accelerator.wait_for_everyone()
         return written
+
+    def videos(self) -> Videos:
+        prompts, data = self.data.validation_prompts, self.config.data
+        clips = {prompt: self.data.clip_beside(prompt).example.video for prompt in prompts}
+        beside = {prompt: to_bytes(read_clip(path, data).frames) for prompt, path in clips.items()}
+        return Videos(
+            self.folder, self.config, self.data.checkpoint, prompts, self.data.embeds, self.data.images, beside, self.asked
+        )  # fmt: skip
+
+    def compare(self) -> list[scores.Comparison]:
+        """The scores beside the base model's, once, at the end; also written to evaluation.json."""
+        found = []
+        if self.asked and self.accelerator.is_main_process:
+            with self.not_timed(), self.state.averaged():
+                clear_device_cache(garbage_collection=True)
+                found = self.videos().compare(self.state.transformer, self.step)
+            scores.write(self.folder, {}, {"result": found}, {"step": self.step})
+        self.accelerator.wait_for_everyone()
+        return found
 
     def keep(self) -> None:
         limit = self.config.train.checkpoints_total_limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -17,9 +18,12 @@ from cogvx.config import Config
 from cogvx.data.sources import text_of
 from cogvx.data.video import write_video
 from cogvx.errors import UserError
+from cogvx.inference import scores
 from cogvx.inference.generate import generate
 from cogvx.model.checkpoint import Checkpoint
 from cogvx.model.cogvideox import CogVideoX
+from cogvx.progress import bar
+from cogvx.runs import record
 from cogvx.training.options import Validation
 from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
 
@@ -121,30 +125,54 @@ class Videos:
     folder: Path
     config: Config
     checkpoint: Checkpoint
-    prompt_embeds: dict[str, torch.Tensor]  # of every validation prompt
-    images: dict[str, numpy.ndarray]  # image-to-video: their first frames, [H, W, 3] uint8
-    negative_prompt_embeds: torch.Tensor
+    prompts: list[str]
+    embeds: Callable[[str], torch.Tensor]  # of a prompt, [S, D]
+    images: dict[str, numpy.ndarray]  # image-to-video: the prompts' first frames, [H, W, 3] uint8
+    beside: dict[str, numpy.ndarray]  # a training clip to show beside a prompt's videos, [F, H, W, 3] uint8
+    asked: list[scores.Asked]  # of the videos that are only scored
 
     def write_base(self, transformer) -> None:
-        """The base model's videos, unless they are there. `transformer` has its adapters switched off."""
+        """The base model's videos and scores, unless they are there. `transformer` has its adapters switched off."""
         missing = [
             (name, prompt, seed) for name, prompt, seed in self.wanted() if not self.frames_of_base(name).is_file()
         ]
-        vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling) if missing else None
+        unscored = bool(self.asked) and not self.base_scores().is_file()
+        vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling) if missing or unscored else None
         for name, prompt, seed in missing:
             frames = self.generate(transformer, vae, prompt, seed, f"video {name}, base model")
             self.save(self.frames_of_base(name).with_suffix(".mp4"), frames)
             partial = self.frames_of_base(name).with_suffix(".partial.npz")
             numpy.savez_compressed(partial, frames=frames)
             partial.replace(self.frames_of_base(name))
+        if unscored:
+            values = [scored.values for scored in self.score(transformer, vae, "base model")]
+            self.base_scores().parent.mkdir(parents=True, exist_ok=True)
+            record.write_whole(self.base_scores(), json.dumps(values))
 
     def frames_of_base(self, name: str) -> Path:
         """Kept beside the mp4 without its losses, for the later comparisons."""
         return self.folder / "validation" / "base" / f"{name}.npz"
 
+    def base_scores(self) -> Path:
+        return self.folder / "validation" / "base" / "scores.json"
+
+    def score(self, transformer, vae, whose: str) -> list[scores.Scored]:
+        asked = bar(self.asked, desc=f"score  {whose}", unit="video", leave=False)
+        return scores.score(lambda each: self.generate(transformer, vae, each.prompt, each.seed, None), asked)
+
+    def compare(self, transformer, step: int) -> list[scores.Comparison]:
+        """The scores of this step beside the base model's; none where nothing is scored. write_base() comes first."""
+        if not self.asked:
+            return []
+        vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling)
+        values = json.loads(self.base_scores().read_text(encoding="utf-8"))
+        base = [scores.Scored(asked, found) for asked, found in zip(self.asked, values, strict=True)]
+        return scores.comparisons(base, self.score(transformer, vae, f"step {step}"))
+
     def write(self, transformer, step: int) -> list[Path]:
-        """The mp4 files of this step: before (base) on the left, after on the right. write_base() comes first."""
-        if not self.prompt_embeds:
+        """The mp4 files of this step: before (base) on the left, after in the middle, a training clip on the right; beside them the
+        same as gif and as a strip of frames. write_base() comes first."""
+        if not self.prompts:
             return []
         vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling)
         here = self.folder / "validation" / f"step_{step:06d}"
@@ -152,10 +180,14 @@ class Videos:
         for name, prompt, seed in self.wanted():
             tuned = self.generate(transformer, vae, prompt, seed, f"video {name}, step {step}")
             self.save(here / f"{name}.mp4", tuned)
-            both = side_by_side(numpy.load(self.frames_of_base(name))["frames"], tuned)
-            self.save(here / f"{name}_before_after.mp4", both)
+            panels = {"base model": numpy.load(self.frames_of_base(name))["frames"], "tuned": tuned}
+            if prompt in self.beside:
+                panels["training clip"] = self.beside[prompt]
+            together = side_by_side(panels)
+            self.save(here / f"{name}_before_after.mp4", together)
+            write_gif(here / f"{name}_before_after.gif", together, self.fps())
+            write_strip(here / f"{name}_before_after.png", together)
             written.append(here / f"{name}_before_after.mp4")
-            write_strip(here / f"{name}_before_after.png", both)
         return written
 
     def wanted(self) -> list[tuple[str, str, int]]:
@@ -164,26 +196,59 @@ class Videos:
         seeds = range(self.config.seed, self.config.seed + count)
         return [
             (f"{number:02d}_seed{seed}", prompt, seed)
-            for number, prompt in enumerate(self.prompt_embeds, start=1)
+            for number, prompt in enumerate(self.prompts, start=1)
             for seed in seeds
         ]
 
-    def generate(self, transformer, vae, prompt: str, seed: int, description: str) -> numpy.ndarray:
+    def generate(self, transformer, vae, prompt: str, seed: int, description: str | None) -> numpy.ndarray:
         return generate(
             transformer=transformer, vae=vae, noise_scheduler=self.checkpoint.noise_scheduler(),
-            prompt_embeds=self.prompt_embeds[prompt], negative_prompt_embeds=self.negative_prompt_embeds,
+            prompt_embeds=self.embeds(prompt), negative_prompt_embeds=self.embeds(""),
             image=self.images.get(prompt), data=self.config.data, sampling=self.config.validation,
             frugal=self.config.memory.frugal_videos, seed=seed, description=description,
         )  # fmt: skip
 
     def save(self, path: Path, frames: numpy.ndarray) -> None:
-        write_video(path, frames, fps=self.config.data.fps or self.config.model.fps)
+        write_video(path, frames, fps=self.fps())
+
+    def fps(self) -> float:
+        return self.config.data.fps or self.config.model.fps
 
 
-def side_by_side(left: numpy.ndarray, right: numpy.ndarray) -> numpy.ndarray:
-    """[F, H, W, 3] twice -> [F, H, 2W + gap, 3], with a white gap."""
-    gap = numpy.full((*left.shape[:2], 8, 3), 255, dtype=left.dtype)
-    return numpy.concatenate([left, gap, right], axis=2)
+SMALL, GAP, TITLE = (
+    160,
+    6,
+    18,
+)  # pixels: frames lower than this are enlarged; between panels; the height of their titles
+
+
+def side_by_side(panels: dict[str, numpy.ndarray]) -> numpy.ndarray:
+    """Videos [F, H, W, 3] uint8 with their titles -> one, enlarged where they are small; as long as the shortest."""
+    from PIL import Image, ImageDraw
+
+    from cogvx.data.inspect import font
+
+    frames, (height, width) = min(map(len, panels.values())), next(iter(panels.values())).shape[1:3]
+    times = -(-SMALL // height) if height < SMALL else 1
+    size = (width * times, height * times)
+    made = []
+    for number in range(frames):
+        sheet = Image.new("RGB", (len(panels) * (size[0] + GAP) - GAP, size[1] + TITLE), "white")
+        pen = ImageDraw.Draw(sheet)
+        for place, (title, video) in enumerate(panels.items()):
+            left = place * (size[0] + GAP)
+            pen.text((left + 2, 2), title, "black", font=font(12))
+            sheet.paste(Image.fromarray(video[number]).resize(size, Image.Resampling.BICUBIC), (left, TITLE))
+        made.append(numpy.asarray(sheet))
+    even = (made[0].shape[0] // 2 * 2, made[0].shape[1] // 2 * 2)  # which H.264 wants
+    return numpy.stack(made)[:, : even[0], : even[1]]
+
+
+def write_gif(path: Path, frames: numpy.ndarray, fps: float) -> None:
+    from PIL import Image
+
+    pictures = [Image.fromarray(frame) for frame in frames]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
 
 
 def write_strip(path: Path, frames: numpy.ndarray, count: int = 4) -> None:
@@ -191,5 +256,7 @@ def write_strip(path: Path, frames: numpy.ndarray, count: int = 4) -> None:
     from PIL import Image
 
     chosen = frames[numpy.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
-    framed = numpy.pad(chosen, ((0, 0), (0, 4), (0, 0), (0, 0)), constant_values=255)  # a white line under each
-    Image.fromarray(numpy.concatenate(list(framed), axis=0)).save(path)
+    chosen = [chosen[0], *(frame[TITLE:] for frame in chosen[1:])]
+    Image.fromarray(
+        numpy.concatenate([numpy.pad(f, ((0, 4), (0, 0), (0, 0)), constant_values=255) for f in chosen])
+    ).save(path)

@@ -23,12 +23,13 @@ from accelerate import Accelerator  # noqa: E402
 from transformers import T5Config, T5EncoderModel  # noqa: E402
 
 from cogvx.config import compose_config  # noqa: E402
+from cogvx.model import nano  # noqa: E402
 from cogvx.model.checkpoint import Checkpoint  # noqa: E402
 from cogvx.runs import processes, record  # noqa: E402
 from cogvx.training.prepare import Prepared, start_processes  # noqa: E402
 from cogvx.training.trainer import Trainer  # noqa: E402
 
-STEPS, ROUNDS = 30, 5
+STEPS, ROUNDS, TOKENS = 30, 5, nano.TEXT_TOKENS
 ENCODERS = {
     "nano's, 2 layers of 64": (2, 64, 4),
     "T5-small's, 6 of 512": (6, 512, 8),
@@ -62,9 +63,9 @@ def plain_steps(trainer: Trainer, tokenizer, encoder, count: int) -> None:
     factor, width = trainer.model.geometry.scaling_factor, transformer.config.text_embed_dim
     for step in range(count):
         clip = trainer.data.train[step % len(trainer.data.train)]
-        moments = trainer.load_batch([clip], [clip.example.prompt], [0]).latent_moments
+        moments = trainer.data.load_batch([clip], [clip.example.prompt], [0]).latent_moments
         ids = tokenizer(
-            [clip.example.prompt], padding="max_length", max_length=64, truncation=True, return_tensors="pt"
+            [clip.example.prompt], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
         with torch.no_grad():
             embeds = encoder(ids)[0][..., :width]
@@ -116,7 +117,7 @@ def main() -> None:
             "num_heads": heads,
         }
         encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **settings)).eval()
-        ids = torch.zeros(1, 64, dtype=torch.int64)
+        ids = torch.zeros(1, TOKENS, dtype=torch.int64)
 
         def encode(count: int, encoder=encoder, ids=ids) -> None:
             with torch.no_grad():

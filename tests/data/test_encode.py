@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from cogvx.data.cache import Cache, key_of
 from cogvx.data.encode import Encoder, encode_clips, encode_prompts, latent_moments
 from cogvx.errors import UserError
+from cogvx.model import nano
 from cogvx.model.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
@@ -120,12 +121,14 @@ def test_prompts_are_embedded_as_the_pipeline_does(nano_folder, tmp_path):
     prompts = ["A red circle moves up.", "", "word " * 100]
     said = []
     encoder = Encoder(Checkpoint(nano_folder, CPU, torch.float32).text_encoder, "nano", torch.float32, CPU)
-    paths = encode_prompts(prompts, Cache(tmp_path), encoder, 64, said.append)
+    paths = encode_prompts(prompts, Cache(tmp_path), encoder, nano.TEXT_TOKENS, said.append)
     for prompt in prompts:
         with torch.no_grad():
-            expected, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=64)
+            expected, _ = pipeline.encode_prompt(
+                prompt, do_classifier_free_guidance=False, max_sequence_length=nano.TEXT_TOKENS
+            )
         assert torch.equal(load_file(paths[prompt])["prompt_embeds"], expected[0])
-    assert "1 of 3 prompts are longer than the model's 64 tokens" in said[-1]
+    assert "1 of 3 prompts are longer than the model's 32 tokens" in said[-1]
 
 
 def test_values_that_are_not_finite_are_not_cached(tmp_path):

@@ -264,7 +264,13 @@ def test_a_failed_run_says_so_in_its_summary(run, clips, capfd):
 
 
 def arguments(cache, folder, *overrides):
-    quick = ["validation.num_validation_videos=0", "lora.rank=4", "lora.lora_alpha=2", "scheduler.lr_warmup_steps=2"]
+    quick = [
+        "validation.num_validation_videos=0",
+        "validation.scored_prompts=0",
+        "lora.rank=4",
+        "lora.lora_alpha=2",
+        "scheduler.lr_warmup_steps=2",
+    ]
     return [f"data.cache_dir={cache}", f"output_dir={folder}", *quick, *overrides]
 
 
@@ -358,7 +364,12 @@ def test_a_mistake_in_two_processes_is_said_once_with_exit_code_2(launch, cache,
 @pytest.mark.slow
 def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cache, tmp_path):
     sweep = [f"data.cache_dir={cache}", "lora.lora_alpha=2", "lora.rank=2,4", "train.mixed_precision=no,bf16", *SHORT]
-    quick = ["validation.num_validation_videos=0", "scheduler.lr_warmup_steps=2", f"hydra.sweep.dir={tmp_path}"]
+    quick = [
+        "validation.num_validation_videos=0",
+        "validation.scored_prompts=0",
+        "scheduler.lr_warmup_steps=2",
+        f"hydra.sweep.dir={tmp_path}",
+    ]
     ran = launch("-m", *sweep, *quick)
     assert ran.returncode == 0, ran.stderr
     found = [json.loads((tmp_path / str(job) / "summary.json").read_text())["status"] for job in range(4)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import model_of
 
-from cogvx.model import blocks, lora
+from cogvx.model import blocks, lora, nano
 from cogvx.training.options import Memory, Recompute, Storage
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def answer_and_gradients(folder, compose, kind, memory: Memory | None, dtype=tor
     if memory is not None:
         blocks.arrange(transformer, memory, recompute=True, device=CPU)
     latents = torch.randn((2, 4, 16, 12, 16), generator=torch.Generator().manual_seed(0))
-    embeds = torch.randn((2, 64, 64), generator=torch.Generator().manual_seed(1))
+    embeds = torch.randn((2, nano.TEXT_TOKENS, nano.TEXT_WIDTH), generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
         answer = model.predict_velocity(latents, None, embeds, torch.tensor([100, 700]))
         answer.float().square().mean().backward()

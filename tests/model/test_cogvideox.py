@@ -1,5 +1,6 @@
 """The objective against its published form, and checkpoints that are not whole."""
 
+import families
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -117,7 +118,7 @@ def test_nano_is_what_its_geometry_says(nano_folder):
 
 
 def test_nanos_latents_have_unit_variance(nano_folder, run, cache):
-    """The measurement behind nano.SCALING_FACTOR."""
+    """The measurement behind nano.SCALING_FACTOR, on other clips: the demo's."""
     from safetensors.torch import load_file
 
     run("measured", "task=encode")
@@ -125,18 +126,26 @@ def test_nanos_latents_have_unit_variance(nano_folder, run, cache):
     means = torch.cat(
         [f["latent_moments"][:16].flatten() for f in found if f["latent_moments"].shape[1:] == (3, 16, 16)]
     )
-    assert abs(1 / means.std().item() / nano.SCALING_FACTOR - 1) < 0.1
+    assert abs(1 / means.std().item() / nano.SCALING_FACTOR - 1) < 0.15
 
 
-def test_nano_is_the_same_on_every_writing(nano_folder, tmp_path):
-    nano.write(tmp_path / "nano")
-    files = [path.relative_to(nano_folder) for path in nano_folder.rglob("*") if path.suffix in (".model", ".json")]
+def test_a_random_checkpoint_is_the_same_on_every_writing(tmp_path):
+    folders = [nano.write_random(tmp_path / name, nano.NANO) for name in ("a", "b")]
+    files = [path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.suffix in (".model", ".json")]
     assert len(files) >= 7
-    assert all((tmp_path / "nano" / f).read_bytes() == (nano_folder / f).read_bytes() for f in files)
-    ours, theirs = (
-        Checkpoint(folder, CPU, torch.float32).transformer().state_dict() for folder in (nano_folder, tmp_path / "nano")
-    )
+    assert all((folders[0] / f).read_bytes() == (folders[1] / f).read_bytes() for f in files)
+    ours, theirs = (Checkpoint(folder, CPU, torch.float32).transformer().state_dict() for folder in folders)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_blank_nano_for_images_is_nano_and_does_not_look_at_them(nano_folder, tmp_path):
+    blank = families.model_of(nano.write(tmp_path / "blank", nano.NANO_I2V, blank=True))
+    plain, latents = families.model_of(nano_folder), torch.randn(1, 3, 16, 16, 16)
+    embeds, timestep = torch.randn(1, nano.TEXT_TOKENS, nano.TEXT_WIDTH), torch.tensor([500])
+    condition = blank.image_condition(torch.randn(1, 16, 1, 16, 16), frames=3)
+    with torch.no_grad():
+        answers = [m.predict_velocity(latents, c, embeds, timestep) for m, c in ((blank, condition), (plain, None))]
+    assert torch.allclose(*answers, atol=1e-5)
 
 
 def test_nearest_legal_sizes():

@@ -5,12 +5,14 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from cogvx.errors import UserError
-from cogvx.model import lora
+from cogvx.model import lora, nano
 from cogvx.model.checkpoint import Checkpoint
 
 INPUTS = {
     "hidden_states": torch.randn((1, 3, 16, 16, 16), generator=torch.Generator().manual_seed(0)),
-    "encoder_hidden_states": torch.randn((1, 64, 64), generator=torch.Generator().manual_seed(1)),
+    "encoder_hidden_states": torch.randn(
+        (1, nano.TEXT_TOKENS, nano.TEXT_WIDTH), generator=torch.Generator().manual_seed(1)
+    ),
     "timestep": torch.tensor([500]),
 }
 
@@ -58,7 +60,7 @@ def test_what_is_trained_is_the_adapter_in_fp32(nano_folder):
     transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.bfloat16).transformer()
     settings(4, 4).attach(transformer, seed=0)
     names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-    assert len(names) == 4 * 4 * 2 and all("lora_" in name for name in names)  # blocks x modules x (A, B)
+    assert len(names) == 6 * 4 * 2 and all("lora_" in name for name in names)  # blocks x modules x (A, B)
     assert {parameter.dtype for parameter in lora.trainable(transformer)} == {torch.float32}
 
 
@@ -158,7 +160,7 @@ def test_a_run_starts_at_the_strength_the_file_was_trained_at(nano_folder, tmp_p
     lora.save(source, tmp_path)
     transformer, said = begun(nano_folder, tmp_path, *ours, **others)
     assert torch.allclose(output(transformer), output(source), atol=1e-5)
-    assert said.startswith("16 of 16 modules start from") and f"rank 4 of {ours[0]}" in said
+    assert said.startswith("24 of 24 modules start from") and f"rank 4 of {ours[0]}" in said
     added = [p for n, p in lora.state(transformer).items() if "lora_A" in n and ours[0] > 4]
     assert all(a[4:].abs().min() > 0 for a in added), "the new columns can learn"
 
@@ -167,7 +169,7 @@ def test_a_file_for_some_of_the_modules_starts_those(nano_folder, tmp_path):
     source = trained(nano_folder, 4, 2, target_modules=["to_q"])
     lora.save(source, tmp_path)
     transformer, said = begun(nano_folder, tmp_path / lora.WEIGHTS, 4, 2)
-    assert said.startswith("4 of 16 modules") and torch.allclose(output(transformer), output(source), atol=1e-5)
+    assert said.startswith("6 of 24 modules") and torch.allclose(output(transformer), output(source), atol=1e-5)
 
 
 def test_a_file_without_settings_is_taken_as_diffusers_takes_it(nano_folder, tmp_path):

@@ -10,7 +10,7 @@ from families import model_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from cogvx.errors import UserError
-from cogvx.model import attention, blocks, full, lora
+from cogvx.model import attention, blocks, full, lora, nano
 from cogvx.plan.cards import CARDS, named
 from cogvx.plan.clock import Expectation
 from cogvx.runs import record
@@ -107,7 +107,10 @@ def test_the_sine_table_of_another_size_is_computed_once(family_folder, compose)
     blocks.arrange(ours.transformer, compose().memory, recompute=False, device=torch.device("cpu"))
     latents = torch.randn(1, 3, 16, 10, 14)  # not the checkpoint's 12 x 16
     for _ in range(3):
-        answers = [m.predict_velocity(latents, None, torch.ones(1, 64, 64), torch.tensor([5])) for m in (plain, ours)]
+        answers = [
+            m.predict_velocity(latents, None, torch.ones(1, nano.TEXT_TOKENS, nano.TEXT_WIDTH), torch.tensor([5]))
+            for m in (plain, ours)
+        ]
         assert torch.equal(*answers)
     assert len(calls) == 1
 

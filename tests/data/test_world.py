@@ -1,0 +1,53 @@
+"""The little world: the same clips on every rendering, and captions that say what they show."""
+
+from collections import Counter
+
+import pytest
+
+from cogvx.data import demo, world
+from cogvx.errors import UserError
+
+
+def test_clips_are_the_same_on_every_rendering(tmp_path):
+    clips = world.scenes(5, seed=3)
+    first, second = (world.render(tmp_path / name, clips, "clips") for name in ("a", "b"))
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert len(files) == 7
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in files)
+    assert world.scenes(5, seed=3) == clips != world.scenes(5, seed=4)
+
+
+def test_kinds_come_evenly():
+    clips = world.scenes(672, seed=0)
+    assert len({(c.shape, c.colour, c.background, c.direction) for c in clips}) == 672
+    assert set(Counter(c.shape for c in clips).values()) == {224}
+    assert not [c for c in clips if c.colour == c.background]
+
+
+def test_a_caption_says_what_its_clip_shows():
+    for scene in [*world.scenes(50, seed=1), *demo.SCENES]:
+        asked = world.described(scene.caption())
+        assert asked["shape"] == (demo.TOKEN if scene.shape == "ring" else scene.shape)
+        assert (asked["colour"], asked["background"], asked["direction"]) == (
+            scene.colour,
+            scene.background,
+            scene.direction,
+        )
+    assert world.described("A rabbit in the snow") == {}
+
+
+def test_the_demo_is_not_in_the_world_and_is_asked_for_in_new_combinations():
+    assert {scene.shape for scene in demo.SCENES}.isdisjoint(world.SHAPES)
+    prompts = demo.scored_prompts(16)
+    shown = {scene.caption() for scene in demo.SCENES}
+    assert len(set(prompts["taught"])) == 16 and shown.isdisjoint(prompts["taught"])
+    assert all(demo.TOKEN in prompt for prompt in prompts["taught"])
+    assert len(set(prompts["other"])) == 16 and not any(demo.TOKEN in prompt for prompt in prompts["other"])
+
+
+def test_data_world_reads_as_many_clips_as_asked(compose):
+    assert [e.prompt for e in compose("data=world", "data.clips=3").data.read()] == [
+        s.caption() for s in world.scenes(3, 0)
+    ]
+    with pytest.raises(UserError, match=r"data.clips=0: must be 1 or more"):
+        compose("data=world", "data.clips=0")

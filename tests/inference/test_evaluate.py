@@ -1,0 +1,151 @@
+"""task=evaluate: variants on the same prompts and seeds, and everything it measures in one place."""
+
+import csv
+import json
+import sys
+import types
+
+import numpy
+import pytest
+import torch
+
+from cogvx.inference import evaluate
+
+FEW = ["task=evaluate", "task.count=2", "validation.num_inference_steps=2"]
+SHORT = ["train.max_train_steps=6", "train.checkpointing_steps=3"]
+
+
+def written(folder) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_base_result_strengths_and_checkpoints_are_compared(run, capfd):
+    trained = run("a", *SHORT)
+    folder = run("e", *FEW, f"task.run={trained}", "task.strengths=[1.0,0.5]", "task.checkpoints=true")
+    found, rows = written(folder), list(csv.DictReader((folder / "evaluation.csv").open()))
+    names = ["base", "step_000003", "step_000003 x 0.5", "step_000006", "step_000006 x 0.5", "result", "result x 0.5"]
+    assert list(found["heldout_loss"]) == names and list(found["comparisons"]) == names[1:]
+    assert len(rows) == 7 * 4 and {(row["kind"], row["seed"]) for row in rows} == {
+        ("taught", "0"),
+        ("taught", "1"),
+        ("other", "2"),
+        ("other", "3"),
+    }
+    assert len(list((folder / "videos").rglob("*.mp4"))) == 28 and (folder / "evaluation.png").is_file()
+    losses, summary = found["heldout_loss"], json.loads((trained / "summary.json").read_text())
+    assert losses["base"] == pytest.approx(summary["heldout_loss_before"], abs=1e-6)
+    assert losses["result"] == losses["step_000006"] == pytest.approx(summary["heldout_loss_after"], abs=1e-6)
+    assert len(set(losses.values())) == 6
+    said = capfd.readouterr().out
+    assert "taught  shape" in said and "result  " in said and "score   what it was taught" in said
+    assert "<td>nearest_clip" in (folder / "report.html").read_text()
+
+
+def test_a_model_that_learned_nothing_differs_in_nothing(run):
+    trained = run("a", *SHORT, "optimizer.learning_rate=0")
+    for comparison in written(run("e", *FEW, f"task.run={trained}"))["comparisons"]["result"]:
+        assert (comparison["difference"], comparison["low"], comparison["high"]) == (0, 0, 0)
+
+
+def test_full_fine_tuning_and_image_to_video_are_judged_too(run, capfd):
+    trained = run("a", *SHORT, "lora=null", "optimizer.learning_rate=1e-3")
+    losses = written(run("e", *FEW, "lora=null", f"task.run={trained}"))["heldout_loss"]
+    assert losses["base"] != losses["result"]
+    run("f", *FEW, "lora=null", f"task.run={trained}", "task.strengths=[0.5]", expect=2)
+    assert "task.strengths is for a LoRA" in capfd.readouterr().err
+    trained = run("b", *SHORT, "model=nano_i2v")
+    found = written(run("g", *FEW, "model=nano_i2v", f"task.run={trained}"))
+    assert {c["kind"] for c in found["comparisons"]["result"]} == {"taught"}
+
+
+def test_prompts_of_ones_own(run, tmp_path):
+    trained = run("a", *SHORT)
+    (tmp_path / "p.txt").write_text(
+        "a rabbit, (hopping)\n\nA red circle moves up over a blue background.\n", encoding="utf-8"
+    )
+    found = written(run("e", *FEW, f"task.run={trained}", f"task.prompts_file={tmp_path / 'p.txt'}"))
+    videos = {c["measure"]: c["videos"] for c in found["comparisons"]["result"]}
+    assert videos["motion"] == 2 and videos["shape"] == 1, "judged where the prompt has the world's form"
+
+
+def test_a_run_without_a_result_says_so(run, tmp_path, capfd):
+    (tmp_path / "empty").mkdir()
+    run("e", *FEW, f"task.run={tmp_path / 'empty'}", expect=2)
+    assert "has no result (pytorch_lora_weights.safetensors) and no checkpoint" in capfd.readouterr().err
+
+
+def test_a_training_clip_is_at_no_distance_from_itself(run):
+    frames = numpy.random.default_rng(0).integers(0, 256, (9, 64, 64, 3)).astype(numpy.uint8)
+    assert evaluate.distance(evaluate.small(frames), evaluate.small(frames)) == 0
+    assert evaluate.distance(evaluate.small(frames), evaluate.small(255 - frames)) > 0.01
+    trained = run("a", *SHORT)
+    assert 0 < written(run("e", *FEW, f"task.run={trained}"))["nearest_clip_of_held_out_clips"] < 1
+
+
+def test_a_clip_model_judges_text_and_frames(run, tmp_path):
+    """A tiny random CLIP in transformers' format."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz."),
+    ]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=77)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**size, "vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 16}))
+    model.save_pretrained(tmp_path / "clip")
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(pictures, tokenizer).save_pretrained(tmp_path / "clip")
+    trained = run("a", *SHORT)
+    found = written(run("e", *FEW, f"task.run={trained}", f"task.clip_path={tmp_path / 'clip'}"))
+    values = [c for c in found["comparisons"]["result"] if c["measure"] == "clip"]
+    assert len(values) == 2 and all(-1 <= c["base"] <= 1 and c["base"] != 0 for c in values)
+
+
+def test_a_clip_model_that_is_not_there_is_named(run, tmp_path, capfd):
+    trained = run("a", *SHORT)
+    run("e", *FEW, f"task.run={trained}", f"task.clip_path={tmp_path / 'nowhere'}", expect=2)
+    assert "cannot be loaded as a CLIP model" in capfd.readouterr().err
+
+
+def test_vbench_is_given_the_videos_or_its_absence_is_said(run, monkeypatch, capfd):
+    trained = run("a", *SHORT)
+    run("e", *FEW, f"task.run={trained}", "task.vbench=[motion_smoothness]", expect=2)
+    assert "task.vbench needs the package vbench" in capfd.readouterr().err
+    calls = []
+
+    class VBench:  # with the package's own signature
+        def __init__(self, device, full_info_dir, output_path):
+            self.place = output_path
+
+        def evaluate(self, videos_path, name, dimension_list, mode):
+            calls.append((videos_path, dimension_list, mode))
+
+    monkeypatch.setitem(sys.modules, "vbench", types.SimpleNamespace(VBench=VBench))
+    folder = run("f", *FEW, f"task.run={trained}", "task.vbench=[motion_smoothness]")
+    assert calls == [
+        (str(folder / "videos" / name), ["motion_smoothness"], "custom_input") for name in ("base", "result")
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_is_judged_by_its_record(launch, cache, tmp_path):
+    quick = [
+        f"data.cache_dir={cache}",
+        "validation.num_validation_videos=0",
+        "validation.scored_prompts=0",
+        "scheduler=constant",
+    ]
+    first = launch(f"output_dir={tmp_path / 'a'}", *quick, *SHORT, "lora.rank=3")
+    assert first.returncode == 0, first.stderr
+    ran = launch(*FEW, f"task.run={tmp_path / 'a'}", f"output_dir={tmp_path / 'e'}")
+    assert ran.returncode == 0, ran.stderr
+    assert "lora:\n  rank: 3" in (tmp_path / "e" / "config.yaml").read_text()
+    nowhere = launch(*FEW, f"task.run={tmp_path / 'nowhere'}")
+    assert nowhere.returncode == 2 and "task.run=" in nowhere.stderr and "no run's folder" in nowhere.stderr

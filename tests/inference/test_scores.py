@@ -1,0 +1,59 @@
+"""Base beside tuned: pairs, intervals, and what is written."""
+
+import csv
+import json
+
+import numpy
+import pytest
+
+from cogvx.data import demo, world
+from cogvx.inference import scores
+from cogvx.inference.scores import Asked, Scored
+
+
+def scored(kind, values) -> list[Scored]:
+    return [Scored(Asked(kind, f"p{i}", i), {"shape": value, "all": value}) for i, value in enumerate(values)]
+
+
+def test_a_sure_difference_has_a_narrow_interval_and_none_holds_zero():
+    [shape, _] = scores.comparisons(scored("taught", [0.0] * 20), scored("taught", [1.0] * 20))
+    assert (shape.base, shape.tuned, shape.difference, shape.low, shape.high) == (0, 1, 1, 1, 1)
+    [same, _] = scores.comparisons(scored("taught", [0, 1] * 10), scored("taught", [0, 1] * 10))
+    assert (same.difference, same.low, same.high) == (0, 0, 0), "of pairs, not of two samples"
+
+
+def test_the_interval_is_the_bootstraps():
+    generator = numpy.random.default_rng(5)
+    base, tuned = generator.normal(0, 1, 400), generator.normal(0, 1, 400) + 0.3
+    found = scores.comparison("taught", "x", numpy.stack([base, tuned], axis=1))
+    error = (tuned - base).std(ddof=1) / 20
+    assert found.difference == pytest.approx((tuned - base).mean())
+    assert (found.low, found.high) == pytest.approx(
+        (found.difference - 1.96 * error, found.difference + 1.96 * error), abs=0.02
+    )
+
+
+def test_a_video_is_judged_by_what_its_prompt_asks_for():
+    scene = world.Scene("ring", "red", "blue", "right", name=demo.TOKEN, width=64, height=64)
+    frames = world.draw(scene)
+    right = scores.measured(frames, scene.caption())
+    assert all(right[name] == 1 for name in ("shape", "colour", "direction", "background", "all"))
+    other = scores.measured(frames, "A green circle moves right over a blue background.")
+    assert [other[name] for name in ("shape", "colour", "direction", "background", "all")] == [0, 0, 1, 1, 0]
+    assert set(scores.measured(frames, "a rabbit")) == {"motion", "saturation"}
+    assert scores.motion_of(frames) > 0.01 and scores.motion_of(frames[:1].repeat(9, axis=0)) == 0
+
+
+def test_what_is_written_can_be_read(tmp_path):
+    base, tuned = scored("taught", [0, 0, 1]), scored("taught", [1, 1, 1])
+    found = scores.comparisons(base, tuned)
+    scores.write(tmp_path, {"base": base, "result": tuned}, {"result": found}, {"heldout_loss": 0.5})
+    rows = list(csv.DictReader((tmp_path / "evaluation.csv").open()))
+    assert len(rows) == 6 and {row["variant"] for row in rows} == {"base", "result"}
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written["heldout_loss"] == 0.5 and written["comparisons"]["result"][0]["tuned"] == 1
+    assert "taught  shape" in scores.table(found)
+    assert scores.in_words(found) == "" and scores.for_summary(found) == {}, "without the other kind"
+    both = scores.comparisons([*base, *scored("other", [1, 1])], [*tuned, *scored("other", [1, 0])])
+    assert "100% of 3 videos show it (base model 33%)" in scores.in_words(both)
+    assert scores.for_summary(both)["score_other"] == 0.5
