@@ -54,6 +54,14 @@ class NanoVae(Task):
     kl_weight: float
     bf16: bool
 
+    def problems(self) -> list[str]:
+        found = [f"task.{n}={getattr(self, n)}: must be 1 or more" for n in ("steps", "batch") if getattr(self, n) < 1]
+        if self.crop not in range(16, 65, 16):
+            found.append(f"task.crop={self.crop}: must be 16, 32, 48 or 64 pixels")
+        if not 0 <= self.share_of_whole_frames <= 1:
+            found.append(f"task.share_of_whole_frames={self.share_of_whole_frames}: must be from 0 to 1")
+        return found
+
     def start(self, config: Config, folder: Path) -> dict:
         from cogvx.training.autoencoder import train
 

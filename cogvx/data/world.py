@@ -29,6 +29,7 @@ COLOURS = {
     "grey": (88, 94, 102),
 }
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+OTHER_DIRECTIONS = {"diagonal": (1, 1)}  # not in this world: from the top left to the bottom right
 SHAPES = ("circle", "square", "triangle")
 OTHER_SHAPES = ("ring", "cross")  # not in this world
 HOLE, ARM = 0.5, 0.36  # a ring's inner radius and a cross's half width, as shares of the radius
@@ -41,7 +42,7 @@ class Scene:
     colour: str
     background: str
     direction: str
-    name: str | None = None  # in captions, where it is not the shape's
+    name: str | None = None  # of the direction in captions, where it is another
     width: int = 128  # pixels
     height: int = 128
     fps: int = 8
@@ -53,7 +54,7 @@ class Scene:
     start: float = 0.0  # degrees it is turned by when it starts
 
     def caption(self) -> str:
-        return f"A {self.colour} {self.name or self.shape} moves {self.direction} over a {self.background} background."
+        return f"A {self.colour} {self.shape} moves {self.name or self.direction} over a {self.background} background."
 
     def frames(self) -> int:
         return round(self.fps * self.seconds)
@@ -81,7 +82,9 @@ def varied(scene: Scene, generator: numpy.random.Generator) -> Scene:
 
 def draw(scene: Scene) -> numpy.ndarray:
     """The clip, [F, H, W, 3] uint8."""
-    return paint(scene, COLOURS[scene.colour], COLOURS[scene.background], DIRECTIONS[scene.direction])
+    return paint(
+        scene, COLOURS[scene.colour], COLOURS[scene.background], (DIRECTIONS | OTHER_DIRECTIONS)[scene.direction]
+    )
 
 
 def paint(scene: Scene, colour: tuple, background: tuple, direction: tuple[float, float]) -> numpy.ndarray:
@@ -154,7 +157,7 @@ FORM = re.compile(r"\bA (\w+) (\w+) moves (\w+) over a (\w+) background\b")
 
 
 def described(prompt: str) -> dict[str, str]:
-    """What a prompt in the form of Scene.caption() asks for: colour, shape (by its name there), direction, background; {} for others."""
+    """What a prompt in the form of Scene.caption() asks for: colour, shape, direction (by its name there), background; {} for others."""
     found = FORM.search(prompt)
     return (
         {} if found is None else dict(zip(("colour", "shape", "direction", "background"), found.groups(), strict=True))

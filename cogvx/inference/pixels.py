@@ -14,6 +14,7 @@ from cogvx.data.world import COLOURS
 
 VISIBLE = 40.0  # RGB distance between a shape and its background, of 442 between black and white
 MOVED = 0.12  # of the frame's side
+SLANTING = 0.5  # of the way along one side, the way along the other
 SQUARE, CIRCLE = 0.525, 0.81  # filled share of the circle around it: a triangle fills 0.41, a square 0.64
 EMPTY_MIDDLE = 0.5  # filled share of the inner third
 
@@ -91,10 +92,12 @@ def shape_of(masks: list[numpy.ndarray]) -> str | None:
 
 
 def direction_of(way: numpy.ndarray) -> str | None:
-    """The way (y, x) as shares of the frame's sides; None when it is short or slanting."""
+    """The way (y, x) as shares of the frame's sides; None when it is short, or slants otherwise than the world's diagonal."""
     down, right = way
-    if max(abs(down), abs(right)) < MOVED or min(abs(down), abs(right)) > 0.6 * max(abs(down), abs(right)):
+    if max(abs(down), abs(right)) < MOVED:
         return None
+    if min(abs(down), abs(right)) > SLANTING * max(abs(down), abs(right)):
+        return "diagonal" if down > 0 and right > 0 else None
     if abs(right) > abs(down):
         return "right" if right > 0 else "left"
     return "down" if down > 0 else "up"

@@ -47,7 +47,7 @@ def asked_of(prompts: dict[str, list[str]], seed: int) -> list[Asked]:
 
 
 def prompts_of(config: Config, count: int) -> dict[str, list[str]]:
-    """The prompts whose videos can be judged on their pixels: nano's, taught the demo's ring. Image-to-video is shown what to make."""
+    """The prompts whose videos can be judged on their pixels: nano's, taught the demo's motion. Image-to-video is shown what to make."""
     judged = isinstance(config.model, Nano) and not config.model.image_to_video and config.data.is_demo()
     return demo.scored_prompts(count) if count and judged else {}
 
@@ -59,7 +59,8 @@ def measured(frames: numpy.ndarray, prompt: str) -> dict[str, float]:
     expected = world.described(prompt)
     if not expected:
         return values
-    expected["shape"] = "ring" if expected["shape"] == demo.TOKEN else expected["shape"]
+    if expected["direction"] == demo.TOKEN:
+        expected["direction"] = demo.MEANS
     values |= {name: float(getattr(found, name) == value) for name, value in expected.items()}
     return values | {"all": float(found.agrees(**{name: expected[name] for name in ("shape", "colour", "direction")}))}
 
@@ -117,7 +118,7 @@ def value_of(found: list[Comparison], kind: str, measure: str) -> Comparison | N
 
 def in_words(found: list[Comparison]) -> str:
     """The two that matter, in a line; empty where nothing could be judged."""
-    taught, other = value_of(found, "taught", "shape"), value_of(found, "other", "all")
+    taught, other = value_of(found, "taught", "direction"), value_of(found, "other", "all")
     if taught is None or other is None:
         return ""
     return (
@@ -127,7 +128,7 @@ def in_words(found: list[Comparison]) -> str:
 
 
 def for_summary(found: list[Comparison]) -> dict[str, float]:
-    taught, other = value_of(found, "taught", "shape"), value_of(found, "other", "all")
+    taught, other = value_of(found, "taught", "direction"), value_of(found, "other", "all")
     if taught is None or other is None:
         return {}
     return {

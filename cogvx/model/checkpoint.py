@@ -106,6 +106,11 @@ class Nano(Model):
 
     blank: bool  # with a transformer that is still to be trained
 
+    def problems(self) -> list[str]:
+        if self.image_to_video and not self.blank:
+            return ["model.blank=false: nano_i2v has no trained transformer yet; model.blank=true"]
+        return []
+
     def is_local(self) -> bool:
         return True
 

@@ -1,7 +1,7 @@
 """A CogVideoX of 2.5 million parameters that knows a little world (cogvx/data/world.py), in the released checkpoints' own format.
 
 The real classes at tiny size, like 2B: sine positions, no rotary; VAE 4 x 4 x 4, patch 2. Everything that loads, trains, samples
-and saves the 2B does it here too; nano_i2v is the same for image-to-video. weights/README.md says how the weights were made.
+and saves the 2B does it here too; nano_i2v is the same for image-to-video, but blind to the image until it is trained. weights/README.md says how the weights were made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cogvx.data.cache import filled
 from cogvx.model.geometry import Geometry
 from cogvx.model.released import SCHEDULER, TRANSFORMER_2B, VAE_2B
 
-WEIGHTS = Path(__file__).parent / "weights"  # nano/ whole but for what write_settings() adds, nano_i2v/transformer
+WEIGHTS = Path(__file__).parent / "weights"  # nano/ whole but for what write_settings() adds
 TEXT_TOKENS = 32
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 16
@@ -54,7 +54,7 @@ NANO_I2V = replace(NANO, transformer=NANO.transformer | {"in_channels": 2 * LATE
 
 def write(folder: Path, tiny: Tiny = NANO, *, blank: bool = False) -> Path:
     """nano or nano_i2v in a folder, unless it is there. `blank`: with a transformer that is still to be trained: a random one, or
-    for image-to-video nano's own that does not look at the image yet."""
+    for image-to-video, which has no trained one yet, nano's own that does not look at the image."""
     return filled(folder, lambda partial: write_parts(partial, tiny, blank))
 
 
@@ -63,12 +63,11 @@ def write_parts(folder: Path, tiny: Tiny, blank: bool) -> None:
 
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(WEIGHTS / "nano" / part, folder / part)
-    trained = WEIGHTS / ("nano_i2v" if tiny.geometry.image_to_video else "nano") / "transformer"
     if blank:
         with library_bars(shown=False):
             blank_transformer(tiny).save_pretrained(folder / "transformer")
     else:
-        shutil.copytree(trained, folder / "transformer")
+        shutil.copytree(WEIGHTS / "nano" / "transformer", folder / "transformer")
     write_settings(folder, tiny)
 
 
@@ -129,20 +128,32 @@ def narrow_posterior(vae):
     return vae
 
 
+NEIGHBOURS = {
+    "1 before": 1,
+    "1 after": 17,
+    "2 before": 2,
+    "2 after": 18,
+}  # T5's buckets of relative positions (Raffel et al. 2020)
+LOOKS = 6.0  # how much more each head attends to its neighbour, in logits
+
+
 def write_text_encoder(folder: Path) -> None:
-    """A random T5, which tells words and their order apart, and its tokenizer; nothing in it needs to be trained."""
+    """A random T5 and its tokenizer; nothing in it needs to be trained. Each of its heads looks at one neighbour of a token, so that
+    the red of a red circle differs from that of a red background: the transformer has no positions for text of its own."""
+    import torch
     from transformers import T5Config, T5EncoderModel
 
     vocabulary = write_tokenizer(folder / "tokenizer")
     settings = {
-        "d_model": TEXT_WIDTH,
-        "d_kv": 16,
-        "d_ff": 128,
-        "num_layers": 2,
-        "num_heads": 4,
-        "feed_forward_proj": "gated-gelu",
-    }
+        "d_model": TEXT_WIDTH, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": len(NEIGHBOURS), "feed_forward_proj": "gated-gelu",
+    }  # fmt: skip
     encoder = T5EncoderModel(T5Config(vocab_size=vocabulary, is_encoder_decoder=False, use_cache=False, **settings))
+    bias = (
+        encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    )  # [buckets, heads], of all layers
+    with torch.no_grad():
+        for head, bucket in enumerate(NEIGHBOURS.values()):
+            bias[bucket, head] += LOOKS
     encoder.save_pretrained(folder / "text_encoder")
 
 
@@ -196,6 +207,10 @@ def keep_weights(run: Path, place: Path) -> None:
 
     transformer = CogVideoXTransformer3DModel.from_pretrained(run / "transformer", torch_dtype=torch.float16)
     transformer.save_pretrained(place / "transformer")
+    path = place / "transformer" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # where it was on this machine
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,42 +26,24 @@ if TYPE_CHECKING:
     from cogvx.config import Config
     from cogvx.tasks import NanoVae
 
-SIZE, FRAMES = 64, 9  # of a clip, as nano is used
+SIZE = 64  # pixels of a frame, as nano is used
 HELD_OUT, HELD_OUT_SEED = 64, 1  # clips of the world, drawn with a seed that training does not use
 STATE, KEPT_EVERY = "state.pt", 500
 
 
 def train(config: Config, task: NanoVae, folder: Path) -> dict:
-    """Trains the VAE and writes it to folder/vae; returns the run's summary."""
+    """Trains the VAE and writes folder/vae, text_encoder and tokenizer; returns the run's summary."""
     started = time.monotonic()
     torch.manual_seed(config.seed)
     vae = nano.new_vae().train()
     optimizer = torch.optim.Adam(vae.parameters(), lr=task.learning_rate)
-    step = resume(folder, vae, optimizer)
-    with bar(total=task.steps, initial=step, desc="vae   ", unit="step") as progress:
-        while step < task.steps:
-            # From small and many to whole and few: a convolution learns most from crops, and the last steps see the frames' edges.
-            small = step < task.steps * (1 - task.share_of_whole_frames)
-            size, batch = (task.crop, task.batch) if small else (SIZE, max(1, task.batch // 4))
-            clips = torch.stack([clip(config.seed, step, place, size) for place in range(batch)])
-            for group in optimizer.param_groups:
-                group["lr"] = task.learning_rate * rate(step / task.steps)
-            with torch.autocast("cpu", torch.bfloat16, enabled=task.bf16):
-                posterior = vae.encode(clips).latent_dist
-                restored = vae.decode(posterior.sample(generator_of(config.seed, step))).sample.float()
-            loss = F.l1_loss(restored, clips) + F.mse_loss(restored, clips) + task.kl_weight * kl(posterior)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), task.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
+    with bar(total=task.steps, initial=resume(folder, vae, optimizer), desc="vae   ", unit="step") as progress:
+        for step in range(progress.n, task.steps):
+            loss = one_step(vae, optimizer, task, config.seed, step)
             progress.update()
-            if step % KEPT_EVERY == 0 or step == task.steps:
-                keep(folder, vae, optimizer, step)
-                found = judge(vae)
-                progress.write(f"vae     step {step}: loss {loss.item():.4f}, {found['psnr']:.2f} dB on clips held out")
-                with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, "loss": loss.item(), **found}) + "\n")
+            if (step + 1) % KEPT_EVERY == 0:
+                keep(folder, vae, optimizer, step + 1)
+                note(folder, progress, step + 1, loss, judge(vae))
     found = judge(vae)
     vae.register_to_config(scaling_factor=round(1 / found["latent_std"], 4))
     vae.half().save_pretrained(folder / "vae")
@@ -70,7 +52,31 @@ def train(config: Config, task: NanoVae, folder: Path) -> dict:
     (folder / STATE).unlink(missing_ok=True)
     print(f"done    {found['psnr']:.2f} dB on {HELD_OUT} clips held out; scaling factor {vae.config.scaling_factor}")
     print(f"result  {record.shown(folder / 'vae')}")
-    return {"status": "done", "step": step, **found, "seconds": round(time.monotonic() - started, 1)}
+    return {"status": "done", "step": task.steps, **found, "seconds": round(time.monotonic() - started, 1)}
+
+
+def one_step(vae, optimizer, task: NanoVae, seed: int, step: int) -> float:
+    """Returns the loss. Crops first, many of them, then whole frames: the last steps have to see the frames' edges."""
+    cropped = step < task.steps * (1 - task.share_of_whole_frames)
+    size, batch = (task.crop, task.batch) if cropped else (SIZE, max(1, task.batch // 4))
+    clips = torch.stack([clip(seed, step, place, size) for place in range(batch)])  # [B, C, F, H, W]
+    for group in optimizer.param_groups:
+        group["lr"] = task.learning_rate * rate(step / task.steps)
+    with torch.autocast("cpu", torch.bfloat16, enabled=task.bf16):
+        posterior = vae.encode(clips).latent_dist
+        restored = vae.decode(posterior.sample(generator_of(seed, step))).sample.float()
+    loss = F.l1_loss(restored, clips) + F.mse_loss(restored, clips) + task.kl_weight * kl(posterior)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(vae.parameters(), task.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def note(folder: Path, progress, step: int, loss: float, found: dict[str, float]) -> None:
+    progress.write(f"vae     step {step}: loss {loss:.4f}, {found['psnr']:.2f} dB on clips held out")
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "loss": loss, **found}) + "\n")
 
 
 def rate(progress: float) -> float:

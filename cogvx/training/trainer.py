@@ -424,13 +424,14 @@ class Trainer:
         )  # fmt: skip
 
     def compare(self) -> list[scores.Comparison]:
-        """The scores beside the base model's, once, at the end; also written to evaluation.json."""
+        """The scores beside the base model's, at the end; also in evaluation.json and evaluation.csv."""
         found = []
         if self.asked and self.accelerator.is_main_process:
             with self.not_timed(), self.state.averaged():
                 clear_device_cache(garbage_collection=True)
-                found = self.videos().compare(self.state.transformer, self.step)
-            scores.write(self.folder, {}, {"result": found}, {"step": self.step})
+                rows = self.videos().score_both(self.state.transformer, self.step)
+            found = scores.comparisons(rows["base"], rows["result"])
+            scores.write(self.folder, rows, {"result": found}, {"step": self.step})
         self.accelerator.wait_for_everyone()
         return found
 

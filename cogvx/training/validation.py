@@ -160,14 +160,12 @@ class Videos:
         asked = bar(self.asked, desc=f"score  {whose}", unit="video", leave=False)
         return scores.score(lambda each: self.generate(transformer, vae, each.prompt, each.seed, None), asked)
 
-    def compare(self, transformer, step: int) -> list[scores.Comparison]:
-        """The scores of this step beside the base model's; none where nothing is scored. write_base() comes first."""
-        if not self.asked:
-            return []
+    def score_both(self, transformer, step: int) -> dict[str, list[scores.Scored]]:
+        """Of the base model and of this step. write_base() comes first."""
         vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling)
         values = json.loads(self.base_scores().read_text(encoding="utf-8"))
         base = [scores.Scored(asked, found) for asked, found in zip(self.asked, values, strict=True)]
-        return scores.comparisons(base, self.score(transformer, vae, f"step {step}"))
+        return {"base": base, "result": self.score(transformer, vae, f"step {step}")}
 
     def write(self, transformer, step: int) -> list[Path]:
         """The mp4 files of this step: before (base) on the left, after in the middle, a training clip on the right; beside them the
