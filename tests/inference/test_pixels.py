@@ -31,6 +31,7 @@ def wrong(scene, frames) -> list[str]:
 def test_every_kind_of_clip_is_seen_as_what_it_is():
     kinds = world.scenes(672, seed=3)
     kinds += [dataclasses.replace(scene, shape="ring") for scene in kinds[:150]]
+    kinds += [dataclasses.replace(scene, direction="diagonal", aside=0) for scene in kinds[:150]]
     assert [w for scene in kinds for w in wrong(small(scene), world.draw(small(scene)))] == []
 
 
@@ -71,7 +72,7 @@ def test_nothing_is_seen_where_nothing_is():
 
 def test_a_slanting_way_has_no_direction():
     scene = small(world.Scene("circle", "red", "blue", "right"))
-    assert pixels.seen(world.paint(scene, (214, 48, 49), (36, 113, 209), (0.7, 0.7))).direction is None
+    assert pixels.seen(world.paint(scene, (214, 48, 49), (36, 113, 209), (0.7, -0.7))).direction is None
 
 
 def test_saturation_is_that_of_the_pixels():

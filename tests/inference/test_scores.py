@@ -12,12 +12,12 @@ from cogvx.inference.scores import Asked, Scored
 
 
 def scored(kind, values) -> list[Scored]:
-    return [Scored(Asked(kind, f"p{i}", i), {"shape": value, "all": value}) for i, value in enumerate(values)]
+    return [Scored(Asked(kind, f"p{i}", i), {"direction": value, "all": value}) for i, value in enumerate(values)]
 
 
 def test_a_sure_difference_has_a_narrow_interval_and_none_holds_zero():
-    [shape, _] = scores.comparisons(scored("taught", [0.0] * 20), scored("taught", [1.0] * 20))
-    assert (shape.base, shape.tuned, shape.difference, shape.low, shape.high) == (0, 1, 1, 1, 1)
+    [sure, _] = scores.comparisons(scored("taught", [0.0] * 20), scored("taught", [1.0] * 20))
+    assert (sure.base, sure.tuned, sure.difference, sure.low, sure.high) == (0, 1, 1, 1, 1)
     [same, _] = scores.comparisons(scored("taught", [0, 1] * 10), scored("taught", [0, 1] * 10))
     assert (same.difference, same.low, same.high) == (0, 0, 0), "of pairs, not of two samples"
 
@@ -34,12 +34,12 @@ def test_the_interval_is_the_bootstraps():
 
 
 def test_a_video_is_judged_by_what_its_prompt_asks_for():
-    scene = world.Scene("ring", "red", "blue", "right", name=demo.TOKEN, width=64, height=64)
+    scene = world.Scene("square", "red", "blue", demo.MEANS, name=demo.TOKEN, width=64, height=64)
     frames = world.draw(scene)
     right = scores.measured(frames, scene.caption())
     assert all(right[name] == 1 for name in ("shape", "colour", "direction", "background", "all"))
-    other = scores.measured(frames, "A green circle moves right over a blue background.")
-    assert [other[name] for name in ("shape", "colour", "direction", "background", "all")] == [0, 0, 1, 1, 0]
+    other = scores.measured(frames, "A green circle moves up over a blue background.")
+    assert [other[name] for name in ("shape", "colour", "direction", "background", "all")] == [0, 0, 0, 1, 0]
     assert set(scores.measured(frames, "a rabbit")) == {"motion", "saturation"}
     assert scores.motion_of(frames) > 0.01 and scores.motion_of(frames[:1].repeat(9, axis=0)) == 0
 
@@ -52,7 +52,7 @@ def test_what_is_written_can_be_read(tmp_path):
     assert len(rows) == 6 and {row["variant"] for row in rows} == {"base", "result"}
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["heldout_loss"] == 0.5 and written["comparisons"]["result"][0]["tuned"] == 1
-    assert "taught  shape" in scores.table(found)
+    assert "taught  direction" in scores.table(found)
     assert scores.in_words(found) == "" and scores.for_summary(found) == {}, "without the other kind"
     both = scores.comparisons([*base, *scored("other", [1, 1])], [*tuned, *scored("other", [1, 0])])
     assert "100% of 3 videos show it (base model 33%)" in scores.in_words(both)
