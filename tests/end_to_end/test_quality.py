@@ -1,12 +1,14 @@
 """What nano knows, and that the demo teaches it its concept without the rest being lost: judged on the pixels of videos made by plain
 diffusers from what a run delivers."""
 
+import json
+
 import numpy
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from cogvx.data import world
+from cogvx.data import demo, world
 from cogvx.inference import scores
 from cogvx.model import nano
 
