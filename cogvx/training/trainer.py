@@ -390,7 +390,7 @@ class Trainer:
         yield
         took = time.monotonic() - started
         self.clock += took
-        if self.progress is not None:
+        if self.progress is not None and not self.progress.disable:
             self.progress.start_t += took
             self.progress.last_print_t += took
 

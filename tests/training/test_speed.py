@@ -248,7 +248,7 @@ def test_the_expectation_is_the_plans(compose, nano_folder, tmp_path):
 
 
 def test_the_progress_bars_forecast_leaves_validation_out():
-    bar = types.SimpleNamespace(start_t=0.0, last_print_t=0.0)
+    bar = types.SimpleNamespace(start_t=0.0, last_print_t=0.0, disable=False)
     self = types.SimpleNamespace(progress=bar, clock=0.0)
     with trainer.Trainer.not_timed(self):
         import time
