@@ -43,7 +43,8 @@ class Scored:
 
 def asked_of(prompts: dict[str, list[str]], seed: int) -> list[Asked]:
     """Each prompt once, each with a seed of its own."""
-    return [Asked(kind, prompt, seed + i) for kind, those in prompts.items() for i, prompt in enumerate(those)]
+    pairs = [(kind, prompt) for kind, those in prompts.items() for prompt in those]
+    return [Asked(kind, prompt, seed + number) for number, (kind, prompt) in enumerate(pairs)]
 
 
 def prompts_of(config: Config, count: int) -> dict[str, list[str]]:
