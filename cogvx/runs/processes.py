@@ -135,8 +135,8 @@ def in_words(error: BaseException) -> tuple[str, int]:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         said = str(error).strip().splitlines()[0]
         return (
-            f"train.compile=true: torch cannot compile the blocks here: {said}. A C++ compiler (g++) is what is usually missing; "
-            f"train.compile=false runs them as they are"
+            f"torch cannot compile here: {said}. A C++ compiler (g++) is what is usually missing; without it: train.compile=false, and "
+            f"another optimizer than adamw8bit_torchao"
         ), FAILED
     return f"{type(error).__name__}: {error}", 1
 

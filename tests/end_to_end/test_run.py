@@ -313,7 +313,7 @@ def test_a_killed_run_goes_on_to_the_same_result(launch, cache, tmp_path, kill):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", [[], ["lora=null", "model=nano_i2v", "train.timestep_sampling=stratified", "train.gradient_checkpointing=true"]]
+    "kind", [[], ["lora=null", "optimizer.learning_rate=1e-4", "model=nano_i2v", "train.timestep_sampling=stratified", "train.gradient_checkpointing=true"]]
 )  # fmt: skip
 def test_two_processes_train_as_one_with_twice_the_batch(launch, cache, tmp_path, kind):
     one = launch(*arguments(cache, tmp_path / "one", *SHORT, *kind, "train.gradient_accumulation_steps=2"))

@@ -80,7 +80,10 @@ def test_eight_bits_are_used_when_asked_for():
 
 
 def test_prodigys_estimate_is_logged_and_small_rates_are_warned_of(run, capsys):
-    folder = run("a", *SHORT, "optimizer=prodigy", "optimizer.safeguard_warmup=false", "scheduler.lr_warmup_steps=0")
+    steps = ["train.max_train_steps=80", "train.logging_steps=20", "train.checkpointing_steps=80"]
+    folder = run(
+        "a", *SHORT, *steps, "optimizer=prodigy", "optimizer.safeguard_warmup=false", "scheduler.lr_warmup_steps=0"
+    )
     d, rates = metrics(folder, "d"), metrics(folder, "effective_lr")
     assert len(d) == 4 and d[-1] > d[0] >= 1e-6 and rates == [pytest.approx(0.5 * value) for value in d]
     run("b", *SHORT, "optimizer=prodigy", "optimizer.learning_rate=1e-4")

@@ -1,6 +1,7 @@
 """What makes a step fast changes no result, and nothing in a step waits for the device."""
 
 import json
+import os
 import shutil
 import types
 
@@ -136,15 +137,14 @@ def test_compiled_blocks_train_as_others_do(run, kind):
 
 
 @pytest.mark.slow
-def test_a_missing_compiler_is_said_in_words(run, monkeypatch, tmp_path, capfd):
-    import torch._inductor.config
-
-    torch._dynamo.reset()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    run("a", *SHORT, "train.compile=true", "lora.rank=3", expect=2)
-    said = capfd.readouterr().err
-    assert "train.compile=true: torch cannot compile the blocks here" in said and "Traceback" not in said
+def test_a_missing_compiler_is_said_in_words(launch, cache, tmp_path):
+    here = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    few = ["validation.num_validation_videos=0", "validation.scored_prompts=0", "scheduler.lr_warmup_steps=0"]
+    ran = launch(
+        f"data.cache_dir={cache}", f"output_dir={tmp_path / 'a'}", *SHORT, *few, "train.compile=true", env=here
+    )
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert "torch cannot compile here" in ran.stderr and "train.compile=false" in ran.stderr
 
 
 # -- the optimizer in the backward pass --------------------------------------------------------------------------------
