@@ -16,7 +16,7 @@ from cogvx.data.cache import filled
 if TYPE_CHECKING:
     import numpy
 
-NAME = "world_1"  # of its folders: another one when its clips change
+NAME = "world_2"  # of its folders: another one when its clips change
 
 COLOURS = {
     "red": (214, 48, 49),
@@ -70,13 +70,16 @@ def scenes(count: int, seed: int) -> list[Scene]:
     return [varied(Scene(*kind), generator) for kind in order[:count]]
 
 
-def varied(scene: Scene, generator: numpy.random.Generator) -> Scene:
-    """With a size, a path and a turn of its own."""
+def varied(
+    scene: Scene, generator: numpy.random.Generator, *,
+    radius: tuple[float, float] = (0.27, 0.33), start: float = 10.0, turn: float = 20.0,
+) -> Scene:  # fmt: skip
+    """With a size, a path and a turn of its own. Sizes are close together, so that a shape shows in how much of a frame it fills."""
     from dataclasses import replace
 
     draw = generator.uniform
     return replace(
-        scene, radius=draw(0.2, 0.3), aside=draw(-0.6, 0.6), travel=draw(0.7, 1.0), turn=draw(-45, 45), start=draw(-15, 15)
+        scene, radius=draw(*radius), aside=draw(-0.6, 0.6), travel=draw(0.7, 1.0), turn=draw(-turn, turn), start=draw(-start, start),
     )  # fmt: skip
 
 

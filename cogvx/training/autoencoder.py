@@ -103,7 +103,8 @@ def clip(seed: int, step: int, place: int, size: int) -> Tensor:
         for name in names[:2]
     ]
     angle = generator.uniform(0, 2 * math.pi)
-    scene = world.varied(world.Scene(shape, "", "", "", width=SIZE, height=SIZE, fps=8), generator)
+    scene = world.Scene(shape, "", "", "", width=SIZE, height=SIZE, fps=8)
+    scene = world.varied(scene, generator, radius=(0.2, 0.3), start=15, turn=45)
     direction = (
         (math.cos(angle), math.sin(angle))
         if generator.random() < 0.5
