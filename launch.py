@@ -15,33 +15,24 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exi
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from cogvx import config as configuration
-from cogvx.errors import UserError
-from cogvx.runs import processes, record
+from cogvx import grid
+from cogvx.errors import UserError, did_you_mean
+from cogvx.runs import leaderboard, pool, processes, record
+from cogvx.runs.pool import STOPPED
 
-STOPPED = (130, 143)  # exit codes after Ctrl-C and after a termination
-exit_codes: list[int] = []  # one for each job
+SWEEPS = configuration.PROJECT / "sweeps"
+exit_codes: list[int] = []
 typed = list(sys.argv)  # the command, for the record
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    settings = HydraConfig.get()
-    sweeping = settings.mode is RunMode.MULTIRUN
+    choices = {group: HydraConfig.get().runtime.choices[group] for group in configuration.GROUPS}
     try:
-        config = configuration.check(
-            composed, {group: settings.runtime.choices[group] for group in configuration.GROUPS}
-        )
-        if sweeping and config.output_dir is None:
-            config.output_dir = str(Path(settings.sweep.dir, settings.sweep.subdir).absolute())
-        exit_codes.append(run(config, isolated=sweeping))
-        if sweeping and exit_codes[-1] in STOPPED:
-            raise KeyboardInterrupt
+        exit_codes.append(run(configuration.check(composed, choices)))
     except UserError as error:  # caught here: Hydra would print a line of its own before it passes an error on
         exit_codes.append(say(error))
 
@@ -51,7 +42,7 @@ def say(error: object) -> int:
     return processes.FAILED
 
 
-def run(config: configuration.Config, *, isolated: bool) -> int:
+def run(config: configuration.Config) -> int:
     folder = record.open_folder(config)
     summary = record.finished(folder)
     if summary is not None:
@@ -62,7 +53,18 @@ def run(config: configuration.Config, *, isolated: bool) -> int:
     print(f"run     {record.shown(folder)}", flush=True)
     with record.locked(folder):
         record.environment(folder, typed)
-        return processes.run(folder, isolated=isolated)
+        return processes.run(folder)
+
+
+def run_sweep(overrides: list[str], place: grid.Place) -> int:
+    """All jobs are composed, checked and frozen before the first starts."""
+    sweep, jobs, base = grid.sweep_of(overrides, place)
+    pool_settings = pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
+    sweep.freeze(jobs, typed)
+    try:
+        return pool.run(sweep, [job for job, _ in jobs], pool_settings, typed)
+    finally:
+        leaderboard.conclude(sweep)
 
 
 def from_record(arguments: list[str], scratch: Path) -> list[str]:
@@ -103,7 +105,11 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
         recorded["lora"] = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))["lora"]
     recorded["train"]["resume"] = None
     recorded["hydra"] = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))["hydra"]
-    recorded["defaults"] += [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
+    recorded["defaults"] += [
+        {"override hydra/launcher": "pool"},
+        {"override hydra/job_logging": "none"},
+        {"override hydra/hydra_logging": "none"},
+    ]
     (scratch / "config.yaml").write_text(
         yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
@@ -138,35 +144,77 @@ def take_option(arguments: list[str], *names: str) -> str | None:
     return None
 
 
+def named_sweep(arguments: list[str]) -> list[str]:
+    """sweep=NAME in Hydra's terms: sweeps/NAME.yaml is an option of a group named as the folder is."""
+    name = next((a.partition("=")[2] for a in arguments if a.startswith("sweep=")), None)
+    if name is None:
+        return arguments
+    there = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+    if name not in there:
+        raise UserError(
+            f"sweep={name}: there is no such sweep{did_you_mean(name, there)} sweeps/ has {', '.join(there)}"
+        )
+    if any(a.startswith("hydra.searchpath=") for a in arguments):
+        raise UserError("sweep=NAME starts from conf/, and --config-dir from a run's record: give one of them")
+    others = [a for a in arguments if not a.startswith("sweep=")]
+    return [*others, f"hydra.searchpath=['{configuration.PROJECT}']", f"+sweeps={name}"]
+
+
+SHOWING = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--resolve", "--package", "-p"}
+
+
 def entry(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code. What a user can mend is said without a traceback, with exit code 2."""
     with tempfile.TemporaryDirectory() as scratch:
-        overrides, folder, searchpath = arguments, configuration.CONF, ()
-        sweeping = bool({"-m", "--multirun"} & set(arguments))
+        place, overrides = grid.Place(), arguments
+        named = any(a.startswith("sweep=") for a in arguments)
+        sweeping = named or bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
         try:
-            translated = from_record(arguments, Path(scratch))
+            translated = from_record(named_sweep(arguments), Path(scratch))
             translated = [configuration.as_text(argument, sweeping=sweeping) for argument in translated]
             if translated and translated[0] == "--config-path":
-                folder, searchpath = Path(scratch), (str(configuration.CONF),)
+                place = grid.Place(Path(scratch), (str(configuration.CONF),))
+            elif named:
+                place = grid.Place(searchpath=(str(configuration.PROJECT),))
             overrides = [
-                a for a in translated if not a.startswith("-") and "=" in a and not a.startswith("hydra.searchpath")
+                a for a in translated if not a.startswith(("-", "hydra.searchpath", "hydra.mode")) and "=" in a
             ]
+            if sweeping and not SHOWING & set(arguments):
+                require_known(translated, overrides)
+                return run_sweep(overrides, place)
             sys.argv = [sys.argv[0], *translated]
             main()
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
-            return STOPPED[0]
+            return STOPPED
         except UserError as error:
             return say(error)
         except yaml.YAMLError as error:
             return say(f"a YAML file cannot be parsed: {error}")
-        except (HydraException, OmegaConfBaseException) as error:
-            return say(configuration.explain(error, overrides, folder, searchpath, sweeping=sweeping))
+        except configuration.HYDRAS as error:
+            return say(configuration.explain(error, overrides, place.folder, place.searchpath, sweeping=sweeping))
     return max(exit_codes, default=0)
+
+
+def require_known(translated: list[str], overrides: list[str]) -> None:
+    """A sweep does not pass through Hydra's own command line, which would name what it does not know."""
+    options = {"-m", "--multirun", "--config-path", *overrides}
+    scratch = translated[1] if translated and translated[0] == "--config-path" else None
+    unknown = [
+        a
+        for a in translated
+        if a not in options and a != scratch and not a.startswith(("hydra.searchpath=", "hydra.mode="))
+    ]
+    if any(a.startswith("hydra.sweep.") for a in overrides):
+        raise UserError(
+            "hydra.sweep is not used here: the folder of a sweep is output_dir=..., that of a job follows from its values"
+        )
+    if unknown:
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}. Settings are written KEY=VALUE")
 
 
 if __name__ == "__main__":
     try:
         sys.exit(entry(sys.argv[1:]))
     except KeyboardInterrupt:  # a second one, while the first was dealt with
-        sys.exit(STOPPED[0])
+        sys.exit(STOPPED)

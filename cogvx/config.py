@@ -26,7 +26,9 @@ from cogvx.model import checkpoint
 from cogvx.model.lora import Lora
 from cogvx.training import optimizers, options, schedules, tracking
 
-CONF = Path(__file__).parent.parent / "conf"
+PROJECT = Path(__file__).parent.parent
+CONF = PROJECT / "conf"
+HYDRAS = (HydraException, OmegaConfBaseException)  # what composing raises
 
 GROUPS: dict[str, dict[str, type]] = {
     "task": {"train": tasks.Train, "encode": tasks.Encode, "plan": tasks.Plan, "nano_vae": tasks.NanoVae, "evaluate": tasks.Evaluate},
@@ -435,13 +437,13 @@ def explain(
             composed = composed_from([*good, override], folder, searchpath)
             good.append(override)
             known = list(flat(OmegaConf.to_container(composed, resolve=False)))
-        except (HydraException, OmegaConfBaseException) as found:
+        except HYDRAS as found:
             problems.append(in_words(found, override, known or known_keys(good, folder, searchpath)))
     try:
         compose_config(good, folder, searchpath)
     except Wrong as found:
         problems += found.problems
-    except (HydraException, OmegaConfBaseException) as found:
+    except HYDRAS as found:
         problems.append(first_line(found))
     return str(Wrong(problems or [first_line(error)]))
 
@@ -449,7 +451,7 @@ def explain(
 def known_keys(overrides: list[str], folder: Path, searchpath: tuple[str, ...]) -> list[str]:
     try:
         return list(flat(OmegaConf.to_container(composed_from(overrides, folder, searchpath), resolve=False)))
-    except (HydraException, OmegaConfBaseException):
+    except HYDRAS:
         return []
 
 

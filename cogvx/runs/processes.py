@@ -17,6 +17,7 @@ from cogvx.errors import UserError
 from cogvx.runs import record, report
 
 GRACE = 15  # seconds
+OUT_OF_MEMORY_ERROR = "OutOfMemoryError"  # torch's
 OUT_OF_MEMORY = (
     "the GPU's memory does not suffice. In order of cost: memory=balanced, train.train_batch_size=1 with more "
     "train.gradient_accumulation_steps, fewer frames (data.max_num_frames), a smaller size (data.height, data.width)."
@@ -27,10 +28,10 @@ NOISY = ("bitsandbytes", "diffusers.quantizers", "torch.utils._pytree", "torchao
 FAILED = 2  # exit code of what the user can mend; its message is printed
 
 
-def run(folder: Path, *, isolated: bool) -> int:
-    """Runs what folder/config.yaml says; returns the exit code. `isolated`: in a process of its own, as jobs of a sweep are."""
+def run(folder: Path) -> int:
+    """Runs what folder/config.yaml says, here or as several processes; returns the exit code."""
     count = configuration.read(folder / record.CONFIG).parallel.num_processes
-    if count == 1 and not isolated:
+    if count == 1:
         return run_here(folder)
     (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
     ranks = start(folder, count)
@@ -107,7 +108,9 @@ def run_here(folder: Path) -> int:
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
         message, code = in_words(error)
-        summary = {"status": "interrupted" if code == 130 else "failed", "reason": message}
+        memory = type(error).__name__ == OUT_OF_MEMORY_ERROR
+        status = "interrupted" if code == 130 else "out_of_memory" if memory else "failed"
+        summary = {"status": status, "reason": message}
         if code == 1:
             raise
         print(f"\n{'stopped' if code == 130 else 'error'}: {message}", file=sys.stderr, flush=True)
@@ -130,7 +133,7 @@ def in_words(error: BaseException) -> tuple[str, int]:
         return "by Ctrl-C; what is in the cache and the checkpoints written so far are kept", 130
     if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
         return f"{error}: free some space, or set output_dir and data.cache_dir to where this user can write", FAILED
-    if type(error).__name__ == "OutOfMemoryError":  # torch's
+    if type(error).__name__ == OUT_OF_MEMORY_ERROR:
         return f"{OUT_OF_MEMORY} torch says: {str(error).splitlines()[0]}", FAILED
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         said = str(error).strip().splitlines()[0]

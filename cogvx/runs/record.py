@@ -29,6 +29,7 @@ STARTS = (
     "python",
     "device",
 )  # what is kept of a start when the run is resumed
+LOCK_TRIES = (0.1, 0.2, 0.4)  # seconds to wait: who only looks whether a run is in use holds its lock for a moment too
 PROJECT = Path(__file__).parent.parent.parent
 
 
@@ -59,13 +60,18 @@ def locked(folder: Path) -> Iterator[None]:
     import fcntl
 
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"{folder} is in use by another process ({file.read().strip() or 'unknown'}): wait for it, or stop it"
-            ) from error
+        for patience in (*LOCK_TRIES, None):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if patience is None:
+                    file.seek(0)
+                    user = file.read().strip() or "unknown"
+                    raise UserError(
+                        f"{folder} is in use by another process ({user}): wait for it, or stop it"
+                    ) from error
+                time.sleep(patience)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

@@ -142,7 +142,7 @@ class Trainer:
         watch = guards.Watch(config.train.max_skipped_steps, rows=pending)
         metrics = None
         if accelerator.is_main_process:
-            record.note(folder, dtypes=types)
+            record.note(folder, dtypes=types, steps=steps)
             metrics = Metrics(folder, config.tracking, as_dict(config), resumed_at=step)
         return cls(
             config, folder, accelerator, data, model, state, source, watch, metrics, in_backward, steps=steps, step=step,
