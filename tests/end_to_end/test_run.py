@@ -340,18 +340,18 @@ def test_a_single_held_out_clip_in_two_processes(launch, cache, tmp_path):
 @pytest.mark.slow
 def test_stopping_a_multirun_stops_all_of_it(cache, tmp_path):
     settings = arguments(
-        cache, "null", "train.max_train_steps=2000", "train.checkpointing_steps=5", f"hydra.sweep.dir={tmp_path}"
+        cache, tmp_path, "train.max_train_steps=2000", "train.checkpointing_steps=5", "hydra.launcher.jobs=1"
     )
     command = [sys.executable, str(PROJECT / "launch.py"), "-m", *settings, "seed=0,1,2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "0/checkpoints").glob("step_00000*")) and time.monotonic() < deadline:
+    while not list((tmp_path / "seed-0/checkpoints").glob("step_00000*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, complaints = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in complaints
-    assert not (tmp_path / "1").exists()
-    assert json.loads((tmp_path / "0/summary.json").read_text())["status"] == "interrupted"
+    assert [path.name for path in (tmp_path / "seed-1").iterdir()] == ["config.yaml"], "frozen, not started"
+    assert json.loads((tmp_path / "seed-0/summary.json").read_text())["status"] == "interrupted"
 
 
 @pytest.mark.slow
@@ -368,11 +368,14 @@ def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cach
         "validation.num_validation_videos=0",
         "validation.scored_prompts=0",
         "scheduler.lr_warmup_steps=2",
-        f"hydra.sweep.dir={tmp_path}",
+        f"output_dir={tmp_path}",
     ]
     ran = launch("-m", *sweep, *quick)
     assert ran.returncode == 0, ran.stderr
-    found = [json.loads((tmp_path / str(job) / "summary.json").read_text())["status"] for job in range(4)]
+    found = [
+        json.loads(path.read_text())["status"]
+        for path in sorted(tmp_path.glob("rank-*_mixed_precision-*/summary.json"))
+    ]
     assert found == ["done"] * 4
 
 
