@@ -61,10 +61,9 @@ def run_sweep(overrides: list[str], place: grid.Place) -> int:
     sweep, jobs, base = grid.sweep_of(overrides, place)
     pool_settings = pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
     sweep.freeze(jobs, typed)
-    try:
-        return pool.run(sweep, [job for job, _ in jobs], pool_settings, typed)
-    finally:
-        leaderboard.conclude(sweep)
+    code = pool.run(sweep, [job for job, _ in jobs], pool_settings, typed)
+    leaderboard.conclude(sweep)
+    return code
 
 
 def from_record(arguments: list[str], scratch: Path) -> list[str]:
@@ -154,8 +153,10 @@ def named_sweep(arguments: list[str]) -> list[str]:
         raise UserError(
             f"sweep={name}: there is no such sweep{did_you_mean(name, there)} sweeps/ has {', '.join(there)}"
         )
-    if any(a.startswith("hydra.searchpath=") for a in arguments):
-        raise UserError("sweep=NAME starts from conf/, and --config-dir from a run's record: give one of them")
+    if any(a.startswith(("--config-dir", "-cd", "train.resume=", "task.run=")) for a in arguments):
+        raise UserError(
+            "sweep=NAME starts from conf/, and --config-dir, train.resume and task.run from a run's record: give one of them"
+        )
     others = [a for a in arguments if not a.startswith("sweep=")]
     return [*others, f"hydra.searchpath=['{configuration.PROJECT}']", f"+sweeps={name}"]
 

@@ -20,7 +20,7 @@ class Expectation:
 
     def __init__(self, folder: Path, card: str | None):
         command = [sys.executable, "-m", "cogvx.plan.clock", str(folder), str(card)]
-        here = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(record.PROJECT)}
+        here = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(configuration.PROJECT)}
         self.seconds, self.folder, self.process = None, folder, None
         if card is not None:
             self.process = subprocess.Popen(

@@ -36,7 +36,7 @@ def conclude(sweep: Sweep) -> None:
         print(f"... and {len(rows) - MOST_ROWS} more")
     for row in rows:
         if row["reason"]:
-            print(f"{row['state']:8s}{row['folder']}: {str(row['reason']).splitlines()[0]} ({LOG} in its folder)")
+            print(f"{row['state']:7s} {row['folder']}: {str(row['reason']).splitlines()[0]} ({LOG} in its folder)")
     print(f"table   {record.shown(sweep.folder / LEADERBOARD)}")
     if rows[0]["objective"] is not None:
         best = sweep.folder / str(rows[0]["folder"])

@@ -21,6 +21,7 @@ from enum import Enum
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.runs import processes, record
 from cogvx.runs.sweep import LOG, Job, State, Sweep
@@ -156,7 +157,9 @@ class Forks:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["cogvx.runs.preloaded"])
         here = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(record.PROJECT), *([here] if here else [])])  # the server's
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(configuration.PROJECT), *([here] if here else [])]
+        )  # the server's
 
     def __enter__(self) -> Forks:
         self.lives, self.held = self.context.Pipe(duplex=False)  # its end is this process's end

@@ -62,7 +62,7 @@ def start(folder: Path, count: int) -> list[subprocess.Popen]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
-    shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(record.PROJECT), os.environ.get("PYTHONPATH")]))
+    shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(configuration.PROJECT), os.environ.get("PYTHONPATH")]))
     if count > 1:
         shared |= {
             "WORLD_SIZE": str(count),

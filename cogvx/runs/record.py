@@ -30,7 +30,6 @@ STARTS = (
     "device",
 )  # what is kept of a start when the run is resumed
 LOCK_TRIES = (0.1, 0.2, 0.4)  # seconds to wait: who only looks whether a run is in use holds its lock for a moment too
-PROJECT = Path(__file__).parent.parent.parent
 
 
 def open_folder(config: Config) -> Path:
@@ -123,7 +122,11 @@ def git(*arguments: str) -> str | None:
     """What git says of this code; None when it is not a git checkout or there is no git."""
     try:
         ran = subprocess.run(
-            ["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=20, errors="replace"
+            ["git", "-C", str(configuration.PROJECT), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            errors="replace",
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -94,12 +94,12 @@ class Sweep:
         """Of every job, the settings that are not the same in all: the swept ones first, then what follows from them."""
         found = {job.name: job.values for job in self.jobs()}
         flat = {name: recorded(self.folder / name) for name in found}
-        keys = list(dict.fromkeys(key for values in flat.values() for key in values))
-        last = [name.rpartition(".")[2] for name in next(iter(found.values()), {})]
+        swept = {key.lstrip("+~") for key in self.swept}
+        keys = dict.fromkeys(key for values in flat.values() for key in values)
         others = [
             key for key in keys
-            if key.rpartition(".")[2] not in last and key != "output_dir" and len({str(values.get(key)) for values in flat.values()}) > 1
-            and key.partition(".")[0] not in last
+            if swept.isdisjoint((key, key.partition(".")[0]))  # what an option of a swept group brings goes without saying
+            and len({str(values.get(key)) for values in flat.values()}) > 1
         ]  # fmt: skip
         return {name: {**values, **{key: flat[name].get(key) for key in others}} for name, values in found.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -38,7 +39,8 @@ class Table:
 
     def show(self, running: list[Job]) -> None:
         for job in running:
-            self.progress[job.name] = self.sweep.progress(job)
+            found = self.sweep.progress(job)  # a job that is just starting has not locked its folder yet
+            self.progress[job.name] = replace(found, state=State.running)
         if self.live is not None:
             self.live.update(Group(self.rows(), Text(self.counted(), style="dim")), refresh=True)
         elif time.monotonic() - self.said >= SAID_EVERY:
@@ -48,7 +50,8 @@ class Table:
 
     def ended(self, job: Job, progress: Progress) -> None:
         self.progress[job.name] = progress
-        line = f"{progress.state.value:8s}{job.name}{figure('  held-out loss', progress.heldout_loss)}"
+        line = f"{progress.state.value:7s} {job.name}"
+        line += "" if progress.heldout_loss is None else f"  held-out loss {figure(progress.heldout_loss)}"
         if progress.state is not State.done and progress.reason:
             line += f"  {progress.reason.splitlines()[0]}"
         if self.live is not None:
@@ -72,8 +75,8 @@ class Table:
                 found = self.progress[job.name]
                 left = found.seconds_left() if found.state is State.running else None
                 rows.add_row(
-                    job.name, Text(found.state.value, style=COLOURS.get(found.state, "dim")), steps_of(found), figure("", found.loss),
-                    figure("", found.heldout_loss), "" if left is None else in_words(left),
+                    job.name, Text(found.state.value, style=COLOURS.get(found.state, "dim")), steps_of(found), figure(found.loss),
+                    figure(found.heldout_loss), "" if left is None else in_words(left),
                 )  # fmt: skip
         return rows
 
@@ -82,8 +85,8 @@ def steps_of(progress: Progress) -> str:
     return "" if progress.steps is None else f"{progress.step}/{progress.steps}"
 
 
-def figure(name: str, value: float | None) -> str:
-    return "" if value is None else f"{name} {value:.4f}".strip() if not name.startswith(" ") else f"{name} {value:.4f}"
+def figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def in_words(seconds: float) -> str:

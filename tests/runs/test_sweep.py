@@ -1,0 +1,151 @@
+"""Sweeps: which jobs a command line makes, where they lie, how far they are and which is best. Without torch, without running any."""
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from cogvx import config as configuration
+from cogvx import grid
+from cogvx.errors import UserError
+from cogvx.runs import leaderboard, pool, record
+from cogvx.runs.sweep import State, Sweep, progress_of
+
+PROJECT = Path(__file__).parent.parent.parent
+SWEEPS = sorted((PROJECT / "sweeps").glob("*.yaml"))
+FROM_CONF, BY_NAME = grid.Place(), grid.Place(searchpath=(str(PROJECT),))
+
+
+def sweep(*overrides: str, place: grid.Place = FROM_CONF):
+    made, jobs, _ = grid.sweep_of(list(overrides), place)
+    return made, {job.name: config for job, config in jobs}
+
+
+def test_every_combination_is_a_job_named_by_its_values():
+    made, jobs = sweep("lora.rank=4,16", "optimizer.learning_rate=1e-3,1e-4")
+    assert {(c.lora.rank, c.optimizer.learning_rate) for c in jobs.values()} == {
+        (4, 1e-3),
+        (4, 1e-4),
+        (16, 1e-3),
+        (16, 1e-4),
+    }
+    assert "rank-4_learning_rate-0.001" in jobs
+    assert made.swept == ["lora.rank", "optimizer.learning_rate"]
+
+
+def test_a_tie_binds_to_each_jobs_own_value():
+    _, jobs = sweep("lora.rank=4,16", "lora.lora_alpha=${lora.rank}")
+    assert [(c.lora.rank, c.lora.lora_alpha) for c in jobs.values()] == [(4, 4), (16, 16)]
+
+
+def test_the_same_command_finds_the_same_folder_and_another_base_another():
+    same = [sweep("lora.rank=4,16")[0].folder, sweep("lora.rank=4,16,64")[0].folder]
+    assert same[0] == same[1], "more values complete the sweep that is there"
+    assert sweep("lora.rank=4,16", "seed=7")[0].folder != same[0]
+    assert sweep("lora.rank=4,16", "model=2b", "data.instance_data_root=/clips")[0].folder != same[0]
+
+
+def test_two_spellings_of_a_value_are_one_job():
+    assert list(sweep("optimizer.learning_rate=1e-3,0.001,1e-4")[1]) == ["learning_rate-0.001", "learning_rate-0.0001"]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_named_sweep_composes_and_opens_with_its_command(path):
+    assert f"python launch.py sweep={path.stem}" in path.read_text(encoding="utf-8")
+    made, jobs = sweep(f"+sweeps={path.stem}", place=BY_NAME)
+    assert len(jobs) > 1 and made.folder.name.startswith(path.stem)
+
+
+def test_the_command_line_narrows_a_named_sweep():
+    assert len(SWEEPS) >= 1
+    _, whole = sweep("+sweeps=rank_alpha_lr", place=BY_NAME)
+    _, narrow = sweep("+sweeps=rank_alpha_lr", "lora.rank=64", place=BY_NAME)
+    assert (len(whole), len(narrow)) == (12, 6) and {c.lora.rank for c in narrow.values()} == {64}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-m", "lora.rank=4,0"], "lora.rank=0: must be 1 or more"),
+        (["-m", "lora.rank=4,x"], "could not be converted to Integer"),
+        (["-m", "seed=1"], "nothing is swept"),
+        (["-m", "lora.rank=1,2", "hydra.launcher.jobs=0"], "hydra.launcher.jobs=0: must be 1 or more"),
+        (["-m", "lora.rank=1,2", "hydra.launcher.on_fail=carry_on"], "expected one of go_on, stop"),
+        (["-m", "lora.rank=1,2", "hydra.sweep.dir=x"], "the folder of a sweep is output_dir"),
+        (["sweep=rank_alpha_lt"], "did you mean rank_alpha_lr?"),
+        (["sweep=rank_alpha_lr", "train.resume=x"], "give one of them"),
+    ],
+)
+def test_a_mistake_anywhere_stops_a_sweep_before_it_has_a_folder(launch, tmp_path, arguments, said):
+    ran = launch(*arguments, cwd=tmp_path)
+    assert ran.returncode == 2 and said in ran.stderr and "Traceback" not in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def frozen(tmp_path):
+    """A sweep of three ranks, frozen and not started."""
+    made, jobs, _ = grid.sweep_of(["lora.rank=4,8,16", f"output_dir={tmp_path / 'sweep'}"], grid.Place())
+    made.freeze(jobs, ["launch.py"])
+    return made
+
+
+def finish(frozen: Sweep, name: str, **summary) -> None:
+    record.note(frozen.folder / name, steps=9)
+    record.finish(frozen.folder / name, summary)
+
+
+def test_a_frozen_job_keeps_its_configuration_and_refuses_another(frozen):
+    recorded = configuration.read(frozen.folder / "rank-8" / "config.yaml")
+    assert (recorded.lora.rank, recorded.lora.lora_alpha) == (8, 8)
+    _, jobs, _ = grid.sweep_of(["lora.rank=4,8,16", "seed=7", f"output_dir={frozen.folder}"], grid.Place())
+    with pytest.raises(UserError, match="seed: 42 -> 7"):
+        frozen.freeze(jobs, ["launch.py"])
+
+
+def test_the_leaderboard_has_every_job_the_lowest_loss_first_and_says_what_is_a_tie(frozen, capsys):
+    finish(frozen, "rank-4", status="done", objective=0.0710, heldout_noise_floor=0.001)
+    finish(frozen, "rank-8", status="done", objective=0.0703, heldout_noise_floor=0.001)
+    finish(frozen, "rank-16", status="out_of_memory", reason="too large")
+    leaderboard.conclude(Sweep.read(frozen.folder))
+    with (frozen.folder / "leaderboard.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["place"], r["tie"], r["rank"], r["state"]) for r in rows] == [
+        ("1", "", "8", "done"), ("2", "True", "4", "done"), ("", "", "16", "out of memory"),
+    ]  # fmt: skip
+    assert [float(r["lora.lora_alpha"]) for r in rows] == [8, 4, 16], "what follows from a swept key varies too"
+    said = capsys.readouterr().out
+    assert "1 more within the noise of the measurement" in said and "out of memory rank-16: too large" in said
+
+
+def test_the_state_of_a_job_is_read_from_its_folder(frozen):
+    folder = frozen.folder / "rank-4"
+    assert progress_of(folder).state is State.pending
+    record.note(folder, steps=9)
+    assert progress_of(folder).state is State.killed, "started, gone, and no word of how"
+    with record.locked(folder):
+        assert progress_of(folder).state is State.running
+    for code, state in ((-signal.SIGKILL, State.killed), (-signal.SIGSEGV, State.failed), (1, State.failed)):
+        (folder / record.SUMMARY).unlink(missing_ok=True)
+        pool.tell(folder, code)
+        assert progress_of(folder).state is state
+    assert "exit code 1" in json.loads((folder / record.SUMMARY).read_text())["reason"]
+
+
+@pytest.mark.parametrize(("retry", "again"), [(False, {"rank-8", "rank-16"}), (True, {"rank-4", "rank-8", "rank-16"})])
+def test_killed_jobs_go_on_and_failed_ones_when_asked(frozen, retry, again):
+    finish(frozen, "rank-4", status="failed", reason="a mistake")
+    finish(frozen, "rank-8", status="killed", reason="kill -9")
+    settings = pool.Pool(jobs=1, gpus_per_job=1, on_fail=pool.OnFail.go_on, retry_failed=retry)
+    assert {job.name for job in frozen.jobs() if pool.is_to_run(frozen, job, settings)} == again
+
+
+def test_jobs_share_out_the_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    settings = pool.Pool(jobs=None, gpus_per_job=2, on_fail=pool.OnFail.go_on, retry_failed=False)
+    assert [place.gpus for place in settings.places()] == [["0", "1"], ["2", "3"]]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="gpus_per_job=2, and there is 1"):
+        settings.places()
