@@ -37,10 +37,11 @@ def share(found: list[dict], measure: str) -> float:
 
 @pytest.mark.slow
 def test_nano_does_what_a_prompt_of_its_world_says(nano_folder):
-    """Shapes are right for half of the prompts so far; a guess would be right for a third."""
+    """A guess would be right for a third of the shapes."""
     found = judged(nano_folder, [scene.caption() for scene in world.scenes(64, seed=7)])
     figures = {measure: share(found, measure) for measure in ("shape", "colour", "direction", "background")}
-    assert min(figures[name] for name in ("colour", "direction", "background")) >= 0.9 and figures["shape"] >= 0.4, (
+    print(figures)
+    assert min(figures[name] for name in ("colour", "direction", "background")) >= 0.9 and figures["shape"] >= 0.7, (
         figures
     )
 
@@ -48,7 +49,7 @@ def test_nano_does_what_a_prompt_of_its_world_says(nano_folder):
 @pytest.mark.slow
 def test_the_demo_teaches_its_motion_and_the_rest_is_kept(run, nano_folder):
     """At the strength that plain diffusers reads from the file: alpha / rank is 2 here."""
-    folder = run("a", "lora.rank=16", "lora.lora_alpha=32", "train.max_train_steps=300", "scheduler.lr_warmup_steps=20")
+    folder = run("a", "lora.rank=16", "lora.lora_alpha=32", "train.max_train_steps=600", "scheduler.lr_warmup_steps=20")
     prompts = demo.scored_prompts(24)
     for adapter, least, most in ((None, 0.0, 0.1), (folder, 0.8, 1.0)):
         assert least <= share(judged(nano_folder, prompts["taught"], adapter=adapter), "direction") <= most
