@@ -159,11 +159,11 @@ def decode(reader, indices: list[int]) -> numpy.ndarray:
     try:
         return reader.get_batch(indices).asnumpy()
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as error:
-        if "from_size == to_size" in str(
-            error
-        ):  # decord2 3.4.0 takes the padding of rows of 48, 96 and 144 pixels for a fourth channel
+        if "from_size == to_size" in str(error):
+            # decord2 3.4.0 takes the padding of a row for a fourth channel where it is as long. How rows are padded depends on the
+            # processor: 48, 96 and 144 pixels on one, 8, 16, 24, 48 and 72 on another.
             raise BadClip(
-                "is 48, 96 or 144 pixels wide, which the decoder (decord2) cannot read: scale it up"
+                "is of one of the small widths that the decoder (decord2) cannot read on this machine: scale it up to 160 pixels or more"
             ) from error
         raise BadClip("breaks off while its frames are decoded: truncated or damaged") from error
 
