@@ -25,6 +25,7 @@ from cogvx.runs.pool import STOPPED
 
 SWEEPS = configuration.PROJECT / "sweeps"
 exit_codes: list[int] = []
+repeated: list[Path] = []  # the run whose record this one starts from
 typed = list(sys.argv)  # the command, for the record
 
 
@@ -43,6 +44,9 @@ def say(error: object) -> int:
 
 
 def run(config: configuration.Config) -> int:
+    if not config.task.makes_a_run:
+        config.task.start(config, Path())
+        return 0
     folder = record.open_folder(config)
     summary = record.finished(folder)
     if summary is not None:
@@ -52,16 +56,21 @@ def run(config: configuration.Config) -> int:
         return 0
     print(f"run     {record.shown(folder)}", flush=True)
     with record.locked(folder):
-        record.environment(folder, typed)
+        record.environment(folder, typed, *repeated)
         return processes.run(folder)
 
 
 def run_sweep(overrides: list[str], place: grid.Place) -> int:
-    """All jobs are composed, checked and frozen before the first starts."""
+    """All jobs are composed, checked and frozen before the first starts; of a search, those at the ends of its ranges are checked."""
     sweep, jobs, base = grid.sweep_of(overrides, place)
-    pool_settings = pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
-    sweep.freeze(jobs, typed)
-    code = pool.run(sweep, [job for job, _ in jobs], pool_settings, typed)
+    settings = pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
+    if grid.is_search(base):
+        sweep.freeze([], typed)
+        queue = grid.search_of(overrides, place, sweep, base, settings, typed)
+    else:
+        sweep.freeze(jobs, typed)
+        queue = pool.Given([job for job, _ in jobs if pool.is_to_run(sweep, job, settings)])
+    code = pool.run(sweep, queue, settings, typed)
     leaderboard.conclude(sweep)
     return code
 
@@ -81,7 +90,7 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
         folder = str(run_folder_of(Path(resume), "train.resume"))
         if Path(resume).absolute() == Path(folder).absolute() and all(a.startswith("train.resume=") for a in arguments):
             arguments.append(f"output_dir={Path(folder).absolute()}")
-    if folder is None and judged is not None:
+    if folder is None and judged is not None and "task=report" not in arguments:
         folder = str(run_folder_of(Path(judged), "task.run"))
     if folder is None:
         return arguments
@@ -92,6 +101,7 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
             f"{path} does not exist: --config-dir takes the folder of a run, outputs/RUN, which holds its config.yaml"
         )
     configuration.read(path)
+    repeated.append(Path(folder).absolute())
     recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
     if any(a.startswith("experiment=") for a in arguments):
         raise UserError(

@@ -31,7 +31,7 @@ CONF = PROJECT / "conf"
 HYDRAS = (HydraException, OmegaConfBaseException)  # what composing raises
 
 GROUPS: dict[str, dict[str, type]] = {
-    "task": {"train": tasks.Train, "encode": tasks.Encode, "plan": tasks.Plan, "nano_vae": tasks.NanoVae, "evaluate": tasks.Evaluate},
+    "task": {"train": tasks.Train, "encode": tasks.Encode, "plan": tasks.Plan, "nano_vae": tasks.NanoVae, "evaluate": tasks.Evaluate, "report": tasks.Report, "compare": tasks.Compare},
     "model": {
         "nano": checkpoint.Nano, "nano_i2v": checkpoint.Nano, "2b": checkpoint.Model, "5b": checkpoint.Model,
         "5b_i2v": checkpoint.Model, "1_5_5b": checkpoint.Model, "1_5_5b_i2v": checkpoint.Model,
@@ -264,11 +264,13 @@ def make_paths_absolute(config: Config) -> None:
     for owner, name in (
         (config.data, "instance_data_root"), (config.data, "cache_dir"),
         (config.validation, "validation_prompts_file"), (config.task, "run"), (config.task, "prompts_file"),
-        (config.task, "other_prompts_file"), (config, "output_dir"), (config.lora, "init_from"),
+        (config.task, "other_prompts_file"), (config.task, "page"), (config, "output_dir"), (config.lora, "init_from"),
     ):  # fmt: skip
         value = getattr(owner, name, None)
         if value is not None:
             setattr(owner, name, str(Path(value).expanduser().absolute()))
+    if isinstance(config.task, tasks.Compare):
+        config.task.runs = [str(Path(run).expanduser().absolute()) for run in config.task.runs]
     if config.validation.validation_images is not None:
         separator = config.validation.validation_prompt_separator
         images = config.validation.validation_images.split(separator)

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from cogvx import config as configuration
 from cogvx.config import Config
 from cogvx.errors import UserError, listed
+from cogvx.runs import search
+from cogvx.runs.pool import Pool
 from cogvx.runs.sweep import Job, Sweep
 
 PLACE = Path("outputs") / "sweeps"
@@ -37,9 +40,13 @@ class Place:
         return configuration.composed_from(overrides, self.folder, self.searchpath)
 
 
+def is_search(base: DictConfig) -> bool:
+    return base.hydra.sweeper._target_ == f"{search.Search.__module__}.{search.Search.__name__}"
+
+
 def sweep_of(overrides: list[str], place: Place) -> tuple[Sweep, list[tuple[Job, Config]], DictConfig]:
     """The sweep of a command line, its jobs with their configurations, and the composed base, which says how they run.
-    UserError names every job that is wrong."""
+    Of a search the jobs are samples of what it may propose. UserError names every job that is wrong."""
     named = name_of(overrides)
     fixed, swept = values_of(overrides, {})
     base = place.compose(fixed)
@@ -49,28 +56,80 @@ def sweep_of(overrides: list[str], place: Place) -> tuple[Sweep, list[tuple[Job,
         raise UserError(
             "nothing is swept: give several values, as in  python launch.py -m lora.rank=16,64  (or leave out -m)"
         )
-    jobs = composed_jobs(fixed, swept, place)
-    folder = base.output_dir or str(
-        PLACE / f"{named or '-'.join(short_names(list(swept)).values())}_{mark(base, list(swept))}"
-    )
+    if is_search(base):
+        jobs = [made for key in swept for made in composed_jobs(fixed, examples(swept, key), place)]
+    else:
+        jobs = composed_jobs(fixed, {key: discrete(override) for key, override in swept.items()}, place)
+    name = named or "-".join([*(["search"] if is_search(base) else []), *short_names(list(swept)).values()])
+    folder = base.output_dir or str(PLACE / f"{name}_{mark(base, list(swept))}")
     return Sweep(Path(folder).expanduser().absolute(), named, list(swept)), jobs, base
 
 
-def values_of(overrides: list[str], from_yaml: dict[str, str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The overrides that are the same for all jobs, and the values of each swept key; the command line goes before the YAML."""
+def search_of(
+    overrides: list[str], place: Place, sweep: Sweep, base: DictConfig, pool: Pool, command: list[str]
+) -> search.Search:
+    """What proposes the jobs of a sweep that is_search()."""
+    settings = search.Settings.read(OmegaConf.to_container(base.hydra.sweeper))
+    fixed, swept = values_of(overrides, given_in_yaml(base))
+    return search.Search(
+        sweep, {key: part_of_space(key, override) for key, override in swept.items()}, settings, pool,
+        lambda values: composed_jobs(fixed, {key: [text] for key, text in values.items()}, place)[0],
+        short_names(list(swept)), command,
+    )  # fmt: skip
+
+
+def values_of(overrides: list[str], from_yaml: dict[str, str]) -> tuple[list[str], dict[str, Override]]:
+    """The overrides that are the same for all jobs, and that of each swept key; the command line goes before the YAML."""
     parser, fixed, swept = OverridesParser.create(), {}, {}
     for text in [*(f"{key}={value}" for key, value in from_yaml.items()), *overrides]:
         override = parser.parse_override(text)
         key = override.get_key_element()
         fixed.pop(key, None)
-        if not override.is_sweep_override():
-            swept.pop(key, None)
-            fixed[key] = text
-        elif override.is_discrete_sweep():
-            swept[key] = list(dict.fromkeys(override.sweep_string_iterator()))
+        swept.pop(key, None)
+        if override.is_sweep_override():
+            swept[key] = override
         else:
-            raise UserError(f"{text}: a range to search in, and this sweep tries given values: {key}=VALUE,VALUE")
+            fixed[key] = text
     return list(fixed.values()), swept
+
+
+def discrete(override: Override) -> list[str]:
+    """The values of a key, each as it is written."""
+    if not override.is_discrete_sweep():
+        raise UserError(
+            f"{override.input_line}: a range to search in, and this sweep tries given values: {override.get_key_element()}=VALUE,VALUE  "
+            f"(or let it search: hydra/sweeper=optuna)"
+        )
+    return list(dict.fromkeys(override.sweep_string_iterator()))
+
+
+def part_of_space(key: str, override: Override) -> search.Choice | search.Range:
+    value = override.value()
+    if override.is_discrete_sweep():
+        texts = discrete(override)
+        return search.Choice([number_or_text(text) for text in texts], texts)
+    whole = isinstance(value.start, int) and isinstance(value.end, int)
+    log = "log" in value.tags or key.endswith("learning_rate")
+    if not value.start < value.end or (log and value.start <= 0):
+        raise UserError(
+            f"{override.input_line}: an interval goes from low to high{', and on a log scale from above 0' if log else ''}"
+        )
+    return search.Range(value.start, value.end, log, whole)
+
+
+def number_or_text(text: str) -> object:
+    value = OverridesParser.create().parse_override(f"value={text}").value()
+    return value if isinstance(value, bool | int | float) else text
+
+
+def examples(swept: dict[str, Override], varied: str) -> dict[str, list[str]]:
+    """Each value, or both ends, of one key, with the first of the others."""
+    found = {}
+    for key, override in swept.items():
+        part = part_of_space(key, override)
+        texts = [part.text(value) for value in part.examples()]
+        found[key] = texts if key == varied else texts[:1]
+    return found
 
 
 def given_in_yaml(base: DictConfig) -> dict[str, str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+from cogvx.errors import UserError
 
 if TYPE_CHECKING:
     from cogvx.config import Config
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Task:
+    makes_a_run: ClassVar[bool] = True  # else it reads runs that are there, and has no folder
+
     def start(self, config: Config, folder: Path) -> dict:
         raise TypeError(f"{type(self).__name__} has no start()")
 
@@ -90,3 +94,47 @@ class Evaluate(Task):
         from cogvx.inference.evaluate import evaluate
 
         return evaluate(config, self, folder)
+
+
+@dataclass
+class Report(Task):
+    run: str  # of a run or a sweep
+    makes_a_run: ClassVar[bool] = False
+
+    def start(self, config: Config, folder: Path) -> dict:
+        from cogvx.runs import leaderboard, record, report, sweep
+
+        place = Path(self.run)
+        if (place / sweep.SWEEP).is_file():
+            leaderboard.conclude(sweep.Sweep.read(place))
+        elif (place / record.CONFIG).is_file():
+            print(f"report  {record.shown(report.write(place))}")
+        else:
+            raise UserError(
+                f"task.run={place}: neither a run's folder, with {record.CONFIG}, nor a sweep's, with {sweep.SWEEP}"
+            )
+        return {}
+
+
+@dataclass
+class Compare(Task):
+    runs: list[str]
+    page: str
+    makes_a_run: ClassVar[bool] = False
+
+    def problems(self) -> list[str]:
+        return [] if len(self.runs) > 1 else [f"task.runs={self.runs}: give two runs or more, as [outputs/A,outputs/B]"]
+
+    def start(self, config: Config, folder: Path) -> dict:
+        from cogvx.runs import comparison, leaderboard, record, sweep
+
+        places = [Path(run) for run in self.runs]
+        for place in places:
+            if not (place / record.CONFIG).is_file():
+                raise UserError(f"task.runs: {place} is not a run's folder: it has no {record.CONFIG}")
+        runs = dict(zip(sweep.told_apart(places), places, strict=True))
+        rows = sweep.rows_of(runs, {}, [])
+        leaderboard.show(rows)
+        leaderboard.show_surroundings(rows, runs)
+        print(f"report  {record.shown(comparison.write(Path(self.page), 'Comparison of runs', runs, rows))}")
+        return {}

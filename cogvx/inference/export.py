@@ -9,10 +9,11 @@ import numpy
 from PIL import Image
 
 from cogvx.config import Config
+from cogvx.inference.usage import SETTINGS, snippet
 from cogvx.model import full, lora
 from cogvx.model.checkpoint import Checkpoint
 
-SETTINGS, IMAGE = "inference.json", "first_frame.png"
+IMAGE = "first_frame.png"
 
 
 def deliver(
@@ -56,27 +57,3 @@ def deliver(
         Image.fromarray(image).save(folder / IMAGE)
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
     return snippet(folder, settings)
-
-
-def snippet(folder: Path, settings: dict) -> str:
-    pipeline, model, dtype = (
-        settings["pipeline"],
-        "CogVideoXTransformer3DModel",
-        f"torch_dtype=torch.{settings['torch_dtype']}",
-    )
-    tuned = "lora_scale" not in settings
-    base = repr(settings["base_model"])
-    base += "" if settings["revision"] is None else f", revision={settings['revision']!r}"
-    names = ", ".join([pipeline, *([model] if tuned else [])])
-    load = "from diffusers.utils import load_image; " if settings["image"] else ""
-    start = "image=load_image(how['image']), " if settings["image"] else ""
-    lines = [
-        f"import json, torch; from diffusers import {names}; {load}how = json.load(open({str(folder / SETTINGS)!r}))",
-        f'pipe = {pipeline}.from_pretrained({base}, {dtype}).to("cuda" if torch.cuda.is_available() else "cpu")',
-        f"pipe.load_lora_weights({str(folder)!r}); video = pipe({start}**how['call']).frames[0]",
-    ]
-    if tuned:
-        lines[1] = lines[1].replace(", torch_dtype", ", transformer=tuned, torch_dtype")
-        lines[1:1] = [f"tuned = {model}.from_pretrained({str(folder)!r}, subfolder={full.FOLDER!r}, {dtype})"]
-        lines[-1] = f"video = pipe({start}**how['call']).frames[0]"
-    return "\n".join(lines)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from cogvx.runs import record
-from cogvx.runs.sweep import LEADERBOARD, LOG, Sweep
+from cogvx.runs.sweep import LEADERBOARD, Sweep
 
 MOST_ROWS = 30
+WIDE = 160  # characters, where the output is no terminal
 SHOWN = {
     "state": "state", "objective": "held-out", "score_taught": "taught", "score_other": "others", "seconds": "seconds",
     "peak_memory_gib": "GiB",
@@ -17,31 +21,48 @@ SHOWN = {
 
 
 def conclude(sweep: Sweep) -> None:
-    """Writes the leaderboard and prints it, with the best job's command."""
+    """Writes the leaderboard and the page of a sweep, prints the one and says where the other is."""
+    from cogvx.runs import comparison
+
+    if not sweep.jobs():
+        return
     rows = sweep.write_leaderboard()
-    columns = [key for key in rows[0] if key in varied(rows)]
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in (
-        "",
-        *(key.rpartition(".")[2] for key in columns),
-        *(SHOWN[name] for name in SHOWN if any(row[name] is not None for row in rows)),
-    ):
-        table.add_column(name)
-    for row in rows[:MOST_ROWS]:
-        place = "" if row["place"] is None else f"{row['place']}{' tie' if row['tie'] else ''}"
-        cells = [row[name] for name in SHOWN if any(each[name] is not None for each in rows)]
-        table.add_row(place, *(Text(shown(value)) for value in [*(row[key] for key in columns), *cells]))
-    Console().print(table)
-    if len(rows) > MOST_ROWS:
-        print(f"... and {len(rows) - MOST_ROWS} more")
-    for row in rows:
-        if row["reason"]:
-            print(f"{row['state']:7s} {row['folder']}: {str(row['reason']).splitlines()[0]} ({LOG} in its folder)")
+    show(rows)
     print(f"table   {record.shown(sweep.folder / LEADERBOARD)}")
     if rows[0]["objective"] is not None:
         best = sweep.folder / str(rows[0]["folder"])
         print(f"best    {record.shown(best)}: held-out loss {rows[0]['objective']:.4f}{close(rows)}")
         print(f"again   python launch.py --config-dir {record.shown(best)} --config-name config")
+    title = f"{sweep.folder.name}: {', '.join(sweep.swept)}"
+    page = comparison.write(sweep.folder / "report.html", title, sweep.runs(), rows, sweep.command())
+    print(f"report  {record.shown(page)}")
+
+
+def show(rows: list[dict]) -> None:
+    """The leaderboard, and why runs have no place on it."""
+    columns = varied(rows)
+    measured = [name for name in SHOWN if any(row[name] is not None for row in rows)]
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("", *(key.rpartition(".")[2] for key in columns), *(SHOWN[name] for name in measured)):
+        table.add_column(name)
+    for row in rows[:MOST_ROWS]:
+        place = "" if row["place"] is None else f"{row['place']}{' tie' if row['tie'] else ''}"
+        table.add_row(place, *(Text(shown(row[name])) for name in (*columns, *measured)))
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    if len(rows) > MOST_ROWS:
+        print(f"... and {len(rows) - MOST_ROWS} more")
+    for row in rows:
+        if row["reason"]:
+            print(f"{row['state']:7s} {row['folder']}: {str(row['reason']).splitlines()[0]}")
+
+
+def show_surroundings(rows: list[dict], runs: dict[str, Path]) -> None:
+    """Code, packages, devices and data of other runs that are not the best one's."""
+    best = record.read_json(runs[rows[0]["folder"]] / record.ENVIRONMENT)
+    for row in rows[1:]:
+        found = record.changes(best, record.read_json(runs[row["folder"]] / record.ENVIRONMENT))
+        if found:
+            print(f"besides settings, {rows[0]['folder']} -> {row['folder']}: {'; '.join(found)}")
 
 
 def varied(rows: list[dict]) -> list[str]:

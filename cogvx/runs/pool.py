@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
 from cogvx import config as configuration
 from cogvx.errors import UserError
@@ -111,30 +112,65 @@ def gpus() -> list[str]:
     return [str(number) for number in range(sum(line.startswith("GPU ") for line in said.splitlines()))]
 
 
-def run(sweep: Sweep, jobs: list[Job], pool: Pool, command: list[str]) -> int:
-    """Runs those that are not over. The exit code: 0 when all are done, 1 when some are not, 130 when it was stopped."""
-    places, waiting = pool.places(), [job for job in jobs if is_to_run(sweep, job, pool)]
-    with stopping() as asked, Table(sweep, jobs) as table, Forks(sweep, command) as forks:
-        while forks.running or (waiting and not asked):
-            for place in [] if asked else forks.free(places)[: len(waiting)]:
-                forks.start(waiting.pop(0), place)
+class Queue(Protocol):
+    """Which job is next."""
+
+    def take(self) -> Job | None:
+        """The next to start; None when there is none now."""
+
+    def to_pause(self) -> list[Job]:
+        """Those of the running ones that should stop."""
+
+    def ended(self, job: Job) -> None:
+        """Called for each that was taken, once it has a summary."""
+
+
+class Given:
+    """The jobs of a grid, in order."""
+
+    def __init__(self, jobs: list[Job]):
+        self.waiting = list(jobs)
+
+    def take(self) -> Job | None:
+        return self.waiting.pop(0) if self.waiting else None
+
+    def to_pause(self) -> list[Job]:
+        return []
+
+    def ended(self, job: Job) -> None:
+        pass
+
+
+def run(sweep: Sweep, queue: Queue, pool: Pool, command: list[str]) -> int:
+    """The exit code: 0 when all jobs are done, 1 when some are not, 130 when it was stopped."""
+    places, given_up = pool.places(), False
+    with stopping() as asked, Table(sweep) as table, Forks(sweep, command) as forks:
+        while True:
+            for place in [] if asked or given_up else forks.free(places):
+                job = queue.take()
+                if job is None:
+                    break
+                forks.start(job, place)
+            if not forks.running:
+                break
             time.sleep(EVERY)
             for job in forks.ended():
+                queue.ended(job)
                 progress = sweep.progress(job)
                 table.ended(job, progress)
-                if pool.on_fail is OnFail.stop and progress.state in UNFORTUNATE:
-                    waiting.clear()
+                given_up = given_up or (pool.on_fail is OnFail.stop and progress.state in UNFORTUNATE)
             table.show([each.job for each in forks.running])
+            forks.stop(queue.to_pause())
             if asked:
-                forks.stop(at_once=len(asked) > 1)
+                forks.stop([each.job for each in forks.running], at_once=len(asked) > 1)
     if asked:
         return STOPPED
-    return int(any(sweep.progress(job).state is not State.done for job in jobs))
+    return int(any(sweep.progress(job).state not in (State.done, State.pruned) for job in sweep.jobs()))
 
 
 def is_to_run(sweep: Sweep, job: Job, pool: Pool) -> bool:
     state = sweep.progress(job).state
-    return state is not State.running and (not state.is_over() or (pool.retry_failed and state is not State.done))
+    return state is not State.running and (not state.is_over() or (pool.retry_failed and state in UNFORTUNATE))
 
 
 @contextmanager
@@ -190,9 +226,9 @@ class Forks:
             tell(self.sweep.folder / each.job.name, each.process.exitcode)
         return [each.job for each in found]
 
-    def stop(self, *, at_once: bool) -> None:
-        """Asks each job once to stop with a checkpoint; or kills them."""
-        for each in self.running:
+    def stop(self, jobs: list[Job], *, at_once: bool = False) -> None:
+        """Asks each of these jobs once to stop with a checkpoint; or kills them."""
+        for each in [each for each in self.running if each.job in jobs]:
             with suppress(ProcessLookupError):
                 if at_once:
                     os.killpg(each.process.pid, signal.SIGKILL)

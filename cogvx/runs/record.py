@@ -6,6 +6,7 @@ The folder holds one configuration for good. Whatever runs, runs from its config
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -29,6 +30,10 @@ STARTS = (
     "python",
     "device",
 )  # what is kept of a start when the run is resumed
+COMPARED = (
+    "git_commit", "uncommitted", "python", "platform", "device", "processes", "model_commit", "model_fingerprint", "data_fingerprint",
+)  # fmt: skip
+NAMED = {"git_commit": "code", "uncommitted": "uncommitted changes", "model_commit": "the model's revision", "model_fingerprint": "the model's files", "data_fingerprint": "clips and captions"}  # fmt: skip
 LOCK_TRIES = (0.1, 0.2, 0.4)  # seconds to wait: who only looks whether a run is in use holds its lock for a moment too
 
 
@@ -91,14 +96,18 @@ def finish(folder: Path, summary: dict) -> None:
     write_whole(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
-def environment(folder: Path, command: list[str]) -> None:
-    """Records what the result may depend on besides the configuration, and the code's uncommitted changes as a patch."""
+def environment(folder: Path, command: list[str], rerun_of: Path | None = None) -> None:
+    """Records what the result may depend on besides the configuration, and the code's uncommitted changes as a patch; and what that
+    was when the run was started before, or in the run that it repeats, for drift()."""
     patch = git("diff", "HEAD", "--binary")
     if patch:
         (folder / "uncommitted.patch").write_text(patch, encoding="utf-8")
     earlier = read_json(folder / ENVIRONMENT)
+    before = earlier or ({} if rerun_of is None else read_json(rerun_of / ENVIRONMENT))
     note(
         folder,
+        rerun_of=None if rerun_of is None else str(rerun_of),
+        before={name: before[name] for name in (*COMPARED, "packages") if name in before},
         earlier_starts=[*earlier.get("earlier_starts", []), {n: earlier[n] for n in STARTS if n in earlier}]
         if earlier
         else [],
@@ -106,11 +115,39 @@ def environment(folder: Path, command: list[str]) -> None:
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         git_commit=(git("rev-parse", "HEAD") or "").strip() or None,
         git_dirty=bool(git("status", "--porcelain")),
+        uncommitted=hashlib.sha1(patch.encode(errors="replace")).hexdigest() if patch else None,
         python=platform.python_version(),
         platform=platform.platform(),
         cpus=os.cpu_count(),
         packages=dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())),
     )
+
+
+def drift(folder: Path) -> str | None:
+    """What is not as it was when this run, or the one that it repeats, was started before."""
+    facts = read_json(folder / ENVIRONMENT)
+    found = changes(facts.get("before", {}), facts)
+    since = "since this run was last started" if facts.get("rerun_of") is None else f"other than in {facts['rerun_of']}"
+    return f"{since}: {'; '.join(found)}" if found else None
+
+
+def changes(earlier: dict, now: dict) -> list[str]:
+    """What a result may depend on and is not the same in two environment.json, as `what: earlier -> now`."""
+    found = [
+        f"{NAMED.get(name, name)}: {brief(earlier[name])} -> {brief(now[name])}"
+        for name in COMPARED
+        if name in earlier and name in now and earlier[name] != now[name]
+    ]
+    before, after = earlier.get("packages"), now.get("packages")
+    if before and after:
+        packages = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+        found += [f"{name}: {before.get(name, 'none')} -> {after.get(name, 'none')}" for name in packages]
+    return found
+
+
+def brief(value: object) -> str:
+    """A commit's or fingerprint's first characters."""
+    return value[:8] if isinstance(value, str) and len(value) == 40 else str(value)
 
 
 def note(folder: Path, **facts: object) -> None:

@@ -62,11 +62,6 @@ def shown(value: object) -> str:
 
 def curves(metrics: list[dict]) -> str:
     """Training and held-out loss by step, as SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     train = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     heldout = [
         (line["step"], line["heldout_loss"], line["heldout_standard_error"] or 0)
@@ -75,7 +70,7 @@ def curves(metrics: list[dict]) -> str:
     ]
     if not train:
         return ""
-    figure, axes = pyplot.subplots(figsize=(9, 3.5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(9, 3.5), layout="constrained")
     axes.plot(
         *zip(*train, strict=True),
         color="#9ab",
@@ -98,9 +93,24 @@ def curves(metrics: list[dict]) -> str:
     axes.set_ylabel("mean squared error of the velocity")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    return svg(figure)
+
+
+def pyplot():
+    """Imported when something is drawn; needs no display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def svg(figure) -> str:
+    """The drawing as a part of a page; it is closed."""
     written = io.StringIO()
     figure.savefig(written, format="svg")
-    pyplot.close(figure)
+    pyplot().close(figure)
     return written.getvalue().split("?>", 1)[1].split(">", 1)[1]  # without the XML and DOCTYPE heads
 
 

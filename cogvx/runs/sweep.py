@@ -27,14 +27,15 @@ class State(Enum):
     pending = "pending"
     running = "running"
     done = "done"
+    pruned = "pruned"
     interrupted = "interrupted"
     failed = "failed"
     out_of_memory = "out of memory"
     killed = "killed"
 
     def is_over(self) -> bool:
-        """Whether only retry_failed=true starts it again."""
-        return self in (State.done, State.failed, State.out_of_memory)
+        """Whether the same command leaves it as it is: failed ones are started again by retry_failed=true, pruned ones by the search."""
+        return self in (State.done, State.pruned, State.failed, State.out_of_memory)
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ class Progress:
     step: int
     steps: int | None
     loss: float | None
-    heldout_loss: float | None
+    judged: list[dict]  # the lines of metrics.jsonl with a held-out loss
     seconds: float | None  # of a step
     summary: dict
+
+    @property
+    def heldout_loss(self) -> float | None:
+        return self.judged[-1]["heldout_loss"] if self.judged else None
 
     def seconds_left(self) -> float | None:
         return None if self.seconds is None or self.steps is None else (self.steps - self.step) * self.seconds
@@ -70,6 +75,7 @@ class Sweep:
         for job, config in jobs:
             config.output_dir = str(self.folder / job.name)
             record.open_folder(config)
+        self.folder.mkdir(parents=True, exist_ok=True)
         known = record.read_json(self.folder / SWEEP)
         told = {
             "name": self.name, "swept": self.swept, "command": command, "started": known.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
@@ -87,40 +93,17 @@ class Sweep:
     def jobs(self) -> list[Job]:
         return [Job(name, values) for name, values in record.read_json(self.folder / SWEEP)["jobs"].items()]
 
+    def command(self) -> list[str]:
+        return record.read_json(self.folder / SWEEP)["command"]
+
     def progress(self, job: Job) -> Progress:
         return progress_of(self.folder / job.name)
 
-    def varying(self) -> dict[str, dict[str, object]]:
-        """Of every job, the settings that are not the same in all: the swept ones first, then what follows from them."""
-        found = {job.name: job.values for job in self.jobs()}
-        flat = {name: recorded(self.folder / name) for name in found}
-        swept = {key.lstrip("+~") for key in self.swept}
-        keys = dict.fromkeys(key for values in flat.values() for key in values)
-        others = [
-            key for key in keys
-            if swept.isdisjoint((key, key.partition(".")[0]))  # what an option of a swept group brings goes without saying
-            and len({str(values.get(key)) for values in flat.values()}) > 1
-        ]  # fmt: skip
-        return {name: {**values, **{key: flat[name].get(key) for key in others}} for name, values in found.items()}
+    def runs(self) -> dict[str, Path]:
+        return {job.name: self.folder / job.name for job in self.jobs()}
 
     def leaderboard(self) -> list[dict[str, object]]:
-        """A row for every job, the lowest held-out loss first, jobs without one last. `tie`: the best is not better than this
-        by more than the noise that both were measured with."""
-        varying, rows = self.varying(), []
-        for job in self.jobs():
-            found = self.progress(job)
-            row = {
-                **varying[job.name],
-                "state": found.state.value,
-                **{name: found.summary.get(name) for name in MEASURED},
-            }
-            rows.append({**row, "step": found.step, "reason": found.reason, "folder": job.name})
-        rows.sort(key=lambda row: (row["objective"] is None, row["objective"] or 0.0))
-        best = rows[0]["objective"] if rows else None
-        return [
-            {"place": None if row["objective"] is None else place, "tie": ties(row, rows[0], best), **row}
-            for place, row in enumerate(rows, 1)
-        ]
+        return rows_of(self.runs(), {job.name: job.values for job in self.jobs()}, self.swept)
 
     def write_leaderboard(self) -> list[dict[str, object]]:
         rows = self.leaderboard()
@@ -130,6 +113,53 @@ class Sweep:
             table.writerows(rows)
         (self.folder / f"{LEADERBOARD}.partial").replace(self.folder / LEADERBOARD)
         return rows
+
+
+def rows_of(runs: dict[str, Path], known: dict[str, dict[str, object]], swept: list[str]) -> list[dict[str, object]]:
+    """A leaderboard: a row for every run, the lowest held-out loss first, runs without one last. `known`: of each run, the values
+    that `swept` names. `tie`: the best is not better than this by more than the noise that both were measured with."""
+    found, rows = varying(runs, known, swept), []
+    for name, folder in runs.items():
+        progress = progress_of(folder)
+        rows.append(
+            {
+                **found[name],
+                "state": progress.state.value,
+                **{measure: progress.summary.get(measure) for measure in MEASURED},
+                "step": progress.step,
+                "reason": progress.reason,
+                "folder": name,
+            }
+        )
+    rows.sort(key=lambda row: (row["objective"] is None, row["objective"] or 0.0))
+    best = rows[0]["objective"] if rows else None
+    return [
+        {"place": None if row["objective"] is None else place, "tie": ties(row, rows[0], best), **row}
+        for place, row in enumerate(rows, 1)
+    ]
+
+
+def told_apart(folders: list[Path]) -> list[str]:
+    """Their names, with those of the folders above where two have the same."""
+    names = [folder.name for folder in folders]
+    return [
+        folder.name if names.count(folder.name) == 1 else f"{folder.parent.name}/{folder.name}" for folder in folders
+    ]
+
+
+def varying(
+    runs: dict[str, Path], known: dict[str, dict[str, object]], swept: list[str]
+) -> dict[str, dict[str, object]]:
+    """Of every run, the settings that are not the same in all: the swept ones first, then what follows from them."""
+    flat = {name: recorded(folder) for name, folder in runs.items()}
+    plain = {key.lstrip("+~") for key in swept}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    others = [
+        key for key in keys
+        if plain.isdisjoint((key, key.partition(".")[0]))  # what an option of a swept group brings goes without saying
+        and len({str(values.get(key)) for values in flat.values()}) > 1
+    ]  # fmt: skip
+    return {name: {**known.get(name, {}), **{key: flat[name].get(key) for key in others}} for name in runs}
 
 
 MEASURED = (
@@ -159,10 +189,10 @@ def progress_of(folder: Path) -> Progress:
     lines = record.read_lines(folder / "metrics.jsonl")
     state = state_of(folder, summary, started=bool(facts))
     trained = [line for line in lines if "loss" in line]
-    judged = [line["heldout_loss"] for line in lines if line.get("heldout_loss") is not None]
+    judged = [line for line in lines if line.get("heldout_loss") is not None]
     return Progress(
         state, summary.get("reason"), step=summary.get("step") or (trained[-1]["step"] if trained else 0), steps=facts.get("steps"),
-        loss=trained[-1]["loss"] if trained else None, heldout_loss=judged[-1] if judged else None,
+        loss=trained[-1]["loss"] if trained else None, judged=judged,
         seconds=trained[-1].get("seconds") if trained else None, summary=summary,
     )  # fmt: skip
 

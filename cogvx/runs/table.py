@@ -17,13 +17,13 @@ from cogvx.runs.sweep import Job, Progress, State, Sweep
 
 SAID_EVERY = 60  # seconds, in a log file
 COLOURS = {
-    State.done: "green", State.running: "cyan", State.failed: "red", State.out_of_memory: "red", State.killed: "red", State.interrupted: "yellow",
+    State.done: "green", State.pruned: "dim", State.running: "cyan", State.failed: "red", State.out_of_memory: "red", State.killed: "red", State.interrupted: "yellow",
 }  # fmt: skip
 
 
 class Table:
-    def __init__(self, sweep: Sweep, jobs: list[Job]):
-        self.sweep, self.jobs, self.progress = sweep, jobs, {job.name: sweep.progress(job) for job in jobs}
+    def __init__(self, sweep: Sweep):
+        self.sweep, self.progress = sweep, {job.name: sweep.progress(job) for job in sweep.jobs()}
         self.console, self.said, self.live = Console(), time.monotonic(), None
 
     def __enter__(self) -> Table:
@@ -63,19 +63,20 @@ class Table:
 
     def counted(self) -> str:
         states = Counter(progress.state.value for progress in self.progress.values())
-        return f"{len(self.jobs)} jobs, " + ", ".join(f"{states[s.value]} {s.value}" for s in State if states[s.value])
+        return f"{len(self.progress)} jobs, " + ", ".join(
+            f"{states[s.value]} {s.value}" for s in State if states[s.value]
+        )
 
     def rows(self) -> Rows:
         """The jobs that run and as many of the others as there is room for."""
-        shown = sorted(self.jobs, key=lambda job: self.progress[job.name].state is not State.running)
-        shown = {job.name for job in shown[: max(4, self.console.height - 6)]}
+        shown = sorted(self.progress, key=lambda name: self.progress[name].state is not State.running)
+        shown = shown[: max(4, self.console.height - 6)]
         rows = Rows("job", "state", "step", "loss", "held-out", "left", box=None, pad_edge=False, header_style="dim")
-        for job in self.jobs:
-            if job.name in shown:
-                found = self.progress[job.name]
+        for name, found in self.progress.items():
+            if name in shown:
                 left = found.seconds_left() if found.state is State.running else None
                 rows.add_row(
-                    job.name, Text(found.state.value, style=COLOURS.get(found.state, "dim")), steps_of(found), figure(found.loss),
+                    name, Text(found.state.value, style=COLOURS.get(found.state, "dim")), steps_of(found), figure(found.loss),
                     figure(found.heldout_loss), "" if left is None else in_words(left),
                 )  # fmt: skip
         return rows

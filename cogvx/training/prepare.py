@@ -102,15 +102,14 @@ class Prepared:
             write_report(folder, clips, out, rejected)
             write_contact_sheet(folder, clips, out)
             fingerprint = key_of([fingerprint_of(clip.example, cache) for clip in clips])
-            before = record.read_json(folder / record.ENVIRONMENT).get("data_fingerprint", fingerprint)
-            if fingerprint != before:
-                say(
-                    "warning the clips or captions are not those this run began with; what it trains from here on is another mix"
-                )
             record.note(
                 folder, device=device_name(accelerator.device), processes=accelerator.num_processes,
-                model_folder=str(model_folder), model_commit=checkpoint.hub_commit(), data_fingerprint=fingerprint,
+                model_folder=str(model_folder), model_commit=checkpoint.hub_commit(),
+                model_fingerprint=cache.fingerprint(model_folder), data_fingerprint=fingerprint,
             )  # fmt: skip
+            drift = record.drift(folder)
+            if drift is not None:
+                say(f"warning not the same as {drift}. The result may be another")
         train = [clip for clip, aside in zip(clips, out, strict=True) if not aside]
         aside = [clip for clip, aside in zip(clips, out, strict=True) if aside]
         describe_clips(clips, len(train), config, say)

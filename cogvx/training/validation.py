@@ -136,6 +136,10 @@ class Videos:
         missing = [
             (name, prompt, seed) for name, prompt, seed in self.wanted() if not self.frames_of_base(name).is_file()
         ]
+        if self.prompts:
+            self.frames_of_base("").parent.mkdir(parents=True, exist_ok=True)
+            prompts = {name: prompt for name, prompt, _ in self.wanted()}
+            record.write_whole(self.folder / "validation" / "prompts.json", json.dumps(prompts, ensure_ascii=False))
         unscored = bool(self.asked) and not self.base_scores().is_file()
         vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling) if missing or unscored else None
         for name, prompt, seed in missing:
