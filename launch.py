@@ -65,7 +65,6 @@ def run_sweep(overrides: list[str], place: grid.Place) -> int:
     sweep, jobs, base = grid.sweep_of(overrides, place)
     settings = pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
     if grid.is_search(base):
-        sweep.freeze([], typed)
         queue = grid.search_of(overrides, place, sweep, base, settings, typed)
     else:
         sweep.freeze(jobs, typed)

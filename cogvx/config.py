@@ -55,6 +55,8 @@ GROUPS: dict[str, dict[str, type]] = {
 SECTIONS: dict[str, type] = {
     "lora": Lora, "train": options.Train, "validation": options.Validation, "plan": options.Plan,
 }  # fmt: skip
+# 'lora.lora_alpha=${half:lora.rank}': a strength of 1/2 at every rank
+OmegaConf.register_new_resolver("half", lambda key, *, _root_: OmegaConf.select(_root_, key) / 2, replace=True)
 NOT_COMPARED = (
     "output_dir",
     "train.resume",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,57 +45,89 @@ def is_search(base: DictConfig) -> bool:
     return base.hydra.sweeper._target_ == f"{search.Search.__module__}.{search.Search.__name__}"
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Overrides that are the same for all its jobs, and that of each key that is swept; a key of a sweep's YAML is, also with one value."""
+
+    fixed: list[str]
+    swept: dict[str, Override]
+
+    def values(self) -> dict[str, list[str]]:
+        return {key: discrete(override) for key, override in self.swept.items()}
+
+
 def sweep_of(overrides: list[str], place: Place) -> tuple[Sweep, list[tuple[Job, Config]], DictConfig]:
     """The sweep of a command line, its jobs with their configurations, and the composed base, which says how they run.
     Of a search the jobs are samples of what it may propose. UserError names every job that is wrong."""
-    named = name_of(overrides)
-    fixed, swept = values_of(overrides, {})
-    base = place.compose(fixed)
-    fixed, swept = values_of(overrides, given_in_yaml(base))
-    base = place.compose([o for o in fixed if key_of(o) not in swept])
+    named, grids = name_of(overrides), grids_of(overrides, place)
+    swept = list(dict.fromkeys(key for grid in grids for key in grid.swept))
+    base = place.compose([o for o in grids[0].fixed if key_of(o) not in swept])
     if not swept:
         raise UserError(
             "nothing is swept: give several values, as in  python launch.py -m lora.rank=16,64  (or leave out -m)"
         )
     if is_search(base):
-        jobs = [made for key in swept for made in composed_jobs(fixed, examples(swept, key), place)]
+        jobs = composed_jobs([(grids[0].fixed, examples(grids[0].swept, key)) for key in swept], place)
     else:
-        jobs = composed_jobs(fixed, {key: discrete(override) for key, override in swept.items()}, place)
-    name = named or "-".join([*(["search"] if is_search(base) else []), *short_names(list(swept)).values()])
-    folder = base.output_dir or str(PLACE / f"{name}_{mark(base, list(swept))}")
-    return Sweep(Path(folder).expanduser().absolute(), named, list(swept)), jobs, base
+        jobs = composed_jobs([(grid.fixed, grid.values()) for grid in grids], place)
+    name = named or "-".join([*(["search"] if is_search(base) else []), *short_names(swept).values()])
+    folder = base.output_dir or str(PLACE / f"{name}_{mark(base, swept)}")
+    return Sweep(Path(folder).expanduser().absolute(), named, swept), jobs, base
 
 
 def search_of(
     overrides: list[str], place: Place, sweep: Sweep, base: DictConfig, pool: Pool, command: list[str]
 ) -> search.Search:
-    """What proposes the jobs of a sweep that is_search()."""
-    settings = search.Settings.read(OmegaConf.to_container(base.hydra.sweeper))
-    fixed, swept = values_of(overrides, given_in_yaml(base))
-    return search.Search(
-        sweep, {key: part_of_space(key, override) for key, override in swept.items()}, settings, pool,
-        lambda values: composed_jobs(fixed, {key: [text] for key, text in values.items()}, place)[0],
-        short_names(list(swept)), command,
-    )  # fmt: skip
+    """What proposes the jobs of a sweep that is_search(), whose folder is made."""
+    settings, grid = search.Settings.read(OmegaConf.to_container(base.hydra.sweeper)), grids_of(overrides, place)[0]
+    single = {key: discrete(override) for key, override in grid.swept.items() if not override.is_sweep_override()}
+    space = {key: part_of_space(key, override) for key, override in grid.swept.items() if key not in single}
+
+    def make(values: dict[str, str]) -> tuple[Job, Config]:
+        chosen = {key: [values[key]] if key in values else single[key] for key in grid.swept}
+        return composed_jobs([(grid.fixed, chosen)], place)[0]
+
+    sweep.freeze([], command)
+    return search.Search(sweep, space, settings, pool, make, short_names(list(grid.swept)), command)
 
 
-def values_of(overrides: list[str], from_yaml: dict[str, str]) -> tuple[list[str], dict[str, Override]]:
-    """The overrides that are the same for all jobs, and that of each swept key; the command line goes before the YAML."""
-    parser, fixed, swept = OverridesParser.create(), {}, {}
-    for text in [*(f"{key}={value}" for key, value in from_yaml.items()), *overrides]:
-        override = parser.parse_override(text)
-        key = override.get_key_element()
-        fixed.pop(key, None)
-        swept.pop(key, None)
-        if override.is_sweep_override():
-            swept[key] = override
-        else:
-            fixed[key] = text
-    return list(fixed.values()), swept
+def grids_of(overrides: list[str], place: Place) -> list[Grid]:
+    """One, or those of hydra.sweeper.params where that is a list. Of one, the command line sets the values anew; from several it
+    takes those that have what it gives."""
+    parse = OverridesParser.create().parse_override
+    given = {override.get_key_element(): override for override in map(parse, overrides)}
+    fixed = [override.input_line for override in given.values() if not override.is_sweep_override()]
+    params = OmegaConf.to_container(place.compose(fixed).hydra.sweeper, resolve=False).get("params") or {}
+    grids = []
+    for each in params if isinstance(params, list) else [params]:
+        swept = {key: parse(f"{key}={value}") for key, value in each.items()}
+        if isinstance(params, list):
+            swept = {key: narrowed(override, given.get(key)) for key, override in swept.items()}
+            if None in swept.values():
+                continue
+        anew = [key for key in given if key not in swept or not isinstance(params, list)]
+        swept |= {key: given[key] for key in anew if given[key].is_sweep_override() or key in swept}
+        grids.append(Grid([o for o in fixed if key_of(o) not in swept], swept))
+    if not grids:
+        asked = " ".join(override.input_line for key, override in given.items() if any(key in each for each in params))
+        raise UserError(f"none of the sweep's grids has {asked}: they are " + "; ".join(map(str, params)))
+    return grids
+
+
+def narrowed(override: Override, asked: Override | None) -> Override | None:
+    """What is left of the values when some of them are asked for; None for nothing."""
+    if asked is None:
+        return override
+    wanted = [number_or_text(text) for text in discrete(asked)]
+    left = [text for text in discrete(override) if number_or_text(text) in wanted]
+    key = override.get_key_element()
+    return OverridesParser.create().parse_override(f"{key}={','.join(left)}") if left else None
 
 
 def discrete(override: Override) -> list[str]:
     """The values of a key, each as it is written."""
+    if not override.is_sweep_override():
+        return [override.input_line.partition("=")[2]]
     if not override.is_discrete_sweep():
         raise UserError(
             f"{override.input_line}: a range to search in, and this sweep tries given values: {override.get_key_element()}=VALUE,VALUE  "
@@ -105,7 +138,7 @@ def discrete(override: Override) -> list[str]:
 
 def part_of_space(key: str, override: Override) -> search.Choice | search.Range:
     value = override.value()
-    if override.is_discrete_sweep():
+    if not override.is_sweep_override() or override.is_discrete_sweep():
         texts = discrete(override)
         return search.Choice([number_or_text(text) for text in texts], texts)
     whole = isinstance(value.start, int) and isinstance(value.end, int)
@@ -132,35 +165,28 @@ def examples(swept: dict[str, Override], varied: str) -> dict[str, list[str]]:
     return found
 
 
-def given_in_yaml(base: DictConfig) -> dict[str, str]:
-    """hydra.sweeper.params, as they are written: `${lora.rank}` in them is each job's own."""
-    return {
-        str(key): str(value)
-        for key, value in (OmegaConf.to_container(base.hydra.sweeper, resolve=False).get("params") or {}).items()
-    }
-
-
-def composed_jobs(fixed: list[str], swept: dict[str, list[str]], place: Place) -> list[tuple[Job, Config]]:
-    count, names = 1, short_names(list(swept))
-    for values in swept.values():
-        count *= len(values)
+def composed_jobs(grids: list[tuple[list[str], dict[str, list[str]]]], place: Place) -> list[tuple[Job, Config]]:
+    """Of each grid, fixed overrides and the values of keys, every combination."""
+    names = short_names(list(dict.fromkeys(key for _, swept in grids for key in swept)))
+    count = sum(math.prod(map(len, swept.values())) for _, swept in grids)
     if count > MOST_JOBS:
         raise UserError(f"{count} jobs: more than {MOST_JOBS}. Give fewer values")
     jobs, problems = {}, {}
-    for values in itertools.product(*swept.values()):
-        overrides = [f"{key}={value}" for key, value in zip(swept, values, strict=True)]
-        try:
-            composed = place.compose([*fixed, *overrides])
-            config = checked(composed)
-        except configuration.Wrong as wrong:
-            for problem in wrong.problems:
-                problems.setdefault(problem, " ".join(overrides))
-            continue
-        except configuration.HYDRAS as error:
-            problems.setdefault(configuration.first_line(error), " ".join(overrides))
-            continue
-        found = {names[key]: value_of(composed, config, key) for key in swept}
-        jobs.setdefault(folder_name(found), (Job(folder_name(found), found), config))
+    for fixed, swept in grids:
+        for values in itertools.product(*swept.values()):
+            overrides = [f"{key}={value}" for key, value in zip(swept, values, strict=True)]
+            try:
+                composed = place.compose([*fixed, *overrides])
+                config = checked(composed)
+            except configuration.Wrong as wrong:
+                for problem in wrong.problems:
+                    problems.setdefault(problem, " ".join(overrides))
+                continue
+            except configuration.HYDRAS as error:
+                problems.setdefault(configuration.first_line(error), " ".join(overrides))
+                continue
+            found = {names[key]: value_of(composed, config, key) for key in swept}
+            jobs.setdefault(folder_name(found), (Job(folder_name(found), found), config))
     if problems:
         said = [f"{problem}  (in {job})" for problem, job in problems.items()]
         raise UserError(listed("the sweep was not started, for some of its jobs are wrong:", said))

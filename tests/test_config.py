@@ -27,6 +27,7 @@ def test_every_yaml_is_an_option_and_every_option_has_a_yaml():
 def test_every_option_composes(group, option, compose):
     needed = {
         "text_files": ROOT, "csv": ROOT, "seed_2b": ROOT, "dataset": ["data.dataset_name=a/b"], "low_full": ["lora=null"], "evaluate": ["task.run=outputs/RUN"],
+        "report": ["task.run=outputs/RUN"], "compare": ["task.runs=[outputs/A,outputs/B]"],
     }.get(option, [])  # fmt: skip
     config = compose(f"{group}={option}", *needed)
     assert configuration.as_dict(config)["seed"] == 42

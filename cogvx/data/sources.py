@@ -59,6 +59,7 @@ class Data:
     cache_dir: str
     validation_fraction: float
     max_validation_clips: int
+    max_train_clips: int | None
     validation_seed: int
     max_bad_fraction: float
 
@@ -91,6 +92,17 @@ class Data:
         chosen = set(numpy.random.default_rng(self.validation_seed).permutation(examples)[:count].tolist())
         return [index in chosen for index in range(examples)]
 
+    def trained_on(self, available: int) -> list[int]:
+        """Of so many clips that are not held out, the places of those to train on. A larger max_train_clips keeps those of a smaller."""
+        import numpy
+
+        wanted = available if self.max_train_clips is None else self.max_train_clips
+        if wanted > available:
+            raise UserError(
+                f"data.max_train_clips={wanted}, and {available} clips are left after those held out: give at most that many"
+            )
+        return sorted(numpy.random.default_rng(self.validation_seed).permutation(available)[:wanted].tolist())
+
     def problems(self) -> list[str]:
         found = []
         for name in ("skip_frames_start", "skip_frames_end"):
@@ -114,6 +126,8 @@ class Data:
             found.append(
                 f"data.max_validation_clips={self.max_validation_clips}: must be 1 or more; none: data.validation_fraction=0"
             )
+        if self.max_train_clips is not None and self.max_train_clips < 1:
+            found.append(f"data.max_train_clips={self.max_train_clips}: must be 1 or more; null: all")
         if not 0 <= self.max_bad_fraction <= 1:
             found.append(f"data.max_bad_fraction={self.max_bad_fraction}: must be from 0 to 1")
         return found

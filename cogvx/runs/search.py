@@ -178,7 +178,8 @@ class Search:
 
     def proposed(self) -> Job | None:
         """A new job, frozen; None when there are enough, or when the space has no more."""
-        known = {job.name for job in self.sweep.jobs()}
+        jobs = self.sweep.jobs()
+        known, tried = {job.name for job in jobs}, [self.params(job) for job in jobs]
         if len(known) >= self.settings.n_trials:
             return None
         refused: UserError | None = None
@@ -186,18 +187,24 @@ class Search:
             values = self.values_from(
                 self.study(seed=self.settings.seed + len(known) + attempt * self.settings.n_trials)
             )
+            if values in tried:
+                continue
             try:
                 job, config = self.make({key: self.space[key].text(value) for key, value in values.items()})
             except UserError as error:
                 refused = error
                 continue
             if job.name not in known:
-                job = Job(job.name, {self.names[key]: value for key, value in values.items()})
+                job = Job(job.name, job.values | {self.names[key]: value for key, value in values.items()})
                 self.sweep.freeze([(job, config)], self.command)
                 return job
         said = f"the last one: {refused}" if refused else "all that came up have been tried"
         print(f"search  {TRIES} proposals gave no new job, {said}", flush=True)
         return None
+
+    def params(self, job: Job) -> dict[str, object]:
+        """Of a job, the values of what is searched."""
+        return {key: job.values.get(self.names[key]) for key in self.space}
 
     def values_from(self, study) -> dict[str, object]:
         trial = study.ask({key: part.distribution() for key, part in self.space.items()})
@@ -218,7 +225,7 @@ class Search:
                 )
             )
         for job in self.sweep.jobs():
-            params = {key: job.values.get(self.names[key]) for key in self.space}
+            params = self.params(job)
             if not all(contains(distributions[key], value) for key, value in params.items()):
                 continue  # of an earlier search in other ranges
             found = self.sweep.progress(job)

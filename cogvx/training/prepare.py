@@ -111,8 +111,9 @@ class Prepared:
             if drift is not None:
                 say(f"warning not the same as {drift}. The result may be another")
         train = [clip for clip, aside in zip(clips, out, strict=True) if not aside]
+        train = [train[place] for place in config.data.trained_on(len(train))]
         aside = [clip for clip, aside in zip(clips, out, strict=True) if aside]
-        describe_clips(clips, len(train), config, say)
+        describe_clips([*train, *aside], len(train), config, say)
         sheet = record.shown(folder / "contact_sheet.png")
         say(f"clips   {sheet} shows what the model sees of them, dataset_report.csv says it")
         require_equal_lengths(train, config)

@@ -38,6 +38,10 @@ def test_every_combination_is_a_job_named_by_its_values():
 def test_a_tie_binds_to_each_jobs_own_value():
     _, jobs = sweep("lora.rank=4,16", "lora.lora_alpha=${lora.rank}")
     assert [(c.lora.rank, c.lora.lora_alpha) for c in jobs.values()] == [(4, 4), (16, 16)]
+    _, jobs = sweep("lora.rank=4,16", "lora.lora_alpha=${half:lora.rank}")
+    assert [(c.lora.rank, c.lora.lora_alpha) for c in jobs.values()] == [(4, 2), (16, 8)]
+    _, jobs = sweep("+sweeps=rank_lr", place=BY_NAME)
+    assert len(jobs) == 9 and all(c.lora.rank == c.lora.lora_alpha for c in jobs.values())
 
 
 def test_the_same_command_finds_the_same_folder_and_another_base_another():
@@ -60,9 +64,24 @@ def test_every_named_sweep_composes_and_opens_with_its_command(path):
 
 def test_the_command_line_narrows_a_named_sweep():
     assert len(SWEEPS) >= 1
-    _, whole = sweep("+sweeps=rank_alpha_lr", place=BY_NAME)
-    _, narrow = sweep("+sweeps=rank_alpha_lr", "lora.rank=64", place=BY_NAME)
+    made, whole = sweep("+sweeps=rank_alpha_lr", place=BY_NAME)
+    part, narrow = sweep("+sweeps=rank_alpha_lr", "lora.rank=64", place=BY_NAME)
     assert (len(whole), len(narrow)) == (12, 6) and {c.lora.rank for c in narrow.values()} == {64}
+    assert part.folder == made.folder and set(narrow) < set(whole), "a part of the same sweep"
+
+
+def test_each_optimizer_is_tried_at_its_own_rates():
+    made, jobs = sweep("+sweeps=optimizers", place=BY_NAME)
+    rates = {}
+    for config in jobs.values():
+        rates.setdefault(config.choices["optimizer"], []).append(config.optimizer.learning_rate)
+    assert len(jobs) == 12 and rates["prodigy"] == [0.5, 1.0] and rates["adamw"] == [1e-4, 5e-4, 1e-3]
+    part, prodigys = sweep("+sweeps=optimizers", "optimizer=prodigy", place=BY_NAME)
+    assert part.folder == made.folder and len(prodigys) == 2 and set(prodigys) < set(jobs)
+    _, two = sweep("+sweeps=optimizers", "optimizer=prodigy,muon", "optimizer.learning_rate=0.001,1.0", place=BY_NAME)
+    assert sorted(c.choices["optimizer"] for c in two.values()) == ["muon", "prodigy"]
+    with pytest.raises(UserError, match=r"none of the sweep's grids has optimizer=adam:"):
+        sweep("+sweeps=optimizers", "optimizer=adam", place=BY_NAME)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +93,13 @@ def test_the_command_line_narrows_a_named_sweep():
         (["-m", "lora.rank=1,2", "hydra.launcher.jobs=0"], "hydra.launcher.jobs=0: must be 1 or more"),
         (["-m", "lora.rank=1,2", "hydra.launcher.on_fail=carry_on"], "expected one of go_on, stop"),
         (["-m", "lora.rank=1,2", "hydra.sweep.dir=x"], "the folder of a sweep is output_dir"),
-        (["sweep=rank_alpha_lt"], "did you mean rank_alpha_lr?"),
+        (["sweep=rank_alpha_lt"], "did you mean rank_alpha_lr"),
         (["sweep=rank_alpha_lr", "train.resume=x"], "give one of them"),
+        (["-m", "optimizer.learning_rate=interval(1e-5,1e-3)"], "hydra/sweeper=optuna"),
+        (["-m", "hydra/sweeper=optuna", "lora.rank=choice(0,4)", "seed=range(1,3)"], "lora.rank=0: must be 1 or more"),
+        (["-m", "hydra/sweeper=optuna", "optimizer.learning_rate=interval(0,1)"], "on a log scale from above 0"),
+        (["-m", "hydra/sweeper=optuna", "lora.rank=1,2", "hydra.sweeper.keep=2"], "hydra.sweeper.keep=2: must be"),
+        (["-m", "hydra/sweeper=optuna", "lora.rank=1,2", "hydra.sweeper.n_trails=2"], "n_trails"),
     ],
 )
 def test_a_mistake_anywhere_stops_a_sweep_before_it_has_a_folder(launch, tmp_path, arguments, said):

@@ -1,0 +1,128 @@
+"""The search: what it proposes, pauses and takes up again, on jobs whose losses are made up. Nothing is trained."""
+
+import json
+import math
+
+import pytest
+
+from cogvx import grid
+from cogvx.runs import record
+from cogvx.runs.pool import OnFail, Pool
+from cogvx.runs.sweep import State
+
+STEPS, POOL = 100, Pool(jobs=1, gpus_per_job=1, on_fail=OnFail.go_on, retry_failed=False)
+SPACE = ["lora.rank=choice(4,16,64)", "optimizer.learning_rate=interval(1e-5,1e-1)"]
+
+
+def loss_of(values: dict, step: int) -> float:
+    """Lowest at rank 16 and a rate of 1e-3; early losses tell."""
+    distance = abs(math.log10(values["learning_rate"] / 1e-3)) + (values["rank"] != 16)
+    return 0.05 + 0.02 * distance + 0.05 * math.exp(-step / 20)
+
+
+class Play:
+    """Stands for pool.run(): one job at a time, which reports its held-out loss every tenth of its steps."""
+
+    def __init__(self, tmp_path, *overrides):
+        given = ["hydra/sweeper=optuna", *SPACE, f"output_dir={tmp_path / 'search'}", *overrides]
+        self.sweep, _, base = grid.sweep_of(given, grid.Place())
+        self.search = grid.search_of(given, grid.Place(), self.sweep, base, POOL, ["launch.py"])
+
+    def run(self, most: int = 1000) -> list[str]:
+        """Names of the jobs started, in order."""
+        started = []
+        while len(started) < most and (job := self.search.take()) is not None:
+            started.append(job.name)
+            self.train(job)
+            self.search.ended(job)
+        return started
+
+    def train(self, job) -> None:
+        folder = self.sweep.folder / job.name
+        record.note(folder, steps=STEPS)
+        (folder / record.SUMMARY).unlink(missing_ok=True)
+        lines = record.read_lines(folder / "metrics.jsonl")
+        for step in range(lines[-1]["step"] + 10 if lines else 10, STEPS + 1, 10):
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "loss": 1.0, "heldout_loss": loss_of(job.values, step)}) + "\n")
+            if step < STEPS and self.search.to_pause():
+                return record.finish(folder, {"status": "interrupted", "step": step})
+        record.finish(folder, {"status": "done", "step": STEPS, "objective": loss_of(job.values, STEPS)})
+
+    def states(self) -> dict[str, State]:
+        return {job.name: self.sweep.progress(job).state for job in self.sweep.jobs()}
+
+    def steps(self) -> int:
+        return sum(self.sweep.progress(job).step for job in self.sweep.jobs())
+
+
+def test_a_search_finds_what_is_best_and_ends_at_n_trials(tmp_path):
+    play = Play(tmp_path, "hydra.sweeper.n_trials=24", "hydra.sweeper.rungs=[]")
+    started = play.run()
+    assert len(set(started)) == len(started) == 24 and set(play.states().values()) == {State.done}
+    best = play.sweep.leaderboard()[0]
+    assert best["rank"] == 16 and 3e-4 < best["learning_rate"] < 3e-3
+    late = [job.values["rank"] for job in play.sweep.jobs()[8:]]
+    assert late.count(16) > len(late) / 2, "after the random ones it keeps to what is good"
+
+
+def test_jobs_that_fall_behind_are_paused_and_the_best_is_still_found(tmp_path):
+    whole = Play(tmp_path / "whole", "hydra.sweeper.n_trials=24", "hydra.sweeper.rungs=[]")
+    whole.run()
+    play = Play(tmp_path / "rungs", "hydra.sweeper.n_trials=24")
+    play.run()
+    states = list(play.states().values())
+    assert states.count(State.pruned) >= 8 and play.steps() < 0.75 * whole.steps()
+    best = play.sweep.leaderboard()[0]
+    assert best["state"] == "done" and best["rank"] == 16 and 3e-4 < best["learning_rate"] < 3e-3
+    reasons = [row["reason"] for row in play.sweep.leaderboard() if row["state"] == "pruned"]
+    assert all("not among the best" in reason for reason in reasons)
+
+
+def test_a_paused_job_goes_on_when_later_results_put_it_among_the_best(tmp_path):
+    play = Play(tmp_path, "hydra.sweeper.n_trials=3", "hydra.sweeper.keep=0.34", "hydra.sweeper.at_least=2")
+    play.run(most=2)
+    second = play.sweep.jobs()[1]
+    paused = next((name for name, state in play.states().items() if state is State.pruned), None)
+    if paused is None:  # the second was the better: what it beat is judged like one that was paused there
+        pytest.skip("the two random jobs came in falling order")
+    for number in range(4):  # worse ones reach the rung: the share that goes on now has room for it
+        worse = play.sweep.folder / f"worse-{number}"
+        play.sweep.freeze([copied(play, second, worse.name)], ["launch.py"])
+        record.note(worse, steps=STEPS)
+        (worse / "metrics.jsonl").write_text(json.dumps({"step": 50, "heldout_loss": 1.0 + number}) + "\n")
+        record.finish(worse, {"status": "pruned"})
+    again = play.search.take()
+    assert again.name == paused
+    play.train(again)
+    play.search.ended(again)
+    assert play.states()[paused] is State.done
+    steps = [line["step"] for line in record.read_lines(play.sweep.folder / paused / "metrics.jsonl")]
+    assert steps == list(range(10, STEPS + 1, 10)), "from where it was paused"
+
+
+def copied(play, job, name):
+    from cogvx import config as configuration
+    from cogvx.runs.sweep import Job
+
+    return Job(name, job.values), configuration.read(play.sweep.folder / job.name / "config.yaml")
+
+
+def test_a_search_goes_on_where_it_was_stopped_and_a_higher_n_trials_adds_jobs(tmp_path):
+    first = Play(tmp_path, "hydra.sweeper.n_trials=6", "hydra.sweeper.rungs=[]").run(most=4)
+    again = Play(tmp_path, "hydra.sweeper.n_trials=6", "hydra.sweeper.rungs=[]").run()
+    more = Play(tmp_path, "hydra.sweeper.n_trials=8", "hydra.sweeper.rungs=[]").run()
+    assert (len(first), len(again), len(more)) == (4, 2, 2) and len({*first, *again, *more}) == 8
+
+
+def test_a_killed_job_of_a_search_goes_on_before_new_ones(tmp_path):
+    play = Play(tmp_path, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[]")
+    job = play.search.take()
+    record.note(play.sweep.folder / job.name, steps=STEPS)
+    assert Play(tmp_path, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[]").search.take() == job
+
+
+def test_a_space_that_is_used_up_ends_the_search(tmp_path, capsys):
+    play = Play(tmp_path, "hydra.sweeper.n_trials=9", "optimizer.learning_rate=1e-3,1e-4", "lora.rank=4,16")
+    assert len(play.run()) == 4
+    assert "all that came up have been tried" in capsys.readouterr().out
