@@ -15,12 +15,13 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exi
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from cogvx import config as configuration
 from cogvx import grid
 from cogvx.errors import UserError, did_you_mean
-from cogvx.runs import leaderboard, pool, processes, record
+from cogvx.runs import engines, leaderboard, pool, processes, record
 from cogvx.runs.pool import STOPPED
 
 SWEEPS = configuration.PROJECT / "sweeps"
@@ -58,10 +59,20 @@ def run(config: configuration.Config) -> int:
 
 def run_sweep(overrides: list[str], place: grid.Place) -> int:
     """All jobs are composed, checked and frozen before the first starts."""
-    sweep, jobs, base = grid.sweep_of(overrides, place)
-    pool_settings = pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
-    sweep.freeze(jobs, typed)
-    code = pool.run(sweep, [job for job, _ in jobs], pool_settings, typed)
+    try:
+        sweep, configured, base = grid.sweep_of(overrides, place)
+    except MissingConfigException as error:
+        engines.require_plugin(error.missing_cfg_file)
+        raise
+    jobs = [job for job, _ in configured]
+    if engines.are_asked(base):
+        launcher = engines.launcher(sweep, base)
+        sweep.freeze(configured, typed)
+        code = engines.run(sweep, jobs, launcher)
+    else:
+        settings = pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
+        sweep.freeze(configured, typed)
+        code = pool.run(sweep, jobs, settings, typed)
     leaderboard.conclude(sweep)
     return code
 

@@ -21,7 +21,6 @@ from enum import Enum
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.runs import processes, record
 from cogvx.runs.sweep import LOG, Job, State, Sweep
@@ -113,8 +112,8 @@ def gpus() -> list[str]:
 
 def run(sweep: Sweep, jobs: list[Job], pool: Pool, command: list[str]) -> int:
     """Runs those that are not over. The exit code: 0 when all are done, 1 when some are not, 130 when it was stopped."""
-    places, waiting = pool.places(), [job for job in jobs if is_to_run(sweep, job, pool)]
-    with stopping() as asked, Table(sweep, jobs) as table, Forks(sweep, command) as forks:
+    places, waiting = pool.places(), [job for job in jobs if is_to_run(sweep, job, retry_failed=pool.retry_failed)]
+    with stopping(signal.SIGINT, signal.SIGTERM) as asked, Table(sweep, jobs) as table, Forks(sweep, command) as forks:
         while forks.running or (waiting and not asked):
             for place in [] if asked else forks.free(places)[: len(waiting)]:
                 forks.start(waiting.pop(0), place)
@@ -132,16 +131,16 @@ def run(sweep: Sweep, jobs: list[Job], pool: Pool, command: list[str]) -> int:
     return int(any(sweep.progress(job).state is not State.done for job in jobs))
 
 
-def is_to_run(sweep: Sweep, job: Job, pool: Pool) -> bool:
+def is_to_run(sweep: Sweep, job: Job, *, retry_failed: bool) -> bool:
     state = sweep.progress(job).state
-    return state is not State.running and (not state.is_over() or (pool.retry_failed and state is not State.done))
+    return state is not State.running and (not state.is_over() or (retry_failed and state is not State.done))
 
 
 @contextmanager
-def stopping() -> Iterator[list[int]]:
-    """The signals that asked to stop so far, Ctrl-C or a termination."""
+def stopping(*numbers: int) -> Iterator[list[int]]:
+    """Those of the signals that have come so far; each asks to stop."""
     asked: list[int] = []
-    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in numbers}
     try:
         yield asked
     finally:
@@ -156,10 +155,7 @@ class Forks:
         self.sweep, self.command, self.running, self.asked = sweep, command, [], set()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["cogvx.runs.preloaded"])
-        here = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [str(configuration.PROJECT), *([here] if here else [])]
-        )  # the server's
+        os.environ["PYTHONPATH"] = processes.python_path()  # the server's
 
     def __enter__(self) -> Forks:
         self.lives, self.held = self.context.Pipe(duplex=False)  # its end is this process's end
@@ -207,6 +203,8 @@ def tell(folder: Path, exit_code: int) -> None:
         return
     if exit_code == -signal.SIGKILL:
         status, reason = State.killed, "killed, by someone or because the machine's memory ran out"
+    elif exit_code == -signal.SIGTERM:
+        status, reason = State.interrupted, "stopped where there was no step to finish first"
     elif exit_code < 0:
         status, reason = State.failed, f"crashed ({signal.Signals(-exit_code).name})"
     else:
@@ -232,15 +230,19 @@ def work(folder: str, command: list[str], gpus: list[str], threads: int | None, 
         import torch
 
         torch.set_num_threads(threads)
+    sys.exit(attempt(Path(folder), command))
+
+
+def attempt(folder: Path, command: list[str]) -> int:
+    """A job, in this process and those it may start; the exit code."""
     try:
-        with record.locked(Path(folder)):
-            record.environment(Path(folder), command)
-            code = processes.run(Path(folder))
+        with record.locked(folder):
+            record.environment(folder, command)
+            return processes.run(folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        record.finish(Path(folder), {"status": State.failed.name, "reason": str(error)})
-        code = processes.FAILED
-    sys.exit(code)
+        record.finish(folder, {"status": State.failed.name, "reason": str(error)})
+        return processes.FAILED
 
 
 def follow(lives: Connection) -> None:
