@@ -15,12 +15,13 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exi
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from cogvx import config as configuration
 from cogvx import grid
 from cogvx.errors import UserError, did_you_mean
-from cogvx.runs import leaderboard, pool, processes, record
+from cogvx.runs import engines, leaderboard, pool, processes, record
 from cogvx.runs.pool import STOPPED
 
 SWEEPS = configuration.PROJECT / "sweeps"
@@ -62,14 +63,27 @@ def run(config: configuration.Config) -> int:
 
 def run_sweep(overrides: list[str], place: grid.Place) -> int:
     """All jobs are composed, checked and frozen before the first starts; of a search, those at the ends of its ranges are checked."""
-    sweep, jobs, base = grid.sweep_of(overrides, place)
-    settings = pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
-    if grid.is_search(base):
-        queue = grid.search_of(overrides, place, sweep, base, settings, typed)
-    else:
+    try:
+        sweep, jobs, base = grid.sweep_of(overrides, place)
+    except MissingConfigException as error:
+        engines.require_plugin(error.missing_cfg_file)
+        raise
+    if engines.are_asked(base):
+        if grid.is_search(base):
+            raise UserError("hydra/sweeper=optuna proposes jobs while others run, which hydra/launcher=pool alone does")
+        launcher = engines.launcher(sweep, base)
         sweep.freeze(jobs, typed)
-        queue = pool.Given([job for job, _ in jobs if pool.is_to_run(sweep, job, settings)])
-    code = pool.run(sweep, queue, settings, typed)
+        code = engines.run(sweep, [job for job, _ in jobs], launcher)
+    else:
+        settings = pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
+        if grid.is_search(base):
+            queue = grid.search_of(overrides, place, sweep, base, settings, typed)
+        else:
+            sweep.freeze(jobs, typed)
+            queue = pool.Given(
+                [job for job, _ in jobs if pool.is_to_run(sweep, job, retry_failed=settings.retry_failed)]
+            )
+        code = pool.run(sweep, queue, settings, typed)
     leaderboard.conclude(sweep)
     return code
 

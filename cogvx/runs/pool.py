@@ -22,7 +22,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
 
-from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.runs import processes, record
 from cogvx.runs.sweep import LOG, Job, State, Sweep
@@ -144,7 +143,7 @@ class Given:
 def run(sweep: Sweep, queue: Queue, pool: Pool, command: list[str]) -> int:
     """The exit code: 0 when all jobs are done, 1 when some are not, 130 when it was stopped."""
     places, given_up = pool.places(), False
-    with stopping() as asked, Table(sweep) as table, Forks(sweep, command) as forks:
+    with stopping(signal.SIGINT, signal.SIGTERM) as asked, Table(sweep) as table, Forks(sweep, command) as forks:
         while True:
             for place in [] if asked or given_up else forks.free(places):
                 job = queue.take()
@@ -168,16 +167,16 @@ def run(sweep: Sweep, queue: Queue, pool: Pool, command: list[str]) -> int:
     return int(any(sweep.progress(job).state not in (State.done, State.pruned) for job in sweep.jobs()))
 
 
-def is_to_run(sweep: Sweep, job: Job, pool: Pool) -> bool:
+def is_to_run(sweep: Sweep, job: Job, *, retry_failed: bool) -> bool:
     state = sweep.progress(job).state
-    return state is not State.running and (not state.is_over() or (pool.retry_failed and state in UNFORTUNATE))
+    return state is not State.running and (not state.is_over() or (retry_failed and state in UNFORTUNATE))
 
 
 @contextmanager
-def stopping() -> Iterator[list[int]]:
-    """The signals that asked to stop so far, Ctrl-C or a termination."""
+def stopping(*numbers: int) -> Iterator[list[int]]:
+    """Those of the signals that have come so far; each asks to stop."""
     asked: list[int] = []
-    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, lambda number, frame: asked.append(number)) for n in numbers}
     try:
         yield asked
     finally:
@@ -192,10 +191,7 @@ class Forks:
         self.sweep, self.command, self.running, self.asked = sweep, command, [], set()
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["cogvx.runs.preloaded"])
-        here = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [str(configuration.PROJECT), *([here] if here else [])]
-        )  # the server's
+        os.environ["PYTHONPATH"] = processes.python_path()  # the server's
 
     def __enter__(self) -> Forks:
         self.lives, self.held = self.context.Pipe(duplex=False)  # its end is this process's end
@@ -243,6 +239,8 @@ def tell(folder: Path, exit_code: int) -> None:
         return
     if exit_code == -signal.SIGKILL:
         status, reason = State.killed, "killed, by someone or because the machine's memory ran out"
+    elif exit_code == -signal.SIGTERM:
+        status, reason = State.interrupted, "stopped where there was no step to finish first"
     elif exit_code < 0:
         status, reason = State.failed, f"crashed ({signal.Signals(-exit_code).name})"
     else:
@@ -268,15 +266,19 @@ def work(folder: str, command: list[str], gpus: list[str], threads: int | None, 
         import torch
 
         torch.set_num_threads(threads)
+    sys.exit(attempt(Path(folder), command))
+
+
+def attempt(folder: Path, command: list[str]) -> int:
+    """A job, in this process and those it may start; the exit code."""
     try:
-        with record.locked(Path(folder)):
-            record.environment(Path(folder), command)
-            code = processes.run(Path(folder))
+        with record.locked(folder):
+            record.environment(folder, command)
+            return processes.run(folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        record.finish(Path(folder), {"status": State.failed.name, "reason": str(error)})
-        code = processes.FAILED
-    sys.exit(code)
+        record.finish(folder, {"status": State.failed.name, "reason": str(error)})
+        return processes.FAILED
 
 
 def follow(lives: Connection) -> None:

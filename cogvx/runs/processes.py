@@ -53,7 +53,8 @@ def tell_of_ranks(folder: Path, codes: list[int]) -> None:
                 file=sys.stderr,
             )
     if not (folder / record.SUMMARY).is_file():
-        record.finish(folder, {"status": "failed", "reason": f"exit codes of the processes: {codes}"})
+        status = "interrupted" if 128 + signal.SIGTERM in codes else "failed"
+        record.finish(folder, {"status": status, "reason": f"exit codes of the processes: {codes}"})
 
 
 def start(folder: Path, count: int) -> list[subprocess.Popen]:
@@ -62,7 +63,7 @@ def start(folder: Path, count: int) -> list[subprocess.Popen]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
-    shared["PYTHONPATH"] = os.pathsep.join(filter(None, [str(configuration.PROJECT), os.environ.get("PYTHONPATH")]))
+    shared["PYTHONPATH"] = python_path()
     if count > 1:
         shared |= {
             "WORLD_SIZE": str(count),
@@ -77,6 +78,11 @@ def start(folder: Path, count: int) -> list[subprocess.Popen]:
         log = None if rank == 0 else log_of(folder, rank).open("w", encoding="utf-8")
         ranks.append(subprocess.Popen(command, env={**shared, **place}, stdout=log, stderr=log))
     return ranks
+
+
+def python_path() -> str:
+    """With which another Python finds cogvx."""
+    return os.pathsep.join(filter(None, [str(configuration.PROJECT), os.environ.get("PYTHONPATH")]))
 
 
 def log_of(folder: Path, rank: int) -> Path:

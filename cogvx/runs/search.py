@@ -119,7 +119,7 @@ class Search:
         self.sweep, self.space, self.settings, self.make, self.names, self.command = (
             sweep, space, settings, make, names, command
         )  # fmt: skip
-        self.unfinished = [job for job in sweep.jobs() if is_to_run(sweep, job, pool)]
+        self.unfinished = [job for job in sweep.jobs() if is_to_run(sweep, job, retry_failed=pool.retry_failed)]
         self.running: dict[str, Job] = {}
         self.seen: dict[str, int] = {}  # of running jobs, their held-out losses when they were last compared
 

@@ -488,7 +488,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def stop_signals(self):
-        """Ctrl-C or a termination ends the run after the present step, with a checkpoint. A second one ends it at once."""
+        """Ctrl-C or a termination ends the run after the present step, with a checkpoint. A second Ctrl-C ends it at once; of
+        terminations a job may get several, from Slurm and from the process that started it."""
         before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -498,7 +499,8 @@ class Trainer:
 
     def ask_to_stop(self, number: int, frame: object) -> None:
         self.asked_to_stop = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def must_stop(self) -> bool:
         """Whether any process was asked to: all of them stop after the same step."""

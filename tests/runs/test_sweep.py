@@ -151,7 +151,12 @@ def test_the_state_of_a_job_is_read_from_its_folder(frozen):
     assert progress_of(folder).state is State.killed, "started, gone, and no word of how"
     with record.locked(folder):
         assert progress_of(folder).state is State.running
-    for code, state in ((-signal.SIGKILL, State.killed), (-signal.SIGSEGV, State.failed), (1, State.failed)):
+    for code, state in (
+        (-signal.SIGTERM, State.interrupted),
+        (-signal.SIGKILL, State.killed),
+        (-signal.SIGSEGV, State.failed),
+        (1, State.failed),
+    ):
         (folder / record.SUMMARY).unlink(missing_ok=True)
         pool.tell(folder, code)
         assert progress_of(folder).state is state
@@ -162,8 +167,7 @@ def test_the_state_of_a_job_is_read_from_its_folder(frozen):
 def test_killed_jobs_go_on_and_failed_ones_when_asked(frozen, retry, again):
     finish(frozen, "rank-4", status="failed", reason="a mistake")
     finish(frozen, "rank-8", status="killed", reason="kill -9")
-    settings = pool.Pool(jobs=1, gpus_per_job=1, on_fail=pool.OnFail.go_on, retry_failed=retry)
-    assert {job.name for job in frozen.jobs() if pool.is_to_run(frozen, job, settings)} == again
+    assert {job.name for job in frozen.jobs() if pool.is_to_run(frozen, job, retry_failed=retry)} == again
 
 
 def test_jobs_share_out_the_gpus(monkeypatch):
