@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.runs import record
+from cogvx.training import optimizers, validation
 
 PROJECT = Path(__file__).parent.parent
 ROOT = ["data.instance_data_root=/clips"]
 OPTIONS = [(path.parent.name, path.stem) for path in sorted((PROJECT / "conf").glob("*/*.yaml"))]
+RECIPES = [option for group, option in OPTIONS if group == "experiment"]
 
 
 def test_every_yaml_is_an_option_and_every_option_has_a_yaml():
@@ -26,7 +29,7 @@ def test_every_yaml_is_an_option_and_every_option_has_a_yaml():
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group, option, compose):
     needed = {
-        "text_files": ROOT, "csv": ROOT, "seed_2b": ROOT, "dataset": ["data.dataset_name=a/b"], "low_full": ["lora=null"], "evaluate": ["task.run=outputs/RUN"],
+        "text_files": ROOT, "csv": ROOT, **dict.fromkeys(RECIPES, ROOT), "nano_pretrain": [], "dataset": ["data.dataset_name=a/b"], "low_full": ["lora=null"], "evaluate": ["task.run=outputs/RUN"],
         "report": ["task.run=outputs/RUN"], "compare": ["task.runs=[outputs/A,outputs/B]"],
     }.get(option, [])  # fmt: skip
     config = compose(f"{group}={option}", *needed)
@@ -34,11 +37,37 @@ def test_every_option_composes(group, option, compose):
 
 
 def test_the_seed_recipe_is_the_guides_command(compose):
-    config = compose("experiment=seed_2b", "data.instance_data_root=/clips")
-    assert (config.model.path, config.train.mixed_precision.name) == ("THUDM/CogVideoX-2b", "fp16")
-    assert (config.optimizer.learning_rate, config.optimizer.beta2) == (1e-3, 0.95)
+    config = compose("experiment=seed_2b", *ROOT)
+    assert (config.model.path, config.train.mixed_precision.name, config.seed) == ("THUDM/CogVideoX-2b", "fp16", 42)
+    assert (config.lora.rank, config.lora.lora_alpha) == (64, 64)
+    optimizer, train, data = config.optimizer, config.train, config.data
+    assert type(optimizer) is optimizers.Adam
+    assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == (1e-3, 0.9, 0.95)
+    assert config.choices["scheduler"] == "cosine_with_restarts"
     assert (config.scheduler.lr_warmup_steps, config.scheduler.lr_num_cycles) == (200, 1)
-    assert (config.data.height, config.data.width, config.data.max_num_frames, config.data.fps) == (480, 720, 49, 8)
+    assert (train.num_train_epochs, train.max_train_steps, train.checkpointing_steps) == (30, None, 1000)
+    assert (train.train_batch_size, train.gradient_accumulation_steps, train.max_grad_norm) == (1, 1, 1.0)
+    assert (data.height, data.width, data.max_num_frames, data.fps) == (480, 720, 49, 8)
+    assert (data.skip_frames_start, data.skip_frames_end) == (0, 0)
+    assert config.memory.vae_tiling and train.gradient_checkpointing
+    assert (config.choices["tracking"], config.tracking.mode) == ("wandb", "online")
+    prompts = validation.given_prompts(config)
+    assert len(prompts) == 2 and prompts[0].startswith("DISNEY ")
+    assert config.validation.num_validation_videos == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_opens_with_its_command_and_says_nothing_that_the_defaults_say(recipe):
+    text = (configuration.CONF / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    assert text.splitlines()[1].startswith(f"# python launch.py experiment={recipe}")
+    said = yaml.safe_load(text)
+    chosen = {key.removeprefix("override /"): option for each in said.pop("defaults") for key, option in each.items()}
+    default = configuration.composed_from([], configuration.CONF).hydra.runtime.choices
+    assert [group for group, option in chosen.items() if default[group] == option] == []
+    without = configuration.composed_from([f"{g}={option}" for g, option in chosen.items()], configuration.CONF)
+    values = configuration.flat(said)
+    assert len(RECIPES) >= 6 and values
+    assert [key for key, value in values.items() if OmegaConf.select(without, key) == value] == []
 
 
 def test_everything_wrong_is_reported_at_once(launch):

@@ -1,16 +1,18 @@
 """A folder of tensors named by content: what they were made from, and how. Runs, ranks and sweep jobs share it.
 
 A file is written under another name and renamed when whole, so a reader never sees half of one, and two writers of the
-same name write the same content.
+same name write the same content. Who makes a file holds its lock, so that others that run at the same time need not make it too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,11 +81,40 @@ class Cache:
         return digest
 
 
+@contextlib.contextmanager
+def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this process is the one to make `path`, if it still is not there; False, without `wait`, while another one is.
+    A claim ends with its process, however that ends."""
+    lock = path.with_name(f"{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a disk without locks: two processes may do the same work there
+            pass
+        yield True
+        # `path` is there now. After an error it is not, and the lock stays for those who wait for it.
+        lock.unlink(missing_ok=True)
+
+
 def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
     """The folder, filled unless it is there. That happens under another name, renamed when done: a folder of this name is
-    whole, even when several processes start together."""
-    if folder.is_dir():
-        return folder
+    whole. When several processes start together, one fills it and the others wait."""
+    for wait in (False, True):
+        if folder.is_dir():
+            return folder
+        with claimed(folder, wait=wait) as mine:
+            if mine and not folder.is_dir():
+                fill_under_another_name(folder, fill)
+        if not wait and not mine:
+            print(f"waits for another run to make {folder}", flush=True)
+    return folder
+
+
+def fill_under_another_name(folder: Path, fill: Callable[[Path], None]) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number
@@ -92,11 +123,10 @@ def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
         partial.rename(folder)
     except Exception as error:  # safetensors reports a full disk as its own error, not as OSError
         shutil.rmtree(partial, ignore_errors=True)
-        if not folder.is_dir():  # else another process was first
+        if not folder.is_dir():  # else another process was first, on a disk without locks
             raise UserError(
                 f"cannot write {folder}: {error}. If the disk is full, free some space there or set data.cache_dir to another"
             ) from error
-    return folder
 
 
 def key_of(*parts: object) -> str:

@@ -5,6 +5,7 @@ F frames, C channels, H height, W width of the clip; F' H' W' of its latents; S 
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvx.data.cache import Cache, key_of
+from cogvx.data.cache import Cache, claimed, key_of
 from cogvx.data.sources import Data, Example, Reshape
 from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
@@ -63,22 +64,19 @@ def encode_clips(
 
     UserError when more than data.max_bad_fraction of the clips are unusable.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    state = PartialState()
     paths = [cache.path("latents", clip_key(example.video, data, cache, vae)) for example in examples]
-    missing = [index for index in range(len(examples)) if cache.about(paths[index]) is None]
-    state.wait_for_everyone()  # all have looked before the first one writes
-    say(cached("clips", len(examples), len(missing)))
-    first_of = {paths[index]: index for index in reversed(missing)}  # a file listed twice is encoded once
-    mine = sorted(first_of.values())[state.process_index :: state.num_processes]
-    reasons = dict(gather_object(list(encode_missing(mine, examples, paths, data, cache, vae).items())))
-    state.wait_for_everyone()
+    listed_at = dict(zip(reversed(paths), reversed(examples), strict=True))  # a file listed twice is encoded once
+    model = functools.cache(vae.load)  # when there is something to encode
 
+    def encode(path: Path) -> None:
+        clip = read_clip(listed_at[path].video, data, frame_multiple=model().config.temporal_compression_ratio)
+        tensors = {"latent_moments": latent_moments(model(), clip.frames, vae), "thumbnails": thumbnails(clip.frames)}
+        cache.write(path, tensors, about=facts_of(clip))
+
+    reasons = encode_missing(paths, cache, encode, "clip", say)
     encoded, rejected = [], []
-    for index, (example, path) in enumerate(zip(examples, paths, strict=True)):
-        reason = reasons.get(first_of.get(path, index))
+    for example, path in zip(examples, paths, strict=True):
+        reason = reasons.get(path)
         about = None if reason else cache.about(path)
         if about and about["frames"] < data.min_num_frames:
             reason = f"is too short: {about['frames']} frames; data.min_num_frames is {data.min_num_frames}"
@@ -92,30 +90,44 @@ def encode_clips(
     return encoded, rejected
 
 
+def encode_missing(
+    paths: list[Path], cache: Cache, encode: Callable[[Path], None], what: str, say: Callable[[str], None]
+) -> dict[Path, str]:
+    """Calls encode(path) for every file that the cache lacks, unless another run that goes on at the same time does; what that one
+    has begun comes last. Processes of this run share the work. Returns the reason for each that could not be encoded."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    state = PartialState()
+    found = [path for path in dict.fromkeys(paths) if cache.about(path) is None]
+    # One list for all processes: another run may have written between their looks.
+    [missing] = broadcast_object_list([found])
+    lacking = set(missing)
+    say(cached(f"{what}s", len(paths), sum(path in lacking for path in paths)))
+    mine, elsewhere, reasons = missing[state.process_index :: state.num_processes], [], {}
+    for wait, todo in ((False, mine), (True, elsewhere)):
+        if wait and todo:
+            say(f"encode  waits for another run to encode {len(todo)} {what}{'s' if len(todo) > 1 else ''}")
+        for path in bar(todo, desc=f"encode  {what}s", unit=what, leave=False):
+            with claimed(path, wait=wait) as claim:
+                if not claim:
+                    elsewhere.append(path)
+                elif cache.about(path) is None:
+                    try:
+                        encode(path)
+                    except BadClip as bad:
+                        reasons[path] = str(bad)
+    reasons = dict(gather_object(list(reasons.items())))
+    state.wait_for_everyone()
+    return reasons
+
+
 def cached(what: str, total: int, missing: int) -> str:
     return (
         f"encode  {missing} {what}; {total - missing} of {total} are in the cache"
         if missing
         else f"encode  nothing: all {total} {what} are in the cache"
     )
-
-
-def encode_missing(
-    indices: list[int], examples: list[Example], paths: list[Path], data: Data, cache: Cache, vae: Encoder
-) -> dict[int, str]:
-    """Encodes these examples; returns the reason for each that could not be."""
-    if not indices:
-        return {}
-    model, reasons = vae.load(), {}
-    for index in bar(indices, desc="encode  clips", unit="clip", leave=False):
-        try:
-            clip = read_clip(examples[index].video, data, frame_multiple=model.config.temporal_compression_ratio)
-        except BadClip as bad:
-            reasons[index] = str(bad)
-            continue
-        tensors = {"latent_moments": latent_moments(model, clip.frames, vae), "thumbnails": thumbnails(clip.frames)}
-        cache.write(paths[index], tensors, about=facts_of(clip))
-    return reasons
 
 
 def latent_moments(model: AutoencoderKLCogVideoX, frames: Tensor, vae: Encoder) -> Tensor:
@@ -146,42 +158,20 @@ def encode_images(
     every step; that would take the VAE. A posterior of one frame is small (0.35 MB at 480x720 in bf16), so data.image_noise_variants
     of them are kept, at evenly spread standard deviations, and used in turn; their posterior is sampled anew at every step.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    state = PartialState()
     paths = [cache.path("images", image_key(clip.example, data, cache, vae)) for clip in clips]
-    first_of = {path: index for index, path in reversed(list(enumerate(paths))) if cache.about(path) is None}
-    state.wait_for_everyone()  # all have looked before the first one writes
-    missing = sorted(first_of.values())
-    say(cached("images", len(set(paths)), len(missing)))
-    mine = missing[state.process_index :: state.num_processes]
-    reasons = dict(gather_object(list(encode_missing_images(mine, clips, paths, data, cache, vae).items())))
-    state.wait_for_everyone()
-    bad = {index: reasons[first_of[path]] for index, path in enumerate(paths) if first_of.get(path) in reasons}
-    rejected = [Rejected(clips[index].example, reason) for index, reason in bad.items()]
+    starts = dict(zip(reversed(paths), (clip.example for clip in reversed(clips)), strict=True))
+    model = functools.cache(vae.load)
+
+    def encode(path: Path) -> None:
+        cache.write(path, {"image_moments": image_moments(model(), starts[path], data, vae, seed=path.stem)})
+
+    reasons = encode_missing(paths, cache, encode, "image", say)
+    pairs = list(zip(clips, paths, strict=True))
+    rejected = [Rejected(clip.example, reasons[path]) for clip, path in pairs if path in reasons]
     refuse_too_many(rejected, len(clips), data.max_bad_fraction)
     for left_out in rejected:
         say(f"warning {left_out.example.origin} {left_out.example.video.name} {left_out.reason}; left out")
-    return [
-        replace(c, image_path=p) for i, (c, p) in enumerate(zip(clips, paths, strict=True)) if i not in bad
-    ], rejected
-
-
-def encode_missing_images(
-    indices: list[int], clips: list[EncodedClip], paths: list[Path], data: Data, cache: Cache, vae: Encoder
-) -> dict[int, str]:
-    """Encodes the images of these clips; returns the reason for each that could not be."""
-    if not indices:
-        return {}
-    model, reasons = vae.load(), {}
-    for index in bar(indices, desc="encode  images", unit="image", leave=False):
-        try:
-            moments = image_moments(model, clips[index].example, data, vae, seed=paths[index].stem)
-            cache.write(paths[index], {"image_moments": moments})
-        except BadClip as bad:
-            reasons[index] = str(bad)
-    return reasons
+    return [replace(clip, image_path=path) for clip, path in pairs if path not in reasons], rejected
 
 
 def image_of(example: Example, data: Data) -> Tensor:
@@ -281,24 +271,18 @@ def encode_prompts(
     text.load() returns the tokenizer and the encoder. Prompts longer than max_length tokens are named: the model sees
     only their beginning, in training as in the pipeline.
     """
-    from accelerate import PartialState
-
-    state = PartialState()
     paths = {
         prompt: cache.path("prompts", key_of(VERSION, prompt, text.identity, str(text.dtype), max_length))
         for prompt in dict.fromkeys(prompts)
     }
-    about = {prompt: cache.about(path) for prompt, path in paths.items()}
-    missing = [prompt for prompt in paths if about[prompt] is None]
-    state.wait_for_everyone()
-    say(cached("prompts", len(paths), len(missing)))
-    mine = missing[state.process_index :: state.num_processes]
-    if mine:
-        tokenizer, model = text.load()
-        for prompt in bar(mine, desc="encode  prompts", unit="prompt", leave=False):
-            embeds, tokens = prompt_embeds(tokenizer, model, prompt, text, max_length)
-            cache.write(paths[prompt], {"prompt_embeds": embeds}, about={"tokens": tokens})
-    state.wait_for_everyone()
+    prompt_of = {path: prompt for prompt, path in paths.items()}
+    models = functools.cache(text.load)
+
+    def encode(path: Path) -> None:
+        embeds, tokens = prompt_embeds(*models(), prompt_of[path], text, max_length)
+        cache.write(path, {"prompt_embeds": embeds}, about={"tokens": tokens})
+
+    encode_missing(list(paths.values()), cache, encode, "prompt", say)
     tokens = {prompt: cache.about(path)["tokens"] for prompt, path in paths.items()}
     long = [prompt for prompt in paths if tokens[prompt] > max_length]
     if long:

@@ -32,6 +32,7 @@ from cogvx.training import optimizers
 from cogvx.training.options import Precision
 from cogvx.training.prepare import Prepared
 from cogvx.training.step import Batch, Draw
+from cogvx.training.tracking import Tracking
 from cogvx.training.trainer import Trainer
 from cogvx.training.validation import Videos
 
@@ -154,6 +155,7 @@ def run_phases(
     layers: only so many of the transformer's; begun: the optimizer has its states already; as_cuda, fake: see tracing();
     device: a GPU on which all this really runs, with a Meter in the Recorder's place.
     """
+    config = dataclasses.replace(config, tracking=Tracking())  # a plan is no run to track
     precision = Precision.no if config.train.mixed_precision is Precision.no else Precision.bf16
     dtype = getattr(torch, precision.value)
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -16,6 +16,7 @@ import torch
 
 from cogvx.config import Config, compose_config
 from cogvx.errors import UserError
+from cogvx.model.checkpoint import Nano
 from cogvx.plan.allocator import GIB, Peak, replay
 from cogvx.plan.cards import CARDS, Card
 from cogvx.plan.phases import PHASES, PlannedCheckpoint, configs_of, run_phases
@@ -349,6 +350,8 @@ def draw(path: Path, config: Config, card: Card, found: Outcome) -> None:
 
 def require_known(config: Config) -> None:
     """UserError unless the model's configuration can be known without its weights."""
+    if isinstance(config.model, Nano):  # built in, and perhaps not written yet
+        config.model.local_folder()
     try:
         configs_of(config)
     except KeyError as error:

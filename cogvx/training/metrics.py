@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from cogvx.runs.record import read_lines, write_whole
-from cogvx.training.tracking import Tracking
+from cogvx.training.tracking import Tracking, first_line
 
 
 class Metrics:
     """Appends to metrics.jsonl and to the tracker. On a resume, lines after the resumed step are taken out first."""
 
-    def __init__(self, folder: Path, tracking: Tracking, config: dict, *, resumed_at: int):
+    def __init__(self, folder: Path, tracking: Tracking, config: dict[str, object], *, resumed_at: int):
         self.path = folder / "metrics.jsonl"
-        self.tracking = tracking
+        self.tracking, self.failed = tracking, False
         self.kept = [line for line in read_lines(self.path) if line["step"] <= resumed_at] if resumed_at else []
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
-        tracking.start(folder, config)
+        self.mirror(tracking.start, folder, config, resumed_at)
 
     def has(self, name: str, step: int) -> bool:
         """Whether a resumed run had logged this already."""
@@ -26,4 +29,25 @@ class Metrics:
     def log(self, step: int, **values: object) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        self.tracking.log({name: value for name, value in values.items() if isinstance(value, int | float)}, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        if numbers:
+            self.mirror(self.tracking.log, numbers, step)
+
+    def videos(self, paths: list[Path], step: int) -> None:
+        if paths:
+            self.mirror(self.tracking.videos, paths, step)
+
+    def finish(self, status: str) -> None:
+        self.mirror(self.tracking.finish, status)
+
+    def mirror(self, call: Callable, *arguments: object) -> None:
+        """A tracker that fails stops nothing; it is said once."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            if not self.failed:
+                name = type(self.tracking).__name__.lower()
+                tqdm.write(
+                    f"warning tracking={name} failed: {first_line(error)}; the run goes on, with all in {self.path.name}"
+                )
+            self.failed = True

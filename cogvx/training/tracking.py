@@ -8,37 +8,70 @@ from pathlib import Path
 
 from cogvx.errors import UserError
 
+EXIT_CODES = {"done": 0, "interrupted": 255}  # as wandb itself tells Ctrl-C; all else: 1
+PATIENCE = 30  # seconds for wandb's server to answer at the start, and to take what is left at the end
+
 
 @dataclass
 class Tracking:
     """No tracker."""
 
-    def start(self, folder: Path, config: dict) -> None:
-        """Called once, before the first log()."""
+    def require_login(self) -> None:
+        """UserError where start() would ask who is there: at the door, not when everything is encoded."""
+
+    def start(self, folder: Path, config: dict[str, object], step: int) -> None:
+        """Called once, before the first log(). `config`: by dotted keys; `step`: the one the run goes on from, else 0."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Numbers of one step."""
 
     def videos(self, paths: list[Path], step: int) -> None:
-        """Validation videos, as encoded files."""
+        """Validation videos, as encoded files: mp4, with a gif beside each."""
 
-    def finish(self) -> None:
-        """Called once, also after an error."""
+    def finish(self, status: str) -> None:
+        """Called once, also after an error. `status`: as in summary.json."""
 
 
 @dataclass
 class TensorBoard(Tracking):
-    def start(self, folder: Path, config: dict) -> None:
+    def start(self, folder: Path, config: dict[str, object], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
-        self.writer = SummaryWriter(folder / "tensorboard")
-        self.writer.add_text("config", "```\n" + json.dumps(config, indent=2, default=str) + "\n```")
+        # What was written after the step that the run goes on from is taken back.
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+        self.writer.add_text("config", "```\n" + json.dumps(config, indent=2) + "\n```")
+        given = {name: str(value) if isinstance(value, list) else value for name, value in config.items()}
+        _, started, _ = hparams(given, {})
+        self.writer.file_writer.add_summary(started)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
 
-    def finish(self) -> None:
+    def videos(self, paths: list[Path], step: int) -> None:
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for path in paths:  # a gif among TensorBoard's images moves; add_video() would encode it anew, with moviepy
+            gif = path.with_suffix(".gif")
+            with Image.open(gif) as picture:
+                width, height = picture.size
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.read_bytes())
+            summary = Summary(value=[Summary.Value(tag=f"validation/{path.stem}", image=image)])
+            self.writer.file_writer.add_summary(summary, step)
+
+    def finish(self, status: str) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+        ended = api_pb2.STATUS_SUCCESS if status == "done" else api_pb2.STATUS_FAILURE
+        data = plugin_data_pb2.HParamsPluginData(
+            session_end_info=plugin_data_pb2.SessionEndInfo(status=ended), version=metadata.PLUGIN_DATA_VERSION
+        )
+        plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
+        value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=SummaryMetadata(plugin_data=plugin))
+        self.writer.file_writer.add_summary(Summary(value=[value]))
         self.writer.close()
 
 
@@ -50,15 +83,46 @@ class Wandb(Tracking):
     def problems(self) -> list[str]:
         return [] if self.mode in ("online", "offline") else [f"tracking.mode={self.mode}: must be online or offline"]
 
-    def start(self, folder: Path, config: dict) -> None:
+    def require_login(self) -> None:
+        if self.mode == "offline":
+            return
         import wandb
 
-        try:
-            self.run = wandb.init(project=self.project, name=folder.name, dir=folder, config=config, mode=self.mode)
-        except (wandb.errors.Error, OSError) as error:
+        wandb.setup(wandb.Settings(silent=True))
+        if not wandb.login(prompt=False, verify=False):
             raise UserError(
-                f"tracking=wandb could not start: {error}. Log in with `wandb login`, or use tracking.mode=offline or tracking=none"
-            ) from error
+                "tracking=wandb and nobody is logged in: log in with  wandb login  (or WANDB_API_KEY), or use tracking.mode=offline"
+            )
+
+    def start(self, folder: Path, config: dict[str, object], step: int) -> None:
+        """In a sweep the sweep's folder is the group. A run that goes on is the same run there."""
+        import wandb
+
+        sweep = folder.parent.name if (folder.parent / "sweep.json").is_file() else None
+        settings = wandb.Settings(
+            silent=True, init_timeout=PATIENCE, finish_timeout=PATIENCE, finish_timeout_raises=True
+        )
+        run = {
+            "project": self.project, "group": sweep, "name": folder.name, "id": id_of(folder), "resume": "allow", "dir": folder,
+            "config": config, "settings": settings,
+        }  # fmt: skip
+        try:
+            self.run = wandb.init(**run, mode=self.mode)
+        except Exception as error:
+            if self.mode == "offline":
+                raise
+            print(f"warning wandb does not answer, so it is written here: {first_line(error)}", flush=True)
+            wandb.teardown()  # it would not give the id out again
+            self.run = wandb.init(**run | {"id": id_of(folder)}, mode="offline")
+        if self.run.offline:
+            print(f"wandb   offline; to send it later:  {self.sync()}", flush=True)
+        else:
+            print(f"wandb   {self.run.url}", flush=True)
+
+    def sync(self) -> str:
+        from cogvx.runs.record import shown
+
+        return f"wandb sync {shown(Path(self.run.settings.sync_dir))}"
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.run.log(metrics, step=step)
@@ -66,7 +130,27 @@ class Wandb(Tracking):
     def videos(self, paths: list[Path], step: int) -> None:
         import wandb
 
-        self.run.log({path.stem: wandb.Video(str(path), format="mp4") for path in paths}, step=step)
+        files = {f"validation/{path.stem}": wandb.Video(str(path), format="mp4") for path in paths}
+        self.run.log(files, step=step)
 
-    def finish(self) -> None:
-        self.run.finish()
+    def finish(self, status: str) -> None:
+        import wandb
+
+        try:
+            self.run.finish(exit_code=EXIT_CODES.get(status, 1))
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"wandb did not take everything in {PATIENCE} s; to send the rest:  {self.sync()}"
+            ) from error
+        finally:
+            wandb.teardown()  # returns when all is on the disk
+
+
+def id_of(folder: Path) -> str | None:
+    """wandb's name for the run that an earlier start made, the end of wandb/[offline-]run-DATE_TIME-ID; None before the first."""
+    earlier = sorted(folder.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
+    return earlier[-1].name.partition("run-")[2].partition("-")[2] if earlier else None
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

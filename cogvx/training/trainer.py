@@ -18,7 +18,7 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from cogvx.config import Config, as_dict
+from cogvx.config import Config, as_dict, flat
 from cogvx.data.video import read_clip, to_bytes
 from cogvx.errors import UserError
 from cogvx.inference import export, scores
@@ -54,16 +54,22 @@ def train(config: Config, folder: Path, expected: Callable[[], float | None] = l
     started, accelerator = time.monotonic(), start_processes(config)
     if config.lora is not None and resume_source(config.train.resume, folder) is None:
         config.lora.require_start()
+    config.tracking.require_login()
     asked = scores.asked_of(scores.prompts_of(config, config.validation.scored_prompts), seed=0)
     data = Prepared.from_config(config, folder, accelerator, [each.prompt for each in asked])
     with attention.using(config.train.attention):
         trainer = Trainer.build(config, folder, accelerator, data)
         trainer.expected, trainer.asked = expected, asked
+        status = "failed"
         try:
             summary = trainer.run()
+            status = summary["status"]
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
         finally:
             if trainer.metrics:
-                trainer.metrics.tracking.finish()
+                trainer.metrics.finish(status)
     return {
         **summary,
         "seconds": round(time.monotonic() - started, 1),
@@ -143,7 +149,7 @@ class Trainer:
         metrics = None
         if accelerator.is_main_process:
             record.note(folder, dtypes=types, steps=steps)
-            metrics = Metrics(folder, config.tracking, as_dict(config), resumed_at=step)
+            metrics = Metrics(folder, config.tracking, config.choices | flat(as_dict(config)), resumed_at=step)
         return cls(
             config, folder, accelerator, data, model, state, source, watch, metrics, in_backward, steps=steps, step=step,
             timed_from=step,
@@ -411,7 +417,7 @@ class Trainer:
             else:
                 written = videos.write(self.state.transformer, self.step)
             clear_device_cache(garbage_collection=True)  # of the VAE
-        self.metrics.tracking.videos(written, self.step)
+        self.metrics.videos(written, self.step)
         self.accelerator.wait_for_everyone()
         return written
 

@@ -1,0 +1,50 @@
+"""A process that encodes clips as a run does, and writes down each encoding.
+
+python tests/data/one_of_several.py CACHE CLIPS NANO NOTES [stuck]    NOTES gets NAME.begun and NAME.done for every encoding of this process;
+its first one waits until another process encodes too, or, with `stuck`, does not end at all
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+import torch
+
+from cogvx import config as configuration
+from cogvx.data import encode
+from cogvx.data.cache import Cache
+from cogvx.model.checkpoint import Checkpoint
+
+cache, clips, nano, notes = map(Path, sys.argv[1:5])
+stuck = sys.argv[5:] == ["stuck"]
+data = configuration.compose_config([f"data.cache_dir='{cache}'", f"data.instance_data_root='{clips}'"]).data
+read_clip, write, now = encode.read_clip, Cache.write, []
+
+
+def noted_read(video, *arguments, **settings):
+    now[:] = [f"{video.stem}.{os.getpid()}"]
+    (notes / f"{now[0]}.begun").touch()
+    deadline = time.monotonic() + 300
+    while (stuck or others() == 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return read_clip(video, *arguments, **settings)
+
+
+def others() -> int:
+    """Clips that other processes have begun."""
+    return sum(f".{os.getpid()}." not in path.name for path in notes.glob("*.begun"))
+
+
+def noted_write(self, *arguments, **settings):
+    write(self, *arguments, **settings)
+    (notes / f"{now[0]}.done").touch()
+
+
+encode.read_clip, Cache.write = noted_read, noted_write
+cpu = torch.device("cpu")
+vae = encode.Encoder(lambda: Checkpoint(nano, cpu, torch.float32).vae(tiling=False), "nano", torch.float32, cpu)
+encoded, _ = encode.encode_clips(data.read(), data, Cache(cache), vae, lambda line: print(line, flush=True))
+print(f"has {len(encoded)}", flush=True)

@@ -1,0 +1,112 @@
+"""Runs that start at the same moment share the work: nothing is made twice, and nobody waits for the dead."""
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cogvx.data.cache import claimed
+
+PROJECT = Path(__file__).parent.parent.parent
+
+
+def started(*command: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+CLAIMS = """
+import sys, time
+from pathlib import Path
+from cogvx.data.cache import claimed
+with claimed(Path(sys.argv[1]), wait=False) as mine:
+    print(mine, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_claim_is_one_processs_and_ends_with_it(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", CLAIMS, tmp_path / "file"],
+        cwd=PROJECT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "True\n"
+    with claimed(tmp_path / "file", wait=False) as mine, claimed(tmp_path / "other", wait=False) as other:
+        assert (mine, other) == (False, True)
+    holder.kill()
+    with claimed(tmp_path / "file", wait=True) as mine:
+        assert mine
+    assert list(tmp_path.iterdir()) == [], "nothing is left of it"
+
+
+FILLS = """
+import sys, time
+from pathlib import Path
+from cogvx.data.cache import filled
+def fill(folder):
+    print("fills", flush=True)
+    while not Path(sys.argv[2]).exists():
+        time.sleep(0.02)
+    (folder / "made").touch()
+print((filled(Path(sys.argv[1]), fill) / "made").is_file(), flush=True)
+"""
+
+
+def test_a_folder_is_filled_once(tmp_path):
+    go_on = tmp_path / "go on"
+    first = started("-c", FILLS, tmp_path / "folder", go_on)
+    assert first.stdout.readline() == "fills\n"
+    second = started("-c", FILLS, tmp_path / "folder", go_on)
+    assert second.stdout.readline() == f"waits for another run to make {tmp_path / 'folder'}\n"
+    go_on.touch()
+    assert (first.communicate(timeout=60)[0], second.communicate(timeout=60)[0]) == ("True\n", "True\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "go on"]
+
+
+@pytest.fixture
+def encoding(clips, nano_folder, tmp_path):
+    """encoding("stuck"): a process that encodes the six clips; tmp_path/notes tells what it did."""
+    (tmp_path / "notes").mkdir()
+    script, notes = Path(__file__).with_name("one_of_several.py"), tmp_path / "notes"
+    return lambda *more: started(script, tmp_path / "cache", clips, nano_folder, notes, *more)
+
+
+def noted(folder: Path, what: str) -> Counter:
+    """How many processes have begun, or done, each clip."""
+    return Counter(path.name.partition(".")[0] for path in folder.glob(f"*.{what}"))
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_encode_every_clip_once(encoding, tmp_path):
+    both = [encoding(), encoding()]
+    said = [process.communicate(timeout=400)[0] for process in both]
+    assert all("has 6" in text for text in said), said
+    once = Counter(dict.fromkeys("012345", 1))
+    assert noted(tmp_path / "notes", "begun") == noted(tmp_path / "notes", "done") == once
+    by = Counter(path.suffixes[-2] for path in (tmp_path / "notes").glob("*.done"))
+    assert len(by) == 2, "each encoded what the other had not begun"
+    assert not list((tmp_path / "cache").rglob("*.lock"))
+
+
+@pytest.mark.slow
+def test_what_a_killed_run_was_encoding_is_encoded_by_the_one_that_waits(encoding, tmp_path):
+    killed = encoding("stuck")
+    deadline = time.monotonic() + 300
+    while not noted(tmp_path / "notes", "begun") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    [left] = noted(tmp_path / "notes", "begun")
+    waiting = encoding()
+    said = iter(waiting.stdout.readline, "")
+    assert "encode  waits for another run to encode 1 clip\n" in said
+    assert left not in noted(tmp_path / "notes", "done")
+    killed.kill()
+    assert "has 6\n" in said
+    assert noted(tmp_path / "notes", "done") == Counter(dict.fromkeys("012345", 1))
+    assert noted(tmp_path / "notes", "begun")[left] == 2
