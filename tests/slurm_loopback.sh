@@ -97,4 +97,4 @@ until_it_works scontrol ping
 start slurmd -D
 until_it_works sh -c "sinfo --noheader --states=idle --format=%T | grep --quiet idle"
 sinfo
-"$@"
+"$@" || { code=$? && tail -n 40 "$at/log" >&2 && exit $code; }

@@ -53,6 +53,22 @@ def frozen(tmp_path):
     return made
 
 
+@pytest.fixture
+def start(cache, tmp_path):
+    """start("lora.rank=1,2", ...): a sweep that takes long enough to be disturbed."""
+    started = []
+    settings = [*LONG, f"data.cache_dir={cache}", f"output_dir={tmp_path}"]
+
+    def start(*more: str) -> subprocess.Popen:
+        command = [sys.executable, str(PROJECT / "launch.py"), "-m", *settings, *more]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
 class Launcher:
     """In the place of one of Hydra's."""
 
@@ -131,14 +147,14 @@ def test_a_sweep_in_processes_of_submitit(launch, cache, tmp_path):
 @pytest.mark.parametrize(
     "engine", ["basic", pytest.param("submitit_local", marks=with_submitit), pytest.param("ray", marks=with_ray)]
 )
-def test_a_killed_job_costs_the_others_nothing_and_the_same_command_completes_it(cache, tmp_path, engine):
-    sweep = start(cache, tmp_path, "lora.rank=1,2", f"hydra/launcher={engine}")
+def test_a_killed_job_costs_the_others_nothing_and_the_same_command_completes_it(start, tmp_path, engine):
+    sweep = start("lora.rank=1,2", f"hydra/launcher={engine}")
     os.kill(process_of(tmp_path / "rank-1", sweep), signal.SIGKILL)
     said, complaints = sweep.communicate(timeout=240)
     assert sweep.returncode == 1, complaints
     assert states(tmp_path) == {"rank-1": "killed", "rank-2": "done"}
     assert "killed  rank-1: killed, by someone" in said and (tmp_path / "leaderboard.csv").is_file()
-    again = start(cache, tmp_path, "lora.rank=1,2", f"hydra/launcher={engine}")
+    again = start("lora.rank=1,2", f"hydra/launcher={engine}")
     assert again.wait(timeout=240) == 0
     assert states(tmp_path) == {"rank-1": "done", "rank-2": "done"}
     assert_resumed(tmp_path / "rank-1")
@@ -147,34 +163,29 @@ def test_a_killed_job_costs_the_others_nothing_and_the_same_command_completes_it
 @pytest.mark.slow
 @with_submitit
 @with_slurm
-def test_slurm_puts_a_job_back_into_the_queue_and_it_goes_on_from_its_checkpoint(cache, tmp_path):
+def test_slurm_puts_a_job_back_into_the_queue_and_it_goes_on_from_its_checkpoint(start, tmp_path):
     """Of three jobs one is told that its time is up, one is killed, one cancelled; then the same command completes those two."""
     settings = ["lora.rank=1,2,4", "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.timeout_min=20"]  # fmt: skip
-    sweep = start(cache, tmp_path, *settings)
+    sweep = start(*settings)
     process_of(tmp_path / "rank-1", sweep)
-    number = slurm("squeue", "--noheader", f"--name={tmp_path.name}", "--format=%F").split()[0]
-    slurm("scancel", "--signal=USR2", f"{number}_0")
+    first = number_of(0, tmp_path)
+    slurm("scancel", "--signal=USR2", first)
     os.kill(process_of(tmp_path / "rank-2", sweep), signal.SIGKILL)
     process_of(tmp_path / "rank-4", sweep)
-    slurm("scancel", f"{number}_2")
-    wait_until(lambda: "REQUEUE" in slurm("scontrol", "show", "job", f"{number}_0") or is_pending(f"{number}_0"), sweep)
-    slurm("scontrol", "update", f"jobid={number}_0", "starttime=now")  # Slurm would wait two minutes
+    slurm("scancel", number_of(2, tmp_path))
+    wait_until(lambda: "PENDING" in slurm("squeue", "--noheader", f"--jobs={first}", "--format=%T"), sweep)
+    slurm("scontrol", "update", f"jobid={first}", "starttime=now")  # Slurm would wait two minutes
     _, complaints = sweep.communicate(timeout=400)
     assert sweep.returncode == 1, complaints
     assert states(tmp_path) == {"rank-1": "done", "rank-2": "killed", "rank-4": "interrupted"}
     assert_resumed(tmp_path / "rank-1")
 
-    again = start(cache, tmp_path, *settings)
+    again = start(*settings)
     _, complaints = again.communicate(timeout=400)
     assert again.returncode == 0, complaints
     assert set(states(tmp_path).values()) == {"done"}
     for name in ("rank-2", "rank-4"):
         assert_resumed(tmp_path / name)
-
-
-def start(cache: Path, folder: Path, *settings: str) -> subprocess.Popen:
-    command = [sys.executable, str(PROJECT / "launch.py"), "-m", *LONG, f"data.cache_dir={cache}", f"output_dir={folder}"]  # fmt: skip
-    return subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def process_of(job: Path, sweep: subprocess.Popen) -> int:
@@ -202,8 +213,12 @@ def assert_resumed(job: Path) -> None:
 
 
 def slurm(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, (command, ran.stderr)
+    return ran.stdout
 
 
-def is_pending(job: str) -> bool:
-    return slurm("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%T").strip() == "PENDING"
+def number_of(index: int, sweep: Path) -> str:
+    """Slurm's number of a running job. By its place in the array, scancel signals it and says that it could not."""
+    running = slurm("squeue", "--noheader", f"--name={sweep.name}", "--states=RUNNING", "--format=%K %A")
+    return dict(line.split() for line in running.splitlines())[str(index)]
