@@ -56,9 +56,9 @@ def run(config: configuration.Config) -> int:
         print(f"{record.shown(folder)} is finished: nothing to do.{result}")
         return 0
     print(f"run     {record.shown(folder)}", flush=True)
-    with record.locked(folder):
+    with record.locked(folder) as lock:
         record.environment(folder, typed, *repeated)
-        return processes.run(folder)
+        return processes.run(folder, lock)
 
 
 def run_sweep(overrides: list[str], place: grid.Place) -> int:
@@ -68,23 +68,30 @@ def run_sweep(overrides: list[str], place: grid.Place) -> int:
     except MissingConfigException as error:
         engines.require_plugin(error.missing_cfg_file)
         raise
-    if engines.are_asked(base):
-        if grid.is_search(base):
-            raise UserError("hydra/sweeper=optuna proposes jobs while others run, which hydra/launcher=pool alone does")
-        launcher = engines.launcher(sweep, base)
-        sweep.freeze(jobs, typed)
-        code = engines.run(sweep, [job for job, _ in jobs], launcher)
-    else:
-        settings = pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
-        if grid.is_search(base):
-            queue = grid.search_of(overrides, place, sweep, base, settings, typed)
+    searching, elsewhere = grid.is_search(base), engines.are_asked(base)
+    if searching and elsewhere:
+        raise UserError("hydra/sweeper=optuna proposes jobs while others run, which hydra/launcher=pool alone does")
+    launcher = (
+        engines.launcher(sweep, base) if elsewhere else pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
+    )
+    try:
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the sweep's folder {sweep.folder} cannot be written: {error.strerror}. Choose another: output_dir=/disk/with/space"
+        ) from error
+    with record.locked(sweep.folder):  # the same command in another terminal is told so
+        sweep.freeze([] if searching else jobs, typed)
+        if elsewhere:
+            code = engines.run(sweep, [job for job, _ in jobs], launcher)
         else:
-            sweep.freeze(jobs, typed)
-            queue = pool.Given(
-                [job for job, _ in jobs if pool.is_to_run(sweep, job, retry_failed=settings.retry_failed)]
-            )
-        code = pool.run(sweep, queue, settings, typed)
-    leaderboard.conclude(sweep)
+            pool.wait_for_earlier(sweep)
+            if searching:
+                queue = grid.search_of(overrides, place, sweep, base, launcher, typed)
+            else:
+                queue = pool.Given(sweep, [job for job, _ in jobs], launcher)
+            code = pool.run(sweep, queue, launcher, typed)
+        leaderboard.conclude(sweep)
     return code
 
 
@@ -217,6 +224,11 @@ def entry(arguments: list[str]) -> int:
             return say(f"a YAML file cannot be parsed: {error}")
         except configuration.HYDRAS as error:
             return say(configuration.explain(error, overrides, place.folder, place.searchpath, sweeping=sweeping))
+        except OSError as error:  # a full disk, a folder that cannot be written; some of Hydra's are of this kind too
+            message, code = processes.in_words(error)
+            if code != processes.FAILED:
+                raise
+            return say(message)
     return max(exit_codes, default=0)
 
 

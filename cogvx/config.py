@@ -397,6 +397,11 @@ def as_text(argument: str, *, sweeping: bool) -> str:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:
         override = None
+    if override is None and sweeping and "," in value:
+        raise UserError(
+            f"{argument}: one text with a comma, or several values? Quotes within quotes tell:  "
+            f"\"{key}='one, text'\"  or  \"{key}='this','that'\""
+        )
     if override is not None and (
         sweeping or not override.is_sweep_override() or key.lstrip("+") not in text_settings()
     ):

@@ -28,6 +28,7 @@ from cogvx.runs.sweep import Job, Sweep
 PLACE = Path("outputs") / "sweeps"
 MOST_JOBS = 10_000
 LONGEST = 40  # characters of a value in a folder's name
+LONGEST_NAME = 200  # bytes of a folder's name; most file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,23 @@ def sweep_of(overrides: list[str], place: Place) -> tuple[Sweep, list[tuple[Job,
         raise UserError(
             "nothing is swept: give several values, as in  python launch.py -m lora.rank=16,64  (or leave out -m)"
         )
+    for key in swept:
+        if key == "output_dir" or key.startswith("hydra."):
+            raise UserError(f"{key} says how a sweep runs, not what its jobs are: give it one value")
     if is_search(base):
+        search.Settings.read(OmegaConf.to_container(base.hydra.sweeper))
         jobs = composed_jobs([(grids[0].fixed, examples(grids[0].swept, key)) for key in swept], place)
     else:
         jobs = composed_jobs([(grid.fixed, grid.values()) for grid in grids], place)
-    name = named or "-".join([*(["search"] if is_search(base) else []), *short_names(swept).values()])
-    folder = base.output_dir or str(PLACE / f"{name}_{mark(base, swept)}")
+    called = "-".join([*(["search"] if is_search(base) else []), *short_names(swept).values()])
+    folder = base.output_dir or str(PLACE / f"{named or short_enough(called)}_{mark(base, swept)}")
     return Sweep(Path(folder).expanduser().absolute(), named, swept), jobs, base
 
 
 def search_of(
     overrides: list[str], place: Place, sweep: Sweep, base: DictConfig, pool: Pool, command: list[str]
 ) -> search.Search:
-    """What proposes the jobs of a sweep that is_search(), whose folder is made."""
+    """What proposes the jobs of a sweep that is_search()."""
     settings, grid = search.Settings.read(OmegaConf.to_container(base.hydra.sweeper)), grids_of(overrides, place)[0]
     single = {key: discrete(override) for key, override in grid.swept.items() if not override.is_sweep_override()}
     space = {key: part_of_space(key, override) for key, override in grid.swept.items() if key not in single}
@@ -87,7 +92,6 @@ def search_of(
         chosen = {key: [values[key]] if key in values else single[key] for key in grid.swept}
         return composed_jobs([(grid.fixed, chosen)], place)[0]
 
-    sweep.freeze([], command)
     return search.Search(sweep, space, settings, pool, make, short_names(list(grid.swept)), command)
 
 
@@ -221,13 +225,18 @@ def short_names(keys: list[str]) -> dict[str, str]:
 
 
 def folder_name(values: dict[str, object]) -> str:
-    return "_".join(f"{name}-{in_a_name(value)}" for name, value in values.items())
+    return short_enough("_".join(f"{name}-{in_a_name(value)}" for name, value in values.items()))
 
 
 def in_a_name(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
     plain = re.sub(r"[^\w.+-]+", "-", text)[:LONGEST]
-    return plain if plain == text else f"{plain}-{hashed(text)}"
+    return plain if plain == text else f"{plain}-{hashed(text, 8)}"  # two prompts that begin alike are two jobs
+
+
+def short_enough(name: str) -> str:
+    whole = name.encode()
+    return name if len(whole) <= LONGEST_NAME else f"{whole[:LONGEST_NAME].decode(errors='ignore')}-{hashed(name, 8)}"
 
 
 def mark(base: DictConfig, swept: list[str]) -> str:
@@ -240,5 +249,5 @@ def mark(base: DictConfig, swept: list[str]) -> str:
     return hashed(json.dumps([choices, shared], sort_keys=True, default=str))
 
 
-def hashed(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:4]
+def hashed(text: str, digits: int = 4) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]

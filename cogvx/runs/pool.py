@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
 
 from cogvx.errors import UserError
 from cogvx.runs import processes, record
-from cogvx.runs.sweep import LOG, Job, State, Sweep
+from cogvx.runs.sweep import LOG, Job, State, Sweep, is_locked
 from cogvx.runs.table import Table
 
 EVERY = 0.5  # seconds between looks at the jobs
@@ -125,10 +126,10 @@ class Queue(Protocol):
 
 
 class Given:
-    """The jobs of a grid, in order."""
+    """The jobs of a grid, in order, but those that are over."""
 
-    def __init__(self, jobs: list[Job]):
-        self.waiting = list(jobs)
+    def __init__(self, sweep: Sweep, jobs: list[Job], pool: Pool):
+        self.waiting = [job for job in jobs if is_to_run(sweep, job, retry_failed=pool.retry_failed)]
 
     def take(self) -> Job | None:
         return self.waiting.pop(0) if self.waiting else None
@@ -167,6 +168,17 @@ def run(sweep: Sweep, queue: Queue, pool: Pool, command: list[str]) -> int:
     return int(any(sweep.progress(job).state not in (State.done, State.pruned) for job in sweep.jobs()))
 
 
+def wait_for_earlier(sweep: Sweep) -> None:
+    """Until no process of an earlier start runs in a job's folder: those stop by themselves, and hold their GPU until then."""
+    said = False
+    while held := [job.name for job in sweep.jobs() if is_locked(sweep.folder / job.name)]:
+        if not said:
+            names = ", ".join(f"{name} ({record.user_of(sweep.folder / name)})" for name in held)
+            print(f"sweep   waits for what already runs in folders of its jobs: {names}", flush=True)
+        said = True
+        time.sleep(EVERY)
+
+
 def is_to_run(sweep: Sweep, job: Job, *, retry_failed: bool) -> bool:
     state = sweep.progress(job).state
     return state is not State.running and (not state.is_over() or (retry_failed and state in UNFORTUNATE))
@@ -195,6 +207,9 @@ class Forks:
 
     def __enter__(self) -> Forks:
         self.lives, self.held = self.context.Pipe(duplex=False)  # its end is this process's end
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
+        forkserver.ensure_running()
+        signal.signal(signal.SIGINT, handler)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -215,8 +230,10 @@ class Forks:
         self.running.append(Running(job, place, process))
 
     def ended(self) -> list[Job]:
-        """Those that ended since the last call; each has a summary."""
-        found = [each for each in self.running if not each.process.is_alive()]
+        """Those that ended since the last call; each has a summary. While its folder is locked a job runs, even if the server
+        that would tell of its end was killed."""
+        over = [each for each in self.running if not each.process.is_alive()]
+        found = [each for each in over if not is_locked(self.sweep.folder / each.job.name)]
         for each in found:
             self.running.remove(each)
             tell(self.sweep.folder / each.job.name, each.process.exitcode)
@@ -239,20 +256,20 @@ def tell(folder: Path, exit_code: int) -> None:
         return
     if exit_code == -signal.SIGKILL:
         status, reason = State.killed, "killed, by someone or because the machine's memory ran out"
-    elif exit_code == -signal.SIGTERM:
+    elif exit_code in (-signal.SIGTERM, -signal.SIGINT):
         status, reason = State.interrupted, "stopped where there was no step to finish first"
     elif exit_code < 0:
         status, reason = State.failed, f"crashed ({signal.Signals(-exit_code).name})"
     else:
         status, reason = State.failed, f"stopped by an error in cogvx (exit code {exit_code})"
-    record.finish(folder, {"status": status.name, "reason": f"{reason}; see {LOG}"})
+    processes.close(folder, {"status": status.name, "reason": reason})
 
 
 # -- in a job's process ------------------------------------------------------------------------------------------------
 
 
 def work(folder: str, command: list[str], gpus: list[str], threads: int | None, lives: Connection) -> None:
-    os.setsid()  # Ctrl-C reaches the sweep alone, which then asks
+    os.setsid()
     log = os.open(Path(folder) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -272,13 +289,17 @@ def work(folder: str, command: list[str], gpus: list[str], threads: int | None, 
 def attempt(folder: Path, command: list[str]) -> int:
     """A job, in this process and those it may start; the exit code."""
     try:
-        with record.locked(folder):
+        with record.locked(folder) as lock:
             record.environment(folder, command)
-            return processes.run(folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        record.finish(folder, {"status": State.failed.name, "reason": str(error)})
-        return processes.FAILED
+            return processes.run(folder, lock)
+    except (UserError, OSError) as error:
+        reason, code = processes.in_words(error)
+        if code == 1:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        if not is_locked(folder):  # else another process is at work there
+            processes.close(folder, {"status": State.failed.name, "reason": reason})
+        return code
 
 
 def follow(lives: Connection) -> None:

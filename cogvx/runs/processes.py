@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,13 +29,14 @@ NOISY = ("bitsandbytes", "diffusers.quantizers", "torch.utils._pytree", "torchao
 FAILED = 2  # exit code of what the user can mend; its message is printed
 
 
-def run(folder: Path) -> int:
-    """Runs what folder/config.yaml says, here or as several processes; returns the exit code."""
+def run(folder: Path, lock: int | None = None) -> int:
+    """Runs what folder/config.yaml says, here or as several processes; returns the exit code. `lock`: the descriptor that locks the
+    folder, which several processes hold together."""
     count = configuration.read(folder / record.CONFIG).parallel.num_processes
     if count == 1:
         return run_here(folder)
     (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
-    ranks = start(folder, count)
+    ranks = start(folder, count, lock)
     signal.signal(signal.SIGTERM, lambda number, frame: [rank.terminate() for rank in ranks])
     codes = wait(ranks)
     if any(codes):
@@ -57,7 +59,7 @@ def tell_of_ranks(folder: Path, codes: list[int]) -> None:
         record.finish(folder, {"status": status, "reason": f"exit codes of the processes: {codes}"})
 
 
-def start(folder: Path, count: int) -> list[subprocess.Popen]:
+def start(folder: Path, count: int, lock: int | None = None) -> list[subprocess.Popen]:
     """`count` processes that find each other the way torch.distributed's env:// does; only rank 0 writes to the terminal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -71,12 +73,13 @@ def start(folder: Path, count: int) -> list[subprocess.Popen]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    ranks = []
+    ranks, held = [], () if lock is None else (lock,)
     for rank in range(count):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
         command = [sys.executable, "-m", "cogvx.runs.processes", str(folder)]
         log = None if rank == 0 else log_of(folder, rank).open("w", encoding="utf-8")
-        ranks.append(subprocess.Popen(command, env={**shared, **place}, stdout=log, stderr=log))
+        settings = {"env": {**shared, **place}, "stdout": log, "stderr": log, "pass_fds": held}
+        ranks.append(subprocess.Popen(command, stdin=subprocess.PIPE, **settings))
     return ranks
 
 
@@ -160,5 +163,12 @@ def close(folder: Path, summary: dict) -> None:
         print(f"\nwarning summary.json or report.html could not be written: {error}", file=sys.stderr, flush=True)
 
 
+def follow() -> None:
+    """Stops this rank, with a checkpoint, when the process that started it, which holds the other end of stdin, is no more."""
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=follow, daemon=True).start()
     sys.exit(run_here(Path(sys.argv[1])))

@@ -21,7 +21,7 @@ from cogvx import config as configuration
 from cogvx.config import Config
 from cogvx.errors import UserError, listed
 
-CONFIG, ENVIRONMENT, SUMMARY = "config.yaml", "environment.json", "summary.json"
+CONFIG, ENVIRONMENT, SUMMARY, LOCK = "config.yaml", "environment.json", "summary.json", ".lock"
 STARTS = (
     "command",
     "started",
@@ -39,10 +39,11 @@ LOCK_TRIES = (0.1, 0.2, 0.4)  # seconds to wait: who only looks whether a run is
 
 def open_folder(config: Config) -> Path:
     """The run's folder with its config.yaml in it, new or holding the same configuration. UserError otherwise."""
-    folder = Path(config.output_dir) if config.output_dir is not None else new_folder()
-    recorded = folder / CONFIG
+    folder = Path.cwd() / "outputs" if config.output_dir is None else Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        folder = new_folder(folder) if config.output_dir is None else folder
+        recorded = folder / CONFIG
         if recorded.is_file():
             differing = configuration.differences(config, configuration.read(recorded))
             if differing:
@@ -59,31 +60,40 @@ def open_folder(config: Config) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from running in the folder at the same time. The lock ends with this process, however it ends."""
+def locked(folder: Path) -> Iterator[int]:
+    """Keeps other processes from running in the folder at the same time. The lock ends with this process, however it ends, and
+    with those that are given its descriptor."""
     import fcntl
 
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
         for patience in (*LOCK_TRIES, None):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if patience is None:
-                    file.seek(0)
-                    user = file.read().strip() or "unknown"
                     raise UserError(
-                        f"{folder} is in use by another process ({user}): wait for it, or stop it"
+                        f"{folder} is in use by another process ({user_of(folder)}): wait for it, or stop it"
                     ) from error
                 time.sleep(patience)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
-        yield
+        yield file.fileno()
 
 
-def new_folder() -> Path:
-    return Path.cwd() / "outputs" / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
+def user_of(folder: Path) -> str:
+    """Who locked it last."""
+    return (folder / LOCK).read_text(encoding="utf-8").strip() or "unknown"
+
+
+def new_folder(place: Path) -> Path:
+    """Made here, so that no other start has it."""
+    while True:
+        folder = place / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def finished(folder: Path) -> dict | None:

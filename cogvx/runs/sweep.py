@@ -208,7 +208,7 @@ def state_of(folder: Path, summary: dict, *, started: bool) -> State:
 def is_locked(folder: Path) -> bool:
     """Whether a process runs in it now."""
     try:
-        with (folder / ".lock").open("r", encoding="utf-8") as file:
+        with (folder / record.LOCK).open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

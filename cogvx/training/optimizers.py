@@ -26,7 +26,7 @@ class Optimizer:
         found = (
             []
             if 0 <= self.learning_rate < 100
-            else [f"optimizer.learning_rate={self.learning_rate}: must be 0 or more"]
+            else [f"optimizer.learning_rate={self.learning_rate}: must be from 0 up to, but not, 100"]
         )
         for name in ("beta1", "beta2", "beta3", "momentum"):
             value = getattr(self, name, None)
@@ -38,7 +38,7 @@ class Optimizer:
             )
         for name in ("epsilon", "weight_decay"):
             if not 0 <= getattr(self, name, 0) < 100:
-                found.append(f"optimizer.{name}={getattr(self, name)}: must be 0 or more")
+                found.append(f"optimizer.{name}={getattr(self, name)}: must be from 0 up to, but not, 100")
         return found
 
     def warnings(self) -> list[str]:

@@ -55,6 +55,21 @@ def test_two_spellings_of_a_value_are_one_job():
     assert list(sweep("optimizer.learning_rate=1e-3,0.001,1e-4")[1]) == ["learning_rate-0.001", "learning_rate-0.0001"]
 
 
+def test_odd_values_are_taken_as_typed_and_none_shares_a_folder():
+    prompts = ["ein Häschen, läuft", "«兎» in\nsnow", '"red", it\'s', "..", "", "a" * 300 + "1", "a" * 300 + "2"]
+    typed = ",".join("'" + prompt.replace("'", "\\'") + "'" for prompt in prompts)
+    _, jobs = sweep(f"validation.validation_prompt={typed}")
+    assert [config.validation.validation_prompt for config in jobs.values()] == prompts
+    assert all(len(name.encode()) < 250 and not {"/", "\n", "'", '"'} & {*name} for name in jobs)
+    assert len(sweep("optimizer.learning_rate=0.12345678,0.12345679")[1]) == 2
+
+
+def test_many_swept_keys_leave_a_name_that_file_systems_take():
+    one, other = ({f"key_{number}": f"{end}{'ä' * 60}" for number in range(12)} for end in "ab")
+    names = [grid.folder_name(one), grid.folder_name(other), grid.short_enough("-".join(one) * 9)]
+    assert len({*names}) == 3 and max(len(name.encode()) for name in names) < 250
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_named_sweep_composes_and_opens_with_its_command(path):
     assert f"python launch.py sweep={path.stem}" in path.read_text(encoding="utf-8")
@@ -93,6 +108,11 @@ def test_each_optimizer_is_tried_at_its_own_rates():
         (["-m", "lora.rank=1,2", "hydra.launcher.jobs=0"], "hydra.launcher.jobs=0: must be 1 or more"),
         (["-m", "lora.rank=1,2", "hydra.launcher.on_fail=carry_on"], "expected one of go_on, stop"),
         (["-m", "lora.rank=1,2", "hydra.sweep.dir=x"], "the folder of a sweep is output_dir"),
+        (["-m", "output_dir=a,b"], "output_dir says how a sweep runs, not what its jobs are"),
+        (
+            ["-m", "seed=1,2", "validation.validation_prompt=ein Hase,größer"],
+            "one text with a comma, or several values?",
+        ),
         (["sweep=rank_alpha_lt"], "did you mean rank_alpha_lr"),
         (["sweep=rank_alpha_lr", "train.resume=x"], "give one of them"),
         (["-m", "optimizer.learning_rate=interval(1e-5,1e-3)"], "hydra/sweeper=optuna"),
@@ -152,11 +172,8 @@ def test_the_state_of_a_job_is_read_from_its_folder(frozen):
     with record.locked(folder):
         assert progress_of(folder).state is State.running
     for code, state in (
-        (-signal.SIGTERM, State.interrupted),
-        (-signal.SIGKILL, State.killed),
-        (-signal.SIGSEGV, State.failed),
-        (1, State.failed),
-    ):
+        (-signal.SIGTERM, State.interrupted), (-signal.SIGKILL, State.killed), (-signal.SIGSEGV, State.failed), (1, State.failed),
+    ):  # fmt: skip
         (folder / record.SUMMARY).unlink(missing_ok=True)
         pool.tell(folder, code)
         assert progress_of(folder).state is state
@@ -168,6 +185,36 @@ def test_killed_jobs_go_on_and_failed_ones_when_asked(frozen, retry, again):
     finish(frozen, "rank-4", status="failed", reason="a mistake")
     finish(frozen, "rank-8", status="killed", reason="kill -9")
     assert {job.name for job in frozen.jobs() if pool.is_to_run(frozen, job, retry_failed=retry)} == again
+
+
+def test_a_job_that_an_earlier_start_still_runs_is_waited_for(frozen, monkeypatch, capsys):
+    held = record.locked(frozen.folder / "rank-8")
+    held.__enter__()
+    monkeypatch.setattr(pool.time, "sleep", lambda seconds: held.__exit__(None, None, None))
+    pool.wait_for_earlier(frozen)
+    assert "waits for what already runs in folders of its jobs: rank-8 (process" in capsys.readouterr().out
+    assert progress_of(frozen.folder / "rank-8").state is State.pending
+
+
+def test_a_sweep_that_runs_already_is_named(launch, tmp_path):
+    with record.locked(tmp_path):
+        ran = launch("-m", "lora.rank=1,2", f"output_dir='{tmp_path}'")
+    assert ran.returncode == 2 and f"{tmp_path} is in use by another process" in ran.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [record.LOCK]
+
+
+def test_a_place_that_cannot_be_written_is_named(launch, tmp_path):
+    (tmp_path / "file").touch()
+    ran = launch("-m", "lora.rank=1,2", f"output_dir='{tmp_path / 'file' / 'sweep'}'")
+    assert ran.returncode == 2 and "cannot be written" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_starts_of_the_same_moment_have_folders_of_their_own(monkeypatch, tmp_path, compose):
+    drawn = iter(["aaaa", "aaaa", "aaaa", "bbbb"])
+    monkeypatch.setattr(record.secrets, "token_hex", lambda size: next(drawn))
+    monkeypatch.setattr(record.time, "strftime", lambda form: "now")
+    monkeypatch.chdir(tmp_path)
+    assert [record.open_folder(compose()).name for _ in range(2)] == ["now_aaaa", "now_bbbb"]
 
 
 def test_jobs_share_out_the_gpus(monkeypatch):
