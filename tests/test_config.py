@@ -70,6 +70,18 @@ def test_a_recipe_opens_with_its_command_and_says_nothing_that_the_defaults_say(
     assert [key for key, value in values.items() if OmegaConf.select(without, key) == value] == []
 
 
+def commands() -> list[str]:
+    """The settings of every command that a recipe opens with."""
+    texts = [(configuration.CONF / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8") for recipe in RECIPES]
+    found = [line.partition("launch.py ")[2] for text in texts for line in text.splitlines() if "# python " in line]
+    return [command.partition("   ")[0] for command in found]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_commands_of_a_recipe_compose(command, compose):
+    assert compose(*command.split()).choices["task"] == "train"
+
+
 def test_everything_wrong_is_reported_at_once(launch):
     ran = launch(
         "lora.rnak=8", "optimzer.learning_rate=1", "data.max_num_frames=50", "data.height=50", "+lora.foo=2",

@@ -98,7 +98,9 @@ class Wandb(Tracking):
         """In a sweep the sweep's folder is the group. A run that goes on is the same run there."""
         import wandb
 
-        sweep = folder.parent.name if (folder.parent / "sweep.json").is_file() else None
+        from cogvx.runs.sweep import SWEEP
+
+        sweep = folder.parent.name if (folder.parent / SWEEP).is_file() else None
         settings = wandb.Settings(
             silent=True, init_timeout=PATIENCE, finish_timeout=PATIENCE, finish_timeout_raises=True
         )
