@@ -140,22 +140,24 @@ def complaint(outcome: object) -> str | None:
 
 
 def in_words(error: object) -> str:
-    """An error's first line, or its last when that is a traceback's."""
-    lines = [line for line in str(error).splitlines() if line.strip("- ")] or [""]
-    return f"{type(error).__name__}: {lines[-1] if 'Traceback' in str(error) else lines[0]}"
+    """An error's first lines (submitit says in the second what Slurm calls the job's end), or the last of a traceback's."""
+    lines = [line for line in str(error).splitlines() if line.strip("- ")]
+    return f"{type(error).__name__}: {' '.join(lines[-1:] if 'Traceback' in str(error) else lines[:2])}"
 
 
 def tell(sweep: Sweep, job: Job, complaint: str | None) -> None:
     """Sees that there is a summary of a job that was killed together with its engine, and says why one was not started."""
-    state = sweep.progress(job).state
-    if state is State.killed:
+    progress = sweep.progress(job)
+    if progress.state is State.killed and not progress.summary:
         reason = f"{complaint or 'killed, with its engine'}; see {LOG}"
-        record.finish(sweep.folder / job.name, {"status": state.name, "reason": reason})
-    elif state is State.pending:
+        record.finish(sweep.folder / job.name, {"status": State.killed.name, "reason": reason})
+    elif progress.state is State.pending:
         files = record.shown(sweep.folder / FILES)
         print(
             f"error: {job.name} was not started: {complaint}; what the engine says of it is in {files}", file=sys.stderr
         )
+    elif complaint is not None:
+        print(f"warning {job.name}: {complaint}", file=sys.stderr)
 
 
 # -- what is seen of the jobs from here --------------------------------------------------------------------------------
