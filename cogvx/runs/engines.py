@@ -29,7 +29,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from cogvx.errors import UserError
 from cogvx.runs import pool, processes, record
-from cogvx.runs.sweep import LOG, SWEEP, Job, State, Sweep, is_locked
+from cogvx.runs.sweep import LOG, SWEEP, Job, State, Sweep, is_locked, progress_of
 from cogvx.runs.table import Table
 
 FILES = "engine"  # in the sweep's folder: what the engine keeps of its own
@@ -195,9 +195,11 @@ def watch(sweep: Sweep, jobs: list[Job], table: Table, over: threading.Event) ->
 def start(composed: DictConfig) -> None:
     """The task function: runs a job as a process of its own, and hands on to it whatever asks the engine to stop."""
     folder = Path(composed.output_dir)
-    while is_locked(folder):  # by a start that lost its engine and writes its last checkpoint
+    while is_locked(
+        folder
+    ):  # by a start that lost its engine and writes its last checkpoint, or was queued by an earlier command
         time.sleep(pool.EVERY)
-    if record.finished(folder) is not None:
+    if progress_of(folder).state.is_over():
         return
     (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
     with (folder / LOG).open("ab") as log, pool.stopping(*signals()) as asked:
