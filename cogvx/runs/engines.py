@@ -29,7 +29,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from cogvx.errors import UserError
 from cogvx.runs import pool, processes, record
-from cogvx.runs.sweep import LOG, SWEEP, Job, State, Sweep, is_locked
+from cogvx.runs.sweep import LOG, SWEEP, Job, State, Sweep, is_locked, progress_of
 from cogvx.runs.table import Table
 
 FILES = "engine"  # in the sweep's folder: what the engine keeps of its own
@@ -140,22 +140,24 @@ def complaint(outcome: object) -> str | None:
 
 
 def in_words(error: object) -> str:
-    """An error's first line, or its last when that is a traceback's."""
-    lines = [line for line in str(error).splitlines() if line.strip("- ")] or [""]
-    return f"{type(error).__name__}: {lines[-1] if 'Traceback' in str(error) else lines[0]}"
+    """An error's first lines (submitit says in the second what Slurm calls the job's end), or the last of a traceback's."""
+    lines = [line for line in str(error).splitlines() if line.strip("- ")]
+    return f"{type(error).__name__}: {' '.join(lines[-1:] if 'Traceback' in str(error) else lines[:2])}"
 
 
 def tell(sweep: Sweep, job: Job, complaint: str | None) -> None:
     """Sees that there is a summary of a job that was killed together with its engine, and says why one was not started."""
-    state = sweep.progress(job).state
-    if state is State.killed:
+    progress = sweep.progress(job)
+    if progress.state is State.killed and not progress.summary:
         reason = f"{complaint or 'killed, with its engine'}; see {LOG}"
-        record.finish(sweep.folder / job.name, {"status": state.name, "reason": reason})
-    elif state is State.pending:
+        record.finish(sweep.folder / job.name, {"status": State.killed.name, "reason": reason})
+    elif progress.state is State.pending:
         files = record.shown(sweep.folder / FILES)
         print(
             f"error: {job.name} was not started: {complaint}; what the engine says of it is in {files}", file=sys.stderr
         )
+    elif complaint is not None:
+        print(f"warning {job.name}: {complaint}", file=sys.stderr)
 
 
 # -- what is seen of the jobs from here --------------------------------------------------------------------------------
@@ -193,9 +195,11 @@ def watch(sweep: Sweep, jobs: list[Job], table: Table, over: threading.Event) ->
 def start(composed: DictConfig) -> None:
     """The task function: runs a job as a process of its own, and hands on to it whatever asks the engine to stop."""
     folder = Path(composed.output_dir)
-    while is_locked(folder):  # by a start that lost its engine and writes its last checkpoint
+    while is_locked(
+        folder
+    ):  # by a start that lost its engine and writes its last checkpoint, or was queued by an earlier command
         time.sleep(pool.EVERY)
-    if record.finished(folder) is not None:
+    if progress_of(folder).state.is_over():
         return
     (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
     with (folder / LOG).open("ab") as log, pool.stopping(*signals()) as asked:

@@ -46,7 +46,7 @@ class Table:
         elif time.monotonic() - self.said >= SAID_EVERY:
             self.said = time.monotonic()
             at = [f"{job.name} {steps_of(self.progress[job.name])}" for job in running]
-            print(f"sweep   {self.counted()}; {'; '.join(at)}", flush=True)
+            print(f"sweep   {'; '.join([self.counted(), *at])}", flush=True)
 
     def ended(self, job: Job, progress: Progress) -> None:
         self.progress[job.name] = progress
