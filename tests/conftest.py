@@ -12,6 +12,7 @@ import pytest
 PROJECT = Path(__file__).parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other; threads that wait for each other spin
 
 import families  # noqa: E402
 

@@ -29,7 +29,7 @@ from cogvx.runs.sweep import LOG, Job, State, Sweep, is_locked
 from cogvx.runs.table import Table
 
 EVERY = 0.5  # seconds between looks at the jobs
-CORES_OF_A_JOB = 2  # on a machine without a GPU
+GIB_OF_A_JOB = 2  # of memory, on a machine without a GPU
 STOPPED = 130  # exit code, as after Ctrl-C
 UNFORTUNATE = (State.failed, State.out_of_memory, State.killed)
 
@@ -82,7 +82,8 @@ class Pool:
             wanted = count if self.jobs is None else self.jobs  # more jobs than groups share them
             return [Place(number, groups[number % count], None) for number in range(wanted)]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        wanted = self.jobs or max(1, cores // CORES_OF_A_JOB)
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (GIB_OF_A_JOB * 2**30)
+        wanted = self.jobs or max(1, min(cores, room))
         return [Place(number, [], max(1, cores // wanted)) for number in range(wanted)]
 
 

@@ -69,7 +69,7 @@ def row(mistake: Mistake) -> tuple[str, str, str]:
             text = file.read_text(encoding="utf-8")
             assert text.count(mistake.right) == 1, f"{mistake.file} has changed: {mistake.right} is not there once"
             file.write_text(text.replace(mistake.right, mistake.wrong), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TEST]
+        command = [sys.executable, "-m", "pytest", "-n0", "-q", "-x", "-p", "no:cacheprovider", TEST]
         ran = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     reasons = re.findall(r"^E +(\S.*)$", ran.stdout, re.MULTILINE)
     if ran.returncode not in (0, 1):

@@ -116,7 +116,7 @@ def table() -> str:
 
 @pytest.mark.slow
 def test_the_readmes_table_is_what_was_found():
-    """Made from what the tests above have held; python -m pytest -s tests/end_to_end/test_every_family.py prints it."""
+    """Made from what the tests above have held; python -m pytest -n0 -s tests/end_to_end/test_every_family.py prints it."""
     assert len(held) == len(FAMILIES) * len(COLUMNS), "runs after the others of this file"
     print("\n" + table())
     assert table() in (PROJECT / "README.md").read_text(encoding="utf-8")
