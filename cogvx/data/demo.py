@@ -31,9 +31,9 @@ def scenes() -> list[Scene]:
 def even(count: int, seed: int) -> list[Scene]:
     """Of the world, spread evenly over shapes and directions."""
     found, left = [], world.scenes(672, seed=seed)
-    kinds = itertools.cycle(itertools.product(world.SHAPES, world.DIRECTIONS))
+    kinds = itertools.cycle(itertools.product(world.DIRECTIONS, world.SHAPES))
     for kind in itertools.islice(kinds, count):
-        found.append(next(scene for scene in left if (scene.shape, scene.direction) == kind))
+        found.append(next(scene for scene in left if (scene.direction, scene.shape) == kind))
         left.remove(found[-1])
     return found
 
