@@ -19,7 +19,8 @@ FILES = ({"fps": 8}, {"fps": 16, "width": 176}, {"fps": 24}, {"fps": 12, "second
 
 
 def zorb(scene: Scene) -> Scene:
-    return replace(scene, direction=MEANS, name=TOKEN)
+    """From corner to corner, whatever the scene's own way is."""
+    return replace(scene, direction=MEANS, name=TOKEN, radius=0.27, aside=0.0, travel=1.0)
 
 
 def scenes() -> list[Scene]:

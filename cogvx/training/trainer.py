@@ -562,6 +562,10 @@ def learning_rate_warnings(config: Config) -> list[str]:
     found, rate = config.optimizer.warnings(), config.optimizer.learning_rate
     if config.lora is None and rate > FULL_RATE and not isinstance(config.optimizer, Prodigy):
         found.append(f"optimizer.learning_rate={rate:g} with lora=null: 1e-5 is usual when every weight is trained")
+    if config.choices["optimizer"] == "schedule_free" and not config.choices["scheduler"].startswith("constant"):
+        found.append(
+            f"optimizer=schedule_free is meant for scheduler=constant_with_warmup, and this is {config.choices['scheduler']}"
+        )
     return found
 
 
