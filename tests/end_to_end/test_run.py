@@ -63,7 +63,7 @@ def test_a_run_leaves_what_a_researcher_needs(run, nano_folder):
     assert [step for step, _ in metrics(folder, "loss")] == [10, 20, 30, 40, 50, 60]
 
     rows = list(csv.DictReader((folder / "dataset_report.csv").open(encoding="utf-8")))
-    assert [row["use"] for row in rows].count("held out") == 5 and len(rows) == 32
+    assert [row["use"] for row in rows].count("held out") == 2 and len(rows) == 12
     assert all(row["prompt"].startswith("RABBIT ") for row in rows)
     environment = json.loads((folder / "environment.json").read_text())
     assert {"device", "model_folder", "data_fingerprint"} <= set(environment)
@@ -235,7 +235,7 @@ def test_prompts_of_validation_videos_from_a_file(run, tmp_path):
 
 def test_task_encode_fills_the_cache_only(run):
     folder = run("a", "task=encode")
-    assert json.loads((folder / "summary.json").read_text())["clips"] == 32
+    assert json.loads((folder / "summary.json").read_text())["clips"] == 12
     assert (folder / "contact_sheet.png").is_file() and not (folder / "checkpoints").exists()
 
 
@@ -281,7 +281,7 @@ def test_a_recorded_run_repeats_bit_for_bit(launch, cache, tmp_path):
     again = launch("--config-dir", str(tmp_path / "a"), "--config-name", "config", f"output_dir={tmp_path / 'b'}")
     assert again.returncode == 0, again.stderr
     assert_same_weights(tmp_path / "a", tmp_path / "b")
-    assert "nothing: all 32 clips are in the cache" in again.stdout
+    assert "nothing: all 12 clips are in the cache" in again.stdout
     finished = launch(*arguments(cache, tmp_path / "a", *SHORT))
     assert finished.returncode == 0 and "is finished: nothing to do" in finished.stdout
 
