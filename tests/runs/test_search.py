@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 
@@ -63,8 +64,11 @@ def test_a_search_finds_what_is_best_and_ends_at_n_trials(tmp_path):
     assert len(set(started)) == len(started) == 16 and set(play.states().values()) == {State.done}
     best = play.sweep.leaderboard()[0]
     assert best["rank"] == 16 and 3e-4 < best["learning_rate"] < 3e-3
-    late = [job.values["rank"] for job in play.sweep.jobs()[8:]]
-    assert late.count(16) > len(late) / 2, "after the random ones it keeps to what is good"
+    proposed = [loss_of(job.values, STEPS) for job in play.sweep.jobs()[8:]]
+    chance = [
+        loss_of({"rank": r, "learning_rate": 10 ** (-5 + 4 * i / 99)}, STEPS) for r in (4, 16, 64) for i in range(100)
+    ]
+    assert statistics.median(proposed) < statistics.median(chance), "after the random ones it keeps to what is good"
 
 
 def test_jobs_that_fall_behind_are_paused_and_the_best_is_still_found(tmp_path):
