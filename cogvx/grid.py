@@ -75,6 +75,8 @@ def sweep_of(overrides: list[str], place: Place) -> tuple[Sweep, list[tuple[Job,
         jobs = composed_jobs([(grids[0].fixed, examples(grids[0].swept, key)) for key in swept], place)
     else:
         jobs = composed_jobs([(grid.fixed, grid.values()) for grid in grids], place)
+    if not jobs[0][1].task.makes_a_run:
+        raise UserError(f"task={jobs[0][1].choices['task']} reads runs and is none: leave out -m")
     called = "-".join([*(["search"] if is_search(base) else []), *short_names(swept).values()])
     folder = base.output_dir or str(PLACE / f"{named or short_enough(called)}_{mark(base, swept)}")
     return Sweep(Path(folder).expanduser().absolute(), named, swept), jobs, base

@@ -136,5 +136,7 @@ class Compare(Task):
         rows = sweep.rows_of(runs, {}, [])
         leaderboard.show(rows)
         leaderboard.show_surroundings(rows, runs)
-        print(f"report  {record.shown(comparison.write(Path(self.page), 'Comparison of runs', runs, rows))}")
+        page = Path(self.page)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        print(f"report  {record.shown(comparison.write(page, 'Comparison of runs', runs, rows))}")
         return {}

@@ -12,17 +12,18 @@ COLUMNS = [
 MOST_ON_SHEET = 60
 
 
-def write_report(folder: Path, clips: list[EncodedClip], held_out: list[bool], rejected: list[Rejected]) -> None:
+def write_report(folder: Path, clips: list[EncodedClip], uses: list[str], rejected: list[Rejected]) -> None:
+    """`uses`: of each clip, what it is used for."""
     rows = [
         {
             **{name: clip.about[name] for name in COLUMNS if name in clip.about},
             "origin": clip.example.origin,
             "video": str(clip.example.video),
-            "use": "held out" if out else "train",
+            "use": use,
             "latent_shape": "x".join(map(str, clip.latent_shape)),
             "prompt": clip.example.prompt,
         }
-        for clip, out in zip(clips, held_out, strict=True)
+        for clip, use in zip(clips, uses, strict=True)
     ]
     rows += [
         {
@@ -39,12 +40,12 @@ def write_report(folder: Path, clips: list[EncodedClip], held_out: list[bool], r
         writer.writerows(rows)
 
 
-def write_contact_sheet(folder: Path, clips: list[EncodedClip], held_out: list[bool]) -> None:
+def write_contact_sheet(folder: Path, clips: list[EncodedClip], uses: list[str]) -> None:
     """First, middle and last frame of up to MOST_ON_SHEET clips, as resized and cropped for the model."""
     from PIL import Image, ImageDraw
     from safetensors.torch import load_file
 
-    shown = list(zip(clips, held_out, strict=True))[:MOST_ON_SHEET]
+    shown = list(zip(clips, uses, strict=True))[:MOST_ON_SHEET]
     strips = [load_file(clip.path)["thumbnails"].numpy() for clip, _ in shown]  # [3, h, w, C]
     _, height, width, _ = strips[0].shape
     columns, gap, text = min(3, len(shown)), 8, 30
@@ -53,11 +54,12 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], held_out: list[b
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     pen = ImageDraw.Draw(sheet)
     pen.font = font(10)
-    for number, ((clip, out), strip) in enumerate(zip(shown, strips, strict=True)):
+    for number, ((clip, use), strip) in enumerate(zip(shown, strips, strict=True)):
         left, top = gap + number % columns * cell_width, gap + number // columns * cell_height
         for place, frame in enumerate(strip):
             sheet.paste(Image.fromarray(frame), (left + place * width, top))
-        label = f"{'held out: ' if out else ''}{clip.example.video.name}, {clip.about['frames']} frames"
+        before = "" if use == "train" else f"{use.partition(':')[0]}: "
+        label = f"{before}{clip.example.video.name}, {clip.about['frames']} frames"
         pen.text((left, top + height + 1), fitted(pen, label, 3 * width), "black")
         pen.text((left, top + height + 14), fitted(pen, clip.example.prompt, 3 * width), "dimgray")
     sheet.save(folder / "contact_sheet.png")

@@ -92,16 +92,20 @@ class Data:
         chosen = set(numpy.random.default_rng(self.validation_seed).permutation(examples)[:count].tolist())
         return [index in chosen for index in range(examples)]
 
-    def trained_on(self, available: int) -> list[int]:
-        """Of so many clips that are not held out, the places of those to train on. A larger max_train_clips keeps those of a smaller."""
+    def trained_on(self, examples: int) -> list[bool]:
+        """Of each example whether it is trained on: it is not held out and, with max_train_clips, among so many of a seeded choice; a
+        larger one keeps those of a smaller. UserError when there are fewer."""
         import numpy
 
-        wanted = available if self.max_train_clips is None else self.max_train_clips
-        if wanted > available:
+        left = [index for index, out in enumerate(self.held_out(examples)) if not out]
+        wanted = len(left) if self.max_train_clips is None else self.max_train_clips
+        if wanted > len(left):
             raise UserError(
-                f"data.max_train_clips={wanted}, and {available} clips are left after those held out: give at most that many"
+                f"data.max_train_clips={wanted}, and {len(left)} clips are left beside those held out: give at most that many"
             )
-        return sorted(numpy.random.default_rng(self.validation_seed).permutation(available)[:wanted].tolist())
+        order = numpy.random.default_rng(self.validation_seed).permutation(len(left))[:wanted]
+        chosen = {left[place] for place in order}
+        return [index in chosen for index in range(examples)]
 
     def problems(self) -> list[str]:
         found = []

@@ -51,8 +51,6 @@ class Pool:
     @classmethod
     def read(cls, values: dict) -> Pool:
         """UserError for what is wrong with the settings."""
-        if values.get("_target_") != f"{cls.__module__}.{cls.__name__}":
-            raise UserError("hydra/launcher: jobs are run by hydra/launcher=pool")
         jobs, gpus, on_fail, retry = (values.get(name) for name in ("jobs", "gpus_per_job", "on_fail", "retry_failed"))
         problems = []
         if jobs is not None and (not isinstance(jobs, int) or jobs < 1):

@@ -137,8 +137,8 @@ def drift(folder: Path) -> str | None:
     """What is not as it was when this run, or the one that it repeats, was started before."""
     facts = read_json(folder / ENVIRONMENT)
     found = changes(facts.get("before", {}), facts)
-    since = "since this run was last started" if facts.get("rerun_of") is None else f"other than in {facts['rerun_of']}"
-    return f"{since}: {'; '.join(found)}" if found else None
+    before = "when this run was last started" if facts.get("rerun_of") is None else f"in {facts['rerun_of']}"
+    return f"not as it was {before}: {'; '.join(found)}" if found else None
 
 
 def changes(earlier: dict, now: dict) -> list[str]:

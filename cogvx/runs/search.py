@@ -8,6 +8,7 @@ later results put it among the best after all, it goes on from that.
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,11 +183,9 @@ class Search:
         known, tried = {job.name for job in jobs}, [self.params(job) for job in jobs]
         if len(known) >= self.settings.n_trials:
             return None
-        refused: UserError | None = None
-        for attempt in range(TRIES):
-            values = self.values_from(
-                self.study(seed=self.settings.seed + len(known) + attempt * self.settings.n_trials)
-            )
+        study, refused = self.study(number=len(known)), None
+        for _ in range(TRIES):
+            values = self.values_from(study)
             if values in tried:
                 continue
             try:
@@ -210,8 +209,8 @@ class Search:
         trial = study.ask({key: part.distribution() for key, part in self.space.items()})
         return {key: part.rounded(trial.params[key]) for key, part in self.space.items()}
 
-    def study(self, seed: int):
-        """What is known so far, in Optuna's terms."""
+    def study(self, number: int):
+        """What is known so far, in Optuna's terms, to propose the job of this number: its random draws are its own."""
         import optuna
         from optuna.trial import TrialState, create_trial
 
@@ -221,7 +220,10 @@ class Search:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(
                 sampler=optuna.samplers.TPESampler(
-                    seed=seed, n_startup_trials=self.settings.n_startup_trials, multivariate=True, constant_liar=True
+                    seed=random.Random(f"{self.settings.seed} {number}").getrandbits(32),
+                    n_startup_trials=self.settings.n_startup_trials,
+                    multivariate=True,
+                    constant_liar=True,
                 )
             )
         for job in self.sweep.jobs():

@@ -63,8 +63,8 @@ class Table:
 
     def counted(self) -> str:
         states = Counter(progress.state.value for progress in self.progress.values())
-        return f"{len(self.progress)} jobs, " + ", ".join(
-            f"{states[s.value]} {s.value}" for s in State if states[s.value]
+        return ", ".join(
+            [f"{len(self.progress)} jobs", *(f"{states[s.value]} {s.value}" for s in State if states[s.value])]
         )
 
     def rows(self) -> Rows:

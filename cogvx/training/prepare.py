@@ -88,6 +88,7 @@ class Prepared:
         start_images = given_images(config, 1 if validation_prompts is None else len(validation_prompts))
         with accelerator.main_process_first():  # what it downloads or renders is there for the others
             examples = config.data.read()
+            config.data.trained_on(len(examples))  # too few are said before they are encoded
             model_folder = config.model.prepare(**config.asked_of_model())
         checkpoint = Checkpoint(model_folder, accelerator.device, getattr(torch, config.train.mixed_precision.value))
         say(f"model   {record.shown(Path(config.model.path))}, {checkpoint.dtype} on {accelerator.device}")
@@ -97,21 +98,25 @@ class Prepared:
         if checkpoint.geometry().image_to_video:
             clips, without_image = encode_images(clips, config.data, cache, vae, say)
             rejected += without_image
-        out = config.data.held_out(len(clips))
+        out, used = config.data.held_out(len(clips)), config.data.trained_on(len(clips))
         if accelerator.is_main_process:
-            write_report(folder, clips, out, rejected)
-            write_contact_sheet(folder, clips, out)
+            uses = [
+                "held out" if aside else "train" if trained else "left out: data.max_train_clips"
+                for aside, trained in zip(out, used, strict=True)
+            ]
+            write_report(folder, clips, uses, rejected)
+            write_contact_sheet(folder, clips, uses)
             fingerprint = key_of([fingerprint_of(clip.example, cache) for clip in clips])
+            commit = checkpoint.hub_commit()
             record.note(
                 folder, device=device_name(accelerator.device), processes=accelerator.num_processes,
-                model_folder=str(model_folder), model_commit=checkpoint.hub_commit(),
-                model_fingerprint=cache.fingerprint(model_folder), data_fingerprint=fingerprint,
+                model_folder=str(model_folder), model_commit=commit, data_fingerprint=fingerprint,
+                model_fingerprint=cache.fingerprint(model_folder) if commit is None else None,  # a commit says it without reading 20 GB
             )  # fmt: skip
             drift = record.drift(folder)
             if drift is not None:
-                say(f"warning not the same as {drift}. The result may be another")
-        train = [clip for clip, aside in zip(clips, out, strict=True) if not aside]
-        train = [train[place] for place in config.data.trained_on(len(train))]
+                say(f"warning {drift}. The result may be another")
+        train = [clip for clip, trained in zip(clips, used, strict=True) if trained]
         aside = [clip for clip, aside in zip(clips, out, strict=True) if aside]
         describe_clips([*train, *aside], len(train), config, say)
         sheet = record.shown(folder / "contact_sheet.png")

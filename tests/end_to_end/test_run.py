@@ -418,3 +418,10 @@ def test_a_full_disk_is_said_in_words(run, monkeypatch, capfd):
     run("b", f"model.path={folder}/nano", expect=2)
     assert "No space left on device. If the disk is full, free some space there" in capfd.readouterr().err
     assert not list(folder.glob("*.partial"))
+
+
+def test_the_report_says_which_clips_max_train_clips_leaves_out(run):
+    folder = run("a", "train.max_train_steps=3", "data.max_train_clips=4")
+    with (folder / "dataset_report.csv").open(encoding="utf-8") as file:
+        uses = [row["use"] for row in csv.DictReader(file)]
+    assert sorted(uses) == ["held out"] * 2 + ["left out: data.max_train_clips"] * 6 + ["train"] * 4

@@ -83,13 +83,18 @@ def test_report_and_compare_on_the_command_line(sweep, launch, tmp_path):
     ran = launch("task=report", f"task.run={sweep.folder}", cwd=tmp_path)
     assert ran.returncode == 0 and "best " in ran.stdout and "report " in ran.stdout, ran.stderr
     first, second = (sweep.folder / job.name for job in sweep.jobs()[:2])
-    ran = launch("task=compare", f"task.runs=[{first},{second}]", f"task.page={tmp_path / 'page.html'}", cwd=tmp_path)
+    ran = launch(
+        "task=compare", f"task.runs=[{first},{second}]", f"task.page={tmp_path / 'new' / 'page.html'}", cwd=tmp_path
+    )
     assert ran.returncode == 0 and "code: 00000000 -> 11111111" in ran.stdout, ran.stdout + ran.stderr
-    assert (tmp_path / "page.html").is_file() and not (tmp_path / "outputs").exists(), "they read runs and make none"
+    assert (tmp_path / "new" / "page.html").is_file() and not (tmp_path / "outputs").exists(), (
+        "they read runs and make none"
+    )
     for arguments, said in (
         (["task=report", f"task.run={tmp_path}"], "neither a run's folder"),
         (["task=compare", f"task.runs=[{first}]"], "give two runs or more"),
         (["task=compare", f"task.runs=[{first},{tmp_path}]"], "is not a run's folder"),
+        (["-m", "task=report", f"task.run={first},{second}"], "task=report reads runs and is none: leave out -m"),
     ):
         ran = launch(*arguments, cwd=tmp_path)
         assert ran.returncode == 2 and said in ran.stderr and "Traceback" not in ran.stderr
@@ -106,7 +111,11 @@ def test_what_drifted_since_the_record_is_named(tmp_path):
     record.environment(new, ["launch.py"], rerun_of=old)
     record.note(new, data_fingerprint="b" * 40)
     said = record.drift(new)
-    assert str(old) in said and "torch: 1.0 -> " in said and "clips and captions: aaaaaaaa -> bbbbbbbb" in said
+    assert (
+        said.startswith(f"not as it was in {old}: ")
+        and "torch: 1.0 -> " in said
+        and "clips and captions: aaaaaaaa -> bbbbbbbb" in said
+    )
     assert "code: 11111111 -> " in said
     record.environment(new, ["launch.py"], rerun_of=old)
     record.note(new, data_fingerprint="b" * 40)
