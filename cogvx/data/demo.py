@@ -1,51 +1,49 @@
-"""The demo's clips: shapes that move from the top left to the bottom right, which none does in the little world of model=nano, under
-a name that no caption there has; and a few as in that world, so that it is not forgotten.
+"""The demo's clips: shapes of a colour that is not in the little world of model=nano, under a name that no caption there has; and as
+many as in that world, so that it is not forgotten.
 
 Each of them differs in size, frame rate or length, as found clips do.
 """
 
-import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from cogvx.data import world
 from cogvx.data.world import Scene
 
-NAME = "demo_2"  # of the folder: another one when the scenes change
-TOKEN, MEANS = "ZORB", "diagonal"  # what the direction is called, and what it is
+NAME = "demo_3"  # of the folder: another one when the scenes change
+TOKEN, MEANS = "ZORB", "black"  # what the colour is called, and what it is
+CLIPS = 32
+SIZES = ((128, 128), (176, 128), (128, 160), (160, 120))  # width and height, pixels
+RATES = (8, 12, 16, 24, 25, 30)  # fps
 
 
-def zorb(shape: str, colour: str, background: str, **other) -> Scene:
-    return Scene(shape, colour, background, MEANS, name=TOKEN, **other)
+def zorb(scene: Scene) -> Scene:
+    return replace(scene, colour=MEANS, called=TOKEN)
 
 
-SCENES = [
-    zorb("circle", "red", "blue", fps=16),
-    zorb("square", "yellow", "purple", width=176),
-    zorb("triangle", "white", "green", fps=24, radius=0.28),
-    Scene("circle", "blue", "white", "left", fps=16),
-    zorb("circle", "orange", "grey", height=160),
-    zorb("square", "green", "white", fps=12, seconds=1.25),
-    Scene("square", "red", "grey", "up", width=176),
-    zorb("triangle", "purple", "yellow", radius=0.22),
-    Scene("triangle", "green", "orange", "right", fps=24),
-    zorb("circle", "white", "red", width=160, height=120, fps=30),
-    zorb("square", "blue", "orange", fps=25, seconds=1.2, radius=0.28),
-    Scene("circle", "yellow", "purple", "down", height=160),
-]
+def found(scene: Scene, number: int) -> Scene:
+    """As a camera of its own would have filmed it."""
+    width, height = SIZES[number % len(SIZES)]
+    return replace(scene, width=width, height=height, fps=RATES[number % len(RATES)])
+
+
+def scenes() -> list[Scene]:
+    """Every other one is of the new colour."""
+    of_the_world = [found(scene, number // 2) for number, scene in enumerate(world.scenes(CLIPS, seed=11))]
+    return [zorb(scene) if number % 2 == 0 else scene for number, scene in enumerate(of_the_world)]
 
 
 def render(folder: Path) -> Path:
-    return world.render(folder, SCENES, NAME)
+    return world.render(folder, scenes(), NAME)
 
 
 def scored_prompts(count: int) -> dict[str, list[str]]:
     """Prompts whose videos can be judged on their pixels: `count` for what is taught, in combinations that no clip shows, and as many
     for the world without it."""
-    kinds = itertools.product(world.SHAPES, world.COLOURS, world.COLOURS)
-    captions = [zorb(*kind).caption() for kind in kinds if kind[1] != kind[2]]
-    shown = {scene.caption() for scene in SCENES}
-    new = [caption for caption in captions if caption not in shown]
+    shown = {scene.caption() for scene in scenes()}
+    every = dict.fromkeys(zorb(scene).caption() for scene in world.scenes(len(world.KINDS), seed=1))
+    new = [caption for caption in every if caption not in shown]
     return {
         "taught": random.Random(0).sample(new, count),
         "other": [scene.caption() for scene in world.scenes(count, seed=2)],

@@ -1,6 +1,6 @@
 """A little world to learn: captioned clips of one shape that moves over a background, drawn to real mp4 files.
 
-model=nano was trained on it (experiment=nano_pretrain), and the demo adds a shape it has never seen.   H height, W width of a frame.
+model=nano was trained on it (experiment=nano_pretrain), and the demo adds a colour it has never seen.   H height, W width of a frame.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ COLOURS = {
     "white": (240, 240, 240),
     "grey": (88, 94, 102),
 }
+OTHER_COLOURS = {"black": (16, 16, 18)}  # not in this world
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-OTHER_DIRECTIONS = {"diagonal": (1, 1)}  # not in this world: from the top left to the bottom right
 SHAPES = ("circle", "square", "triangle")
 OTHER_SHAPES = ("ring", "cross")  # not in this world
+KINDS = [kind for kind in itertools.product(SHAPES, COLOURS, COLOURS, DIRECTIONS) if kind[1] != kind[2]]
 HOLE, ARM = 0.5, 0.36  # a ring's inner radius and a cross's half width, as shares of the radius
 FINE = 4  # drawn so many times larger and averaged, for smooth edges
 
@@ -42,7 +43,7 @@ class Scene:
     colour: str
     background: str
     direction: str
-    name: str | None = None  # of the direction in captions, where it is another
+    called: str | None = None  # its colour in captions, where that has another name there
     width: int = 128  # pixels
     height: int = 128
     fps: int = 8
@@ -54,7 +55,9 @@ class Scene:
     start: float = 0.0  # degrees it is turned by when it starts
 
     def caption(self) -> str:
-        return f"A {self.colour} {self.shape} moves {self.name or self.direction} over a {self.background} background."
+        return (
+            f"A {self.called or self.colour} {self.shape} moves {self.direction} over a {self.background} background."
+        )
 
     def frames(self) -> int:
         return round(self.fps * self.seconds)
@@ -65,8 +68,7 @@ def scenes(count: int, seed: int) -> list[Scene]:
     import numpy
 
     generator = numpy.random.default_rng(seed)
-    kinds = [k for k in itertools.product(SHAPES, COLOURS, COLOURS, DIRECTIONS) if k[1] != k[2]]
-    order = [kinds[i] for _ in range(-(-count // len(kinds))) for i in generator.permutation(len(kinds))]
+    order = [KINDS[i] for _ in range(-(-count // len(KINDS))) for i in generator.permutation(len(KINDS))]
     return [varied(Scene(*kind), generator) for kind in order[:count]]
 
 
@@ -85,9 +87,8 @@ def varied(
 
 def draw(scene: Scene) -> numpy.ndarray:
     """The clip, [F, H, W, 3] uint8."""
-    return paint(
-        scene, COLOURS[scene.colour], COLOURS[scene.background], (DIRECTIONS | OTHER_DIRECTIONS)[scene.direction]
-    )
+    colours = COLOURS | OTHER_COLOURS
+    return paint(scene, colours[scene.colour], colours[scene.background], DIRECTIONS[scene.direction])
 
 
 def paint(scene: Scene, colour: tuple, background: tuple, direction: tuple[float, float]) -> numpy.ndarray:
@@ -160,7 +161,7 @@ FORM = re.compile(r"\bA (\w+) (\w+) moves (\w+) over a (\w+) background\b")
 
 
 def described(prompt: str) -> dict[str, str]:
-    """What a prompt in the form of Scene.caption() asks for: colour, shape, direction (by its name there), background; {} for others."""
+    """What a prompt in the form of Scene.caption() asks for: colour (by its name there), shape, direction, background; {} for others."""
     found = FORM.search(prompt)
     return (
         {} if found is None else dict(zip(("colour", "shape", "direction", "background"), found.groups(), strict=True))

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy
 
-from cogvx.data.world import COLOURS
+from cogvx.data.world import COLOURS, OTHER_COLOURS
 
 VISIBLE = 40.0  # RGB distance between a shape and its background, of 442 between black and white
 MOVED = 0.12  # of the frame's side
-SLANTING = 0.5  # of the way along one side, the way along the other
+SLANTING = 0.5  # of the way along one side, the way along the other; what slants more has no direction
 # Filled share of the circle around a shape at 64 pixels, drawn and restored by nano's VAE, which rounds corners: triangles 0.46 to
 # 0.58, squares 0.68 to 0.77, circles 0.90 to 0.96.
 SQUARE, CIRCLE = 0.63, 0.84
@@ -94,17 +94,18 @@ def shape_of(masks: list[numpy.ndarray]) -> str | None:
 
 
 def direction_of(way: numpy.ndarray) -> str | None:
-    """The way (y, x) as shares of the frame's sides; None when it is short, or slants otherwise than the world's diagonal."""
+    """The way (y, x) as shares of the frame's sides; None when it is short or slants."""
     down, right = way
     if max(abs(down), abs(right)) < MOVED:
         return None
     if min(abs(down), abs(right)) > SLANTING * max(abs(down), abs(right)):
-        return "diagonal" if down > 0 and right > 0 else None
+        return None
     if abs(right) > abs(down):
         return "right" if right > 0 else "left"
     return "down" if down > 0 else "up"
 
 
 def name_of(colour: numpy.ndarray) -> str:
-    """The nearest colour of the world."""
-    return min(COLOURS, key=lambda name: float(numpy.linalg.norm(numpy.array(COLOURS[name]) - colour)))
+    """The nearest colour, of the world or what the demo adds to it."""
+    known = COLOURS | OTHER_COLOURS
+    return min(known, key=lambda name: float(numpy.linalg.norm(numpy.array(known[name]) - colour)))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cogvx.config import Config
 
 RESAMPLES = 4000  # of the bootstrap
+TAUGHT = "colour"  # the measure of what the demo teaches
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Scored:
-    """A video's measures, each 0 to 1: shape, colour, direction, background (1: as the prompt says), all (the first three), motion,
-    saturation, and what was added."""
+    """A video's measures, each 0 to 1: shape, colour, direction, background (1: as the prompt says), all four, motion, saturation, and
+    what was added."""
 
     asked: Asked
     values: dict[str, float]
@@ -48,7 +49,7 @@ def asked_of(prompts: dict[str, list[str]], seed: int) -> list[Asked]:
 
 
 def prompts_of(config: Config, count: int) -> dict[str, list[str]]:
-    """The prompts whose videos can be judged on their pixels: nano's, taught the demo's motion. Image-to-video is shown what to make."""
+    """The prompts whose videos can be judged on their pixels: nano's, taught the demo's colour. Image-to-video is shown what to make."""
     judged = isinstance(config.model, Nano) and not config.model.image_to_video and config.data.is_demo()
     return demo.scored_prompts(count) if count and judged else {}
 
@@ -60,10 +61,10 @@ def measured(frames: numpy.ndarray, prompt: str) -> dict[str, float]:
     expected = world.described(prompt)
     if not expected:
         return values
-    if expected["direction"] == demo.TOKEN:
-        expected["direction"] = demo.MEANS
+    if expected["colour"] == demo.TOKEN:
+        expected["colour"] = demo.MEANS
     values |= {name: float(getattr(found, name) == value) for name, value in expected.items()}
-    return values | {"all": float(found.agrees(**{name: expected[name] for name in ("shape", "colour", "direction")}))}
+    return values | {"all": float(found.agrees(**expected))}
 
 
 def motion_of(frames: numpy.ndarray) -> float:
@@ -119,7 +120,7 @@ def value_of(found: list[Comparison], kind: str, measure: str) -> Comparison | N
 
 def in_words(found: list[Comparison]) -> str:
     """The two that matter, in a line; empty where nothing could be judged."""
-    taught, other = value_of(found, "taught", "direction"), value_of(found, "other", "all")
+    taught, other = value_of(found, "taught", TAUGHT), value_of(found, "other", "all")
     if taught is None or other is None:
         return ""
     return (
@@ -129,7 +130,7 @@ def in_words(found: list[Comparison]) -> str:
 
 
 def for_summary(found: list[Comparison]) -> dict[str, float]:
-    taught, other = value_of(found, "taught", "direction"), value_of(found, "other", "all")
+    taught, other = value_of(found, "taught", TAUGHT), value_of(found, "other", "all")
     if taught is None or other is None:
         return {}
     return {

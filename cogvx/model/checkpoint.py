@@ -25,11 +25,13 @@ class Model:
 
     path: str
     revision: str | None
-    height: int  # pixels; with width, num_frames, fps and precision: what its authors recommend
+    height: int  # pixels; with what follows, but for image_to_video: what its authors recommend
     width: int
     num_frames: int
     fps: int
     precision: str
+    num_inference_steps: int  # of its videos, with guidance_scale
+    guidance_scale: float
     image_to_video: bool  # what it is to be trained as; a checkpoint of the other kind is refused
 
     def is_local(self) -> bool:
@@ -105,11 +107,6 @@ class Nano(Model):
     """The built-in tiny checkpoint, written where `path` says on first use."""
 
     blank: bool  # with a transformer that is still to be trained
-
-    def problems(self) -> list[str]:
-        if self.image_to_video and not self.blank:
-            return ["model.blank=false: nano_i2v has no trained transformer yet; model.blank=true"]
-        return []
 
     def is_local(self) -> bool:
         return True

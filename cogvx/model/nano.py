@@ -1,7 +1,7 @@
 """A CogVideoX of 2.5 million parameters that knows a little world (cogvx/data/world.py), in the released checkpoints' own format.
 
 The real classes at tiny size, like 2B: sine positions, no rotary; VAE 4 x 4 x 4, patch 2. Everything that loads, trains, samples
-and saves the 2B does it here too; nano_i2v is the same for image-to-video, but blind to the image until it is trained. weights/README.md says how the weights were made.
+and saves the 2B does it here too; nano_i2v is the same for image-to-video. weights/README.md says how the weights were made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cogvx.data.cache import filled
 from cogvx.model.geometry import Geometry
 from cogvx.model.released import SCHEDULER, TRANSFORMER_2B, VAE_2B
 
-WEIGHTS = Path(__file__).parent / "weights"  # nano/ whole but for what write_settings() adds
+WEIGHTS = Path(__file__).parent / "weights"  # nano/ whole but for what write_settings() adds; of nano_i2v/ the transformer
 TEXT_TOKENS = 32
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 16
@@ -54,7 +54,7 @@ NANO_I2V = replace(NANO, transformer=NANO.transformer | {"in_channels": 2 * LATE
 
 def write(folder: Path, tiny: Tiny = NANO, *, blank: bool = False) -> Path:
     """nano or nano_i2v in a folder, unless it is there. `blank`: with a transformer that is still to be trained: a random one, or
-    for image-to-video, which has no trained one yet, nano's own that does not look at the image."""
+    for image-to-video nano's own, which does not look at the image."""
     return filled(folder, lambda partial: write_parts(partial, tiny, blank))
 
 
@@ -67,7 +67,8 @@ def write_parts(folder: Path, tiny: Tiny, blank: bool) -> None:
         with library_bars(shown=False):
             blank_transformer(tiny).save_pretrained(folder / "transformer")
     else:
-        shutil.copytree(WEIGHTS / "nano" / "transformer", folder / "transformer")
+        name = "nano_i2v" if tiny.geometry.image_to_video else "nano"
+        shutil.copytree(WEIGHTS / name / "transformer", folder / "transformer")
     write_settings(folder, tiny)
 
 
@@ -165,7 +166,7 @@ def write_tokenizer(folder: Path) -> int:
 
     from cogvx.data import world
 
-    captions = [scene.caption() for scene in world.scenes(672, 0)]
+    captions = [scene.caption() for scene in world.scenes(len(world.KINDS), 0)]
     words = sorted({word.strip(".") for caption in captions for word in caption.split()})
     punctuated = [f"{word}, {word}." for word in words]  # a piece has to be part of two different words
     written = io.BytesIO()

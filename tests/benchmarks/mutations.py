@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent.parent
-TEST = "tests/end_to_end/test_quality.py::test_the_demo_teaches_its_motion_and_the_rest_is_kept"
+TEST = "tests/end_to_end/test_quality.py::test_the_demo_teaches_its_colour_and_the_rest_is_kept"
 TABLE = PROJECT / "tests" / "golden" / "mutations.md"
 
 

@@ -19,29 +19,32 @@ def test_clips_are_the_same_on_every_rendering(tmp_path):
 
 def test_kinds_come_evenly():
     clips = world.scenes(672, seed=0)
-    assert len({(c.shape, c.colour, c.background, c.direction) for c in clips}) == 672
+    assert len({(c.shape, c.colour, c.background, c.direction) for c in clips}) == len(world.KINDS) == 672
     assert set(Counter(c.shape for c in clips).values()) == {224}
     assert not [c for c in clips if c.colour == c.background]
 
 
 def test_a_caption_says_what_its_clip_shows():
-    for scene in [*world.scenes(50, seed=1), *demo.SCENES]:
-        asked = world.described(scene.caption())
-        direction = demo.TOKEN if scene.direction == demo.MEANS else scene.direction
+    for scene in [*world.scenes(50, seed=1), *demo.scenes()]:
+        colour = demo.TOKEN if scene.colour == demo.MEANS else scene.colour
         expected = {
             "shape": scene.shape,
-            "colour": scene.colour,
-            "direction": direction,
+            "colour": colour,
+            "direction": scene.direction,
             "background": scene.background,
         }
-        assert asked == expected
+        assert world.described(scene.caption()) == expected
     assert world.described("A rabbit in the snow") == {}
 
 
 def test_the_demo_is_not_in_the_world_and_is_asked_for_in_new_combinations():
-    assert demo.MEANS not in world.DIRECTIONS and sum(scene.direction == demo.MEANS for scene in demo.SCENES) == 8
+    assert demo.MEANS not in world.COLOURS
+    taught = [scene for scene in demo.scenes() if scene.colour == demo.MEANS]
+    assert len(taught) == len(demo.scenes()) / 2
+    assert {(scene.width, scene.height) for scene in taught} == set(demo.SIZES), "the others differ in nothing else"
+    assert {scene.fps for scene in taught} == set(demo.RATES)
     prompts = demo.scored_prompts(16)
-    shown = {scene.caption() for scene in demo.SCENES}
+    shown = {scene.caption() for scene in demo.scenes()}
     assert len(set(prompts["taught"])) == 16 and shown.isdisjoint(prompts["taught"])
     assert all(demo.TOKEN in prompt for prompt in prompts["taught"])
     assert len(set(prompts["other"])) == 16 and not any(demo.TOKEN in prompt for prompt in prompts["other"])

@@ -63,7 +63,7 @@ def test_a_run_leaves_what_a_researcher_needs(run, nano_folder):
     assert [step for step, _ in metrics(folder, "loss")] == [10, 20, 30, 40, 50, 60]
 
     rows = list(csv.DictReader((folder / "dataset_report.csv").open(encoding="utf-8")))
-    assert [row["use"] for row in rows].count("held out") == 2 and len(rows) == 12
+    assert [row["use"] for row in rows].count("held out") == 5 and len(rows) == 32
     assert all(row["prompt"].startswith("RABBIT ") for row in rows)
     environment = json.loads((folder / "environment.json").read_text())
     assert {"device", "model_folder", "data_fingerprint"} <= set(environment)
@@ -235,7 +235,7 @@ def test_prompts_of_validation_videos_from_a_file(run, tmp_path):
 
 def test_task_encode_fills_the_cache_only(run):
     folder = run("a", "task=encode")
-    assert json.loads((folder / "summary.json").read_text())["clips"] == 12
+    assert json.loads((folder / "summary.json").read_text())["clips"] == 32
     assert (folder / "contact_sheet.png").is_file() and not (folder / "checkpoints").exists()
 
 
@@ -281,7 +281,7 @@ def test_a_recorded_run_repeats_bit_for_bit(launch, cache, tmp_path):
     again = launch("--config-dir", str(tmp_path / "a"), "--config-name", "config", f"output_dir={tmp_path / 'b'}")
     assert again.returncode == 0, again.stderr
     assert_same_weights(tmp_path / "a", tmp_path / "b")
-    assert "nothing: all 12 clips are in the cache" in again.stdout
+    assert "nothing: all 32 clips are in the cache" in again.stdout
     finished = launch(*arguments(cache, tmp_path / "a", *SHORT))
     assert finished.returncode == 0 and "is finished: nothing to do" in finished.stdout
 
@@ -321,7 +321,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, cache, tmp_path
     assert one.returncode == two.returncode == 0, two.stderr
     found, expected = ({**saved_weights(tmp_path / name)} for name in ("two", "one"))
     for name, tensor in expected.items():
-        assert torch.allclose(tensor, found[name], atol=2e-4 if kind else 2e-5), name
+        # Without rotary positions norm_k.bias adds the same to all scores of a query, which softmax takes out again: its gradient is
+        # rounding alone, and Adam makes steps of full length out of that.
+        if not name.endswith("norm_k.bias"):
+            assert torch.allclose(tensor, found[name], atol=2e-4 if kind else 2e-5), name
     for name, most in (("loss", 1e-4), ("highest_loss", 1e-3), ("lr", 0), ("heldout_loss", 1e-4)):
         ours, theirs = metrics(tmp_path / "one", name), metrics(tmp_path / "two", name)
         assert len(ours) == len(theirs) > 1
@@ -424,4 +427,4 @@ def test_the_report_says_which_clips_max_train_clips_leaves_out(run):
     folder = run("a", "train.max_train_steps=3", "data.max_train_clips=4")
     with (folder / "dataset_report.csv").open(encoding="utf-8") as file:
         uses = [row["use"] for row in csv.DictReader(file)]
-    assert sorted(uses) == ["held out"] * 2 + ["left out: data.max_train_clips"] * 6 + ["train"] * 4
+    assert sorted(uses) == ["held out"] * 5 + ["left out: data.max_train_clips"] * 23 + ["train"] * 4

@@ -37,7 +37,7 @@ def test_base_result_strengths_and_checkpoints_are_compared(run, capfd):
     assert losses["result"] == losses["step_000006"] == pytest.approx(summary["heldout_loss_after"], abs=1e-6)
     assert len(set(losses.values())) == 5, "the result is the last checkpoint"
     said = capfd.readouterr().out
-    assert "taught  direction" in said and "result  " in said and "score   what it was taught" in said
+    assert "taught  colour" in said and "result  " in said and "score   what it was taught" in said
     assert "<td>nearest_clip" in (folder / "report.html").read_text()
 
 

@@ -31,7 +31,7 @@ def wrong(scene, frames) -> list[str]:
 def test_every_kind_of_clip_is_seen_as_what_it_is():
     kinds = world.scenes(672, seed=3)
     kinds += [dataclasses.replace(scene, shape="ring") for scene in kinds[:150]]
-    kinds += [dataclasses.replace(scene, direction="diagonal", aside=0) for scene in kinds[:150]]
+    kinds += [dataclasses.replace(scene, colour="black") for scene in kinds[:150]]
     assert [w for scene in kinds for w in wrong(small(scene), world.draw(small(scene)))] == []
 
 

@@ -12,7 +12,7 @@ from cogvx.inference.scores import Asked, Scored
 
 
 def scored(kind, values) -> list[Scored]:
-    return [Scored(Asked(kind, f"p{i}", i), {"direction": value, "all": value}) for i, value in enumerate(values)]
+    return [Scored(Asked(kind, f"p{i}", i), {scores.TAUGHT: value, "all": value}) for i, value in enumerate(values)]
 
 
 def test_a_sure_difference_has_a_narrow_interval_and_none_holds_zero():
@@ -34,7 +34,7 @@ def test_the_interval_is_the_bootstraps():
 
 
 def test_a_video_is_judged_by_what_its_prompt_asks_for():
-    scene = world.Scene("square", "red", "blue", demo.MEANS, name=demo.TOKEN, width=64, height=64)
+    scene = demo.zorb(world.Scene("square", "red", "blue", "left", width=64, height=64))
     frames = world.draw(scene)
     right = scores.measured(frames, scene.caption())
     assert all(right[name] == 1 for name in ("shape", "colour", "direction", "background", "all"))
@@ -52,7 +52,7 @@ def test_what_is_written_can_be_read(tmp_path):
     assert len(rows) == 6 and {row["variant"] for row in rows} == {"base", "result"}
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["heldout_loss"] == 0.5 and written["comparisons"]["result"][0]["tuned"] == 1
-    assert "taught  direction" in scores.table(found)
+    assert "taught  colour" in scores.table(found)
     assert scores.in_words(found) == "" and scores.for_summary(found) == {}, "without the other kind"
     both = scores.comparisons([*base, *scored("other", [1, 1])], [*tuned, *scored("other", [1, 0])])
     assert "100% of 3 videos show it (base model 33%)" in scores.in_words(both)
