@@ -16,7 +16,9 @@ from cogvx.data.cache import filled
 from cogvx.model.geometry import Geometry
 from cogvx.model.released import SCHEDULER, TRANSFORMER_2B, VAE_2B
 
-WEIGHTS = Path(__file__).parent / "weights"  # nano/ whole but for what write_settings() adds; of nano_i2v/ the transformer
+WEIGHTS = (
+    Path(__file__).parent / "weights"
+)  # nano/ whole but for what write_settings() adds; of nano_i2v/ the transformer
 TEXT_TOKENS = 32
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 16
