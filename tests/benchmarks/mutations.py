@@ -1,6 +1,6 @@
 """Does the quality test notice what it is there for? Puts one mistake at a time into a copy of the code, and runs the test there.
 
-python tests/benchmarks/mutations.py          about 8 minutes on 2 cores; writes tests/golden/mutations.md
+python tests/benchmarks/mutations.py          about 20 minutes on 2 cores; writes tests/golden/mutations.md
 """
 
 from __future__ import annotations
