@@ -1,7 +1,7 @@
 """The demo's clips: shapes of a colour that is not in the little world of model=nano, under a name that no caption there has; and as
 many as in that world, so that it is not forgotten.
 
-Each of them differs in size, frame rate or length, as found clips do.
+They differ in size and frame rate, as found clips do.
 """
 
 import random

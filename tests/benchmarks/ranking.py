@@ -1,6 +1,7 @@
 """Does the held-out loss rank settings as what their videos show does? The demo's sweep over rank and a learning rate too low, right and too high.
 
 python tests/benchmarks/ranking.py                     about 10 minutes on 2 cores; writes tests/golden/ranking.md
+python tests/benchmarks/ranking.py hydra.launcher.jobs=1       overrides may follow
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def trained() -> list[Job]:
             f"data.cache_dir={folder}/cache",
             f"output_dir={folder}/sweep",
         ]
-        subprocess.run([sys.executable, str(PROJECT / "launch.py"), "-m", *swept, *settings], check=True)
+        subprocess.run([sys.executable, str(PROJECT / "launch.py"), "-m", *swept, *settings, *sys.argv[1:]], check=True)
         with (Path(folder) / "sweep" / "leaderboard.csv").open(encoding="utf-8") as file:
             return [Job.from_row(row) for row in csv.DictReader(file)]
 
