@@ -71,13 +71,13 @@ def test_nano_i2v_goes_on_from_the_picture(compose, cache):
 
 @pytest.mark.slow
 def test_the_demo_teaches_its_colour_and_the_rest_is_kept(run, compose, nano_folder):
-    """At the strength that plain diffusers reads from the file: alpha / rank is 2 here. The bounds leave three of 24 videos to another
-    machine's rounding."""
+    """At the strength that plain diffusers reads from the file: alpha / rank is 2 here. Of what is taught, the bound leaves three of
+    24 videos to another machine's rounding."""
     folder = run("a", "lora.rank=16", "lora.lora_alpha=32")
     prompts, settings = demo.scored_prompts(24), compose().model
     base, tuned = (judged(nano_folder, prompts["taught"], settings, adapter) for adapter in (None, folder))
     assert share(base, scores.TAUGHT) <= 0.1 and share(tuned, scores.TAUGHT) >= 0.8
     base, tuned = (judged(nano_folder, prompts["other"], settings, adapter) for adapter in (None, folder))
     for measure in ("shape", "colour", "background", "direction"):
-        assert share(tuned, measure) >= 0.7 * share(base, measure), measure
+        assert share(tuned, measure) >= 0.8 * share(base, measure), measure
     assert json.loads((folder / "summary.json").read_text())["status"] == "done"
