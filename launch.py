@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from cogvx import config as configuration
 from cogvx import grid
 from cogvx.errors import UserError, did_you_mean
-from cogvx.runs import engines, leaderboard, pool, processes, record
+from cogvx.runs import comparison, engines, pool, processes, record
 from cogvx.runs.pool import STOPPED
 
 SWEEPS = configuration.PROJECT / "sweeps"
@@ -91,7 +91,7 @@ def run_sweep(overrides: list[str], place: grid.Place) -> int:
             else:
                 queue = pool.Given(sweep, [job for job, _ in jobs], launcher)
             code = pool.run(sweep, queue, launcher, typed)
-        leaderboard.conclude(sweep)
+        comparison.conclude(sweep)
     return code
 
 

@@ -102,11 +102,11 @@ class Report(Task):
     makes_a_run: ClassVar[bool] = False
 
     def start(self, config: Config, folder: Path) -> dict:
-        from cogvx.runs import leaderboard, record, report, sweep
+        from cogvx.runs import comparison, record, report, sweep
 
         place = Path(self.run)
         if (place / sweep.SWEEP).is_file():
-            leaderboard.conclude(sweep.Sweep.read(place))
+            comparison.conclude(sweep.Sweep.read(place))
         elif (place / record.CONFIG).is_file():
             print(f"report  {record.shown(report.write(place))}")
         else:

@@ -10,14 +10,34 @@ from html import escape
 from pathlib import Path
 
 from cogvx.inference import usage
-from cogvx.runs import record
+from cogvx.runs import leaderboard, record, report
 from cogvx.runs.leaderboard import SHOWN, shown, varied
-from cogvx.runs.report import MOST_EMBEDDED, STYLE, encoded, pyplot, section, svg, table
-from cogvx.runs.sweep import Progress, progress_of
+from cogvx.runs.report import MOST_EMBEDDED, PAGE, STYLE, encoded, pyplot, section, svg, table
+from cogvx.runs.sweep import LEADERBOARD, Progress, State, Sweep, progress_of
 
 MOST_NAMED = 8  # curves with a colour and a name of their own
 MOST_CELLS = 12  # values of a setting that a heat map has room for; more are a scatter plot
 MOST_VIDEOS = 24  # runs in the grid
+
+
+def conclude(sweep: Sweep) -> None:
+    """Writes the leaderboard and the page of a sweep, prints the one and says where the other is. A job that was killed when all but
+    its own page was written gets that now."""
+    if not sweep.jobs():
+        return
+    rows = sweep.write_leaderboard()
+    for job in [sweep.folder / str(row["folder"]) for row in rows if row["state"] == State.done.value]:
+        if not (job / PAGE).is_file():
+            report.write(job)
+    leaderboard.show(rows)
+    print(f"table   {record.shown(sweep.folder / LEADERBOARD)}")
+    if rows[0]["objective"] is not None:
+        best = sweep.folder / str(rows[0]["folder"])
+        print(f"best    {record.shown(best)}: held-out loss {rows[0]['objective']:.4f}{leaderboard.close(rows)}")
+        print(f"again   python launch.py --config-dir {record.shown(best)} --config-name config")
+    title = f"{sweep.folder.name}: {', '.join(sweep.swept)}"
+    page = write(sweep.folder / PAGE, title, sweep.runs(), rows, sweep.command())
+    print(f"report  {record.shown(page)}")
 
 
 def write(page: Path, title: str, runs: dict[str, Path], rows: list[dict], command: list[str] | None = None) -> Path:
@@ -79,8 +99,8 @@ def board(rows: list[dict], keys: list[str], runs: dict[str, Path], here: Path) 
     body = ""
     for row in rows:
         place = "" if row["place"] is None else f"{row['place']}{' tie' if row['tie'] else ''}"
-        report = runs[row["folder"]] / "report.html"
-        link = f"<a href='{escape(relative(report, here))}'>run</a>" if report.is_file() else ""
+        own = runs[row["folder"]] / PAGE
+        link = f"<a href='{escape(relative(own, here))}'>run</a>" if own.is_file() else ""
         cells = "".join(f"<td>{escape(shown(row[name]))}" for name in (*keys, *measured))
         kind = "best" if row["place"] == 1 else "tie" if row["tie"] else ""
         reason = f"<td class=reason>{escape(str(row['reason']))}" if row["reason"] else ""

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from cogvx.runs import record
-from cogvx.runs.sweep import LEADERBOARD, Sweep
 
 MOST_ROWS = 30
 WIDE = 160  # characters, where the output is no terminal
@@ -18,24 +17,6 @@ SHOWN = {
     "state": "state", "objective": "held-out", "score_taught": "taught", "score_other": "others", "seconds": "seconds",
     "peak_memory_gib": "GiB",
 }  # fmt: skip
-
-
-def conclude(sweep: Sweep) -> None:
-    """Writes the leaderboard and the page of a sweep, prints the one and says where the other is."""
-    from cogvx.runs import comparison
-
-    if not sweep.jobs():
-        return
-    rows = sweep.write_leaderboard()
-    show(rows)
-    print(f"table   {record.shown(sweep.folder / LEADERBOARD)}")
-    if rows[0]["objective"] is not None:
-        best = sweep.folder / str(rows[0]["folder"])
-        print(f"best    {record.shown(best)}: held-out loss {rows[0]['objective']:.4f}{close(rows)}")
-        print(f"again   python launch.py --config-dir {record.shown(best)} --config-name config")
-    title = f"{sweep.folder.name}: {', '.join(sweep.swept)}"
-    page = comparison.write(sweep.folder / "report.html", title, sweep.runs(), rows, sweep.command())
-    print(f"report  {record.shown(page)}")
 
 
 def show(rows: list[dict]) -> None:

@@ -254,7 +254,7 @@ def tell(folder: Path, exit_code: int) -> None:
     if (folder / record.SUMMARY).is_file():
         return
     if exit_code == -signal.SIGKILL:
-        status, reason = State.killed, "killed, by someone or because the machine's memory ran out"
+        status, reason = State.killed, f"killed, {processes.KILLED_BY}"
     elif exit_code in (-signal.SIGTERM, -signal.SIGINT):
         status, reason = State.interrupted, "stopped where there was no step to finish first"
     elif exit_code < 0:

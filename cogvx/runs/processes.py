@@ -27,6 +27,8 @@ DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 # They warn, when diffusers looks whether they are there, of parts that are missing and not used here.
 NOISY = ("bitsandbytes", "diffusers.quantizers", "torch.utils._pytree", "torchao")
 FAILED = 2  # exit code of what the user can mend; its message is printed
+KILLED = 128 + signal.SIGKILL
+KILLED_BY = "by someone or because the machine's memory ran out"
 
 
 def run(folder: Path, lock: int | None = None) -> int:
@@ -46,7 +48,7 @@ def run(folder: Path, lock: int | None = None) -> int:
 
 def tell_of_ranks(folder: Path, codes: list[int]) -> None:
     """Shows the end of the logs of failed ranks, unless rank 0 has already said the same to the terminal; and sees that there is
-    a summary, which a killed process could not write."""
+    a summary, which a killed process could not write. What rank 0 fails of when another was killed is not why the run ended."""
     for rank, code in enumerate(codes):
         if (rank > 0 and code not in (0, FAILED, 130, 143)) or (rank > 0 and code == FAILED != codes[0]):
             last = log_of(folder, rank).read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
@@ -54,7 +56,9 @@ def tell_of_ranks(folder: Path, codes: list[int]) -> None:
                 "\n".join([f"rank {rank} ended with exit code {code}; the end of {log_of(folder, rank)}:", *last]),
                 file=sys.stderr,
             )
-    if not (folder / record.SUMMARY).is_file():
+    if KILLED in codes:
+        record.finish(folder, {"status": "killed", "reason": f"rank {codes.index(KILLED)} was killed, {KILLED_BY}"})
+    elif not (folder / record.SUMMARY).is_file():
         status = "interrupted" if 128 + signal.SIGTERM in codes else "failed"
         record.finish(folder, {"status": status, "reason": f"exit codes of the processes: {codes}"})
 
@@ -93,8 +97,9 @@ def log_of(folder: Path, rank: int) -> Path:
 
 
 def wait(ranks: list[subprocess.Popen]) -> list[int]:
-    """Exit codes of all. When one has failed, the others, which may wait for it for ever, have GRACE seconds to end."""
-    failed_at = None
+    """Exit codes of all. When one has failed, the others, which may wait for it for ever, have GRACE seconds to end; what is stopped
+    here after that counts as failed, so that KILLED means by another."""
+    failed_at, stopped_here = None, []
     while any(rank.poll() is None for rank in ranks):
         try:
             time.sleep(0.1)
@@ -102,10 +107,12 @@ def wait(ranks: list[subprocess.Popen]) -> list[int]:
             continue
         if failed_at is None and any(rank.returncode for rank in ranks):
             failed_at = time.monotonic()
-        if failed_at is not None and time.monotonic() - failed_at > GRACE:
-            for rank in ranks:
+        if failed_at is not None and time.monotonic() - failed_at > GRACE and not stopped_here:
+            stopped_here = [rank for rank in ranks if rank.poll() is None]
+            for rank in stopped_here:
                 rank.kill()
-    return [128 - rank.returncode if rank.returncode < 0 else rank.returncode for rank in ranks]
+    codes = [128 - rank.returncode if rank.returncode < 0 else rank.returncode for rank in ranks]
+    return [1 if rank in stopped_here else code for rank, code in zip(ranks, codes, strict=True)]
 
 
 def run_here(folder: Path) -> int:

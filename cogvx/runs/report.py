@@ -1,4 +1,4 @@
-"""report.html: one page about a run that opens in any browser, offline.   [no torch]"""
+"""One page about a run that opens in any browser, offline.   [no torch]"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cogvx.runs import record
 
+PAGE = "report.html"
 MOST_EMBEDDED = 40 * 2**20  # bytes of video in the page; more stay files beside it, and are linked
 
 
@@ -32,8 +33,8 @@ def write(folder: Path) -> Path:
         section("Where it ran", table({name: value for name, value in facts.items() if name != "packages"})),
     ]
     page = f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>{''.join(parts)}\n"
-    record.write_whole(folder / "report.html", page)
-    return folder / "report.html"
+    record.write_whole(folder / PAGE, page)
+    return folder / PAGE
 
 
 STYLE = """

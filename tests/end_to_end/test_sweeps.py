@@ -244,3 +244,14 @@ def test_two_processes_of_a_run_stop_with_a_checkpoint_when_what_started_them_is
     wait_until(lambda: progress_of(tmp_path).state is not State.running)
     assert progress_of(tmp_path).state is State.interrupted, "the lock was theirs until the end"
     wait_until(lambda: not {*ranks} & {*every_process()})
+
+
+def test_a_run_whose_second_process_is_killed_counts_as_killed(cache, tmp_path):
+    """Whatever the first one, left alone, fails of."""
+    settings = arguments(cache, tmp_path, "parallel=ddp", "parallel.num_processes=2", "train.max_train_steps=20000")
+    process = started(*(setting for setting in settings[1:] if not setting.startswith("hydra.")))
+    wait_until(lambda: (tmp_path / "checkpoints/step_000002").is_dir())
+    os.kill(descendants(process.pid)[1], signal.SIGKILL)
+    process.communicate(timeout=PATIENCE)
+    found = progress_of(tmp_path)
+    assert found.state is State.killed and found.reason.startswith("rank 1 was killed, by someone")

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from cogvx import grid
-from cogvx.runs import comparison, leaderboard, record
+from cogvx.runs import comparison, record
 
 MP4 = b"\x00\x00\x00\x18ftypisom"  # enough to be embedded
 
@@ -25,7 +25,12 @@ def made_up(folder, *overrides: str):
             continue
         loss = 0.08 + 0.001 * number
         lines = [
-            {"step": step, "heldout_loss": loss + 1 / (10 + step), "heldout_noise_floor": 0.0015}
+            {
+                "step": step,
+                "heldout_loss": loss + 1 / (10 + step),
+                "heldout_standard_error": 0.01,
+                "heldout_noise_floor": 0.0015,
+            }
             for step in (0, 10, 20)
         ]
         (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -75,8 +80,19 @@ def test_what_is_within_the_noise_is_marked_as_a_tie(sweep):
 def test_a_sweep_without_any_result_has_a_page_too(tmp_path):
     empty, jobs, _ = grid.sweep_of(["lora.rank=4,8", f"output_dir={tmp_path / 's'}"], grid.Place())
     empty.freeze(jobs, ["launch.py"])
-    leaderboard.conclude(empty)
+    comparison.conclude(empty)
     assert "2 pending" in (empty.folder / "report.html").read_text()
+
+
+def test_a_job_killed_before_its_own_page_was_written_gets_it_with_the_sweeps(tmp_path):
+    small = made_up(tmp_path / "s", "lora.rank=2,4,8,16")
+    kept = small.folder / "rank-2" / "report.html"
+    kept.write_text("its own")
+    comparison.conclude(small)
+    assert [path.parent.name for path in sorted(small.folder.glob("*/report.html"))] == ["rank-2", "rank-4"], (
+        "done ones"
+    )
+    assert kept.read_text() == "its own"
 
 
 def test_report_and_compare_on_the_command_line(sweep, launch, tmp_path):

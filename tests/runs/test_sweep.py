@@ -10,7 +10,7 @@ import pytest
 from cogvx import config as configuration
 from cogvx import grid
 from cogvx.errors import UserError
-from cogvx.runs import leaderboard, pool, record
+from cogvx.runs import comparison, pool, record
 from cogvx.runs.sweep import State, Sweep, progress_of
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -153,7 +153,7 @@ def test_the_leaderboard_has_every_job_the_lowest_loss_first_and_says_what_is_a_
     finish(frozen, "rank-4", status="done", objective=0.0710, heldout_noise_floor=0.001)
     finish(frozen, "rank-8", status="done", objective=0.0703, heldout_noise_floor=0.001)
     finish(frozen, "rank-16", status="out_of_memory", reason="too large")
-    leaderboard.conclude(Sweep.read(frozen.folder))
+    comparison.conclude(Sweep.read(frozen.folder))
     with (frozen.folder / "leaderboard.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(r["place"], r["tie"], r["rank"], r["state"]) for r in rows] == [
