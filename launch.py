@@ -1,7 +1,7 @@
 """Compose, check, record, run.    python launch.py --help
 
 Hydra composes the settings; cogvx.config checks them; the run's folder gets them as config.yaml; the task runs from that
-file. Nothing here imports torch, so that a mistake costs milliseconds.
+file. Nothing here imports torch, so that a mistake costs a second.
 """
 
 import os

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,12 +61,28 @@ def run(compose, tmp_path):
             "scheduler.lr_warmup_steps=2",
             "validation.num_validation_videos=0",
             "validation.scored_prompts=0",
+            "validation.heldout_timesteps=2",
         ]
         folder = record.open_folder(compose(*quick, f"output_dir='{tmp_path / name}'", *overrides))
         assert processes.run_here(folder) == expect
         return folder
 
     return start
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """stopped("name", whole, 4): a copy of a finished run's folder as a kill soon after its checkpoint of step 4 would leave it."""
+
+    def copy(name: str, whole: Path, step: int) -> Path:
+        folder = Path(shutil.copytree(whole, tmp_path / name))
+        for checkpoint in folder.glob("checkpoints/step_*"):
+            if checkpoint.name > f"step_{step:06}":
+                shutil.rmtree(checkpoint)
+        (folder / record.SUMMARY).unlink()
+        return folder
+
+    return copy
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def train(config: Config, folder: Path, expected: Callable[[], float | None] = l
     }
 
 
-@dataclass
+@dataclass(repr=False)  # that of every weight; signal.signal() makes a handler's, for an error that it catches
 class Trainer:
     config: Config
     folder: Path

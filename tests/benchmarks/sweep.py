@@ -1,6 +1,6 @@
 """Nine jobs as one sweep beside nine launches, one after the other: what starting once and running beside each other saves.
 
-python tests/benchmarks/sweep.py                       about 15 minutes on 2 quiet cores
+python tests/benchmarks/sweep.py                       16 minutes on 2 quiet cores
 python tests/benchmarks/sweep.py --rounds 1 --steps 4  a try
 
 A round runs both, in turn one or the other first. The same jobs, from the same cache, which is filled before.
@@ -45,9 +45,13 @@ def seconds(run, settings: list[str], folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50)
-    asked, place = parser.parse_args(), Path(tempfile.mkdtemp())
+    with tempfile.TemporaryDirectory() as folder:
+        compare(parser.parse_args(), Path(folder))
+
+
+def compare(asked: argparse.Namespace, place: Path) -> None:
     settings = [
         f"data.cache_dir={place / 'cache'}", f"train.max_train_steps={asked.steps}", "scheduler.lr_warmup_steps=2",
         "train.logging_steps=1", "validation.num_validation_videos=0", "validation.scored_prompts=0",

@@ -98,18 +98,14 @@ def test_another_seed_gives_another_result(run):
     assert dict(metrics(first, "heldout_loss"))[0] == dict(metrics(second, "heldout_loss"))[0], "the yardstick stays"
 
 
-def test_stopping_and_resuming_changes_nothing(run, compose, tmp_path):
+def test_stopping_and_resuming_changes_nothing(run, stopped):
     whole = run("whole", *SHORT)
-    stopped = run("stopped", *SHORT)
-    # As a kill during step 9 would leave it: the checkpoint of step 8, a later one half written, later metrics, no result.
-    import shutil
-
-    shutil.rmtree(stopped / "checkpoints" / "step_000012")
-    (stopped / "checkpoints" / "step_000012.partial").mkdir()
-    (stopped / lora.WEIGHTS).unlink()
-    (stopped / "summary.json").unlink()
-    again = run("stopped", *SHORT)
-    assert again == stopped
+    # As a kill while a later checkpoint is written would leave it; later metrics are there too.
+    killed = stopped("killed", whole, 8)
+    (killed / "checkpoints" / "step_000012.partial").mkdir()
+    (killed / lora.WEIGHTS).unlink()
+    again = run("killed", *SHORT)
+    assert again == killed
     assert_same_weights(whole, again)
     for name in ("loss", "heldout_loss", "grad_norm", "lr"):
         assert metrics(whole, name) == metrics(again, name)
@@ -267,6 +263,7 @@ def arguments(cache, folder, *overrides):
     quick = [
         "validation.num_validation_videos=0",
         "validation.scored_prompts=0",
+        "validation.heldout_timesteps=2",
         "lora.rank=4",
         "lora.lora_alpha=2",
         "scheduler.lr_warmup_steps=2",
@@ -286,13 +283,22 @@ def test_a_recorded_run_repeats_bit_for_bit(launch, cache, tmp_path):
     assert finished.returncode == 0 and "is finished: nothing to do" in finished.stdout
 
 
+TO_BE_KILLED = ["train.max_train_steps=60", "train.checkpointing_steps=5", "train.checkpoints_total_limit=null"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "whole"
+    command = [sys.executable, str(PROJECT / "launch.py"), *arguments(cache, folder, *TO_BE_KILLED)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_goes_on_to_the_same_result(launch, cache, tmp_path, kill):
-    settings = ["train.max_train_steps=60", "train.checkpointing_steps=5", "train.checkpoints_total_limit=null"]
+def test_a_killed_run_goes_on_to_the_same_result(launch, cache, tmp_path, undisturbed, kill):
     killed = tmp_path / "killed, by me (1)"
-    assert launch(*arguments(cache, tmp_path / "whole", *settings)).returncode == 0
-    command = [sys.executable, str(PROJECT / "launch.py"), *arguments(cache, killed, *settings)]
+    command = [sys.executable, str(PROJECT / "launch.py"), *arguments(cache, killed, *TO_BE_KILLED)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (killed / "checkpoints/step_000010").is_dir() and time.monotonic() < deadline:
@@ -307,8 +313,8 @@ def test_a_killed_run_goes_on_to_the_same_result(launch, cache, tmp_path, kill):
     resumed = launch(f"train.resume={killed}")
     assert resumed.returncode == 0, resumed.stderr
     assert "resume  " in resumed.stdout
-    assert_same_weights(tmp_path / "whole", killed)
-    assert metrics(tmp_path / "whole", "loss") == metrics(killed, "loss")
+    assert_same_weights(undisturbed, killed)
+    assert metrics(undisturbed, "loss") == metrics(killed, "loss")
 
 
 @pytest.mark.slow
@@ -370,6 +376,7 @@ def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cach
     quick = [
         "validation.num_validation_videos=0",
         "validation.scored_prompts=0",
+        "validation.heldout_timesteps=2",
         "scheduler.lr_warmup_steps=2",
         f"output_dir={tmp_path}",
     ]

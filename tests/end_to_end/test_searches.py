@@ -7,7 +7,7 @@ from cogvx.runs.sweep import State, Sweep
 
 SHORT = [
     "train.max_train_steps=12", "train.checkpointing_steps=4", "train.logging_steps=3", "scheduler=constant",
-    "validation.heldout_steps=3", "validation.heldout_draws=2", "validation.num_validation_videos=0", "validation.scored_prompts=0",
+    "validation.heldout_steps=3", "validation.heldout_draws=2", "validation.heldout_timesteps=2", "validation.num_validation_videos=0", "validation.scored_prompts=0",
 ]  # fmt: skip
 
 

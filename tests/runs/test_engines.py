@@ -23,6 +23,7 @@ QUICK = [
     "validation.num_validation_videos=0",
     "validation.scored_prompts=0",
     "validation.heldout_steps=1000",
+    "validation.heldout_timesteps=2",
     "scheduler.lr_warmup_steps=0",
 ]
 LONG = ["train.max_train_steps=150", "train.checkpointing_steps=10", *QUICK]
