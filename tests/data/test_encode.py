@@ -36,6 +36,7 @@ def test_the_second_time_encodes_nothing_and_loads_no_vae(compose, clips, nano_f
     assert len(loads) == 1, "a renamed file has the same content"
 
 
+@pytest.mark.slow
 def test_what_decides_the_latents_decides_the_key(compose, clips, nano_folder, tmp_path):
     cache, loads = Cache(tmp_path / "cache"), []
     plain = compose(f"data.instance_data_root={clips}").data

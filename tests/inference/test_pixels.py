@@ -28,6 +28,7 @@ def wrong(scene, frames) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_every_kind_of_clip_is_seen_as_what_it_is():
     kinds = world.scenes(672, seed=3)
     kinds += [dataclasses.replace(scene, shape="ring") for scene in kinds[:150]]
@@ -40,6 +41,7 @@ def vae():
     return Checkpoint(nano.WEIGHTS / "nano", torch.device("cpu"), torch.float32).vae(tiling=False)
 
 
+@pytest.mark.slow
 def test_clips_that_the_vae_restored_are_seen_as_what_they_are(vae):
     scenes = [
         small(scene, shape=shape) for scene, shape in zip(world.scenes(32, 5), [*world.SHAPES, "ring"] * 8, strict=True)
@@ -53,6 +55,7 @@ def test_clips_that_the_vae_restored_are_seen_as_what_they_are(vae):
     assert len(mistakes) <= 1, mistakes
 
 
+@pytest.mark.slow
 def test_nanos_vae_restores_clips_it_has_not_seen(vae):
     found = autoencoder.judge(vae)
     assert found["psnr"] >= 27, "dB, over 64 clips of the world"

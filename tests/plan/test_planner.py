@@ -43,6 +43,7 @@ def recorded(compose, nano_folder, overrides, wanted, **how):
 
 
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+@pytest.mark.slow
 def test_without_contents_as_with(compose, nano_folder, overrides):
     """Every allocation and release of a training step, in order and in bytes, is the one that real tensors make; so is its work."""
     fake = recorded(compose, nano_folder, overrides, ["held-out loss", "train"], as_cuda=False)
@@ -75,6 +76,7 @@ def test_attention_is_planned_as_cuda_runs_it(compose):
     assert replay(recorder.events)["train"].allocated < 6 * GIB
 
 
+@pytest.mark.slow
 def test_what_a_mode_promises_holds_in_order(compose):
     """At full size with few layers: each mode takes less than the one before, and the frozen weights leave the device."""
     peaks = []
@@ -96,6 +98,7 @@ def test_published_figures_are_met():
         assert line in table, "tests/golden/calibration.md is of another version: run tests/benchmarks/calibration.py"
 
 
+@pytest.mark.slow
 def test_a_plan_prints_what_is_asked_and_leaves_it_in_the_folder(run, nano_folder, capfd):
     folder = run("a", "task=plan", "model=2b", f"model.path='{nano_folder}'", *SMALL, "plan.card=rtx3060_12gb")
     said = capfd.readouterr().out
@@ -130,6 +133,7 @@ def test_eight_bit_moments_are_counted_as_bitsandbytes_holds_them():
     assert held == 2 * (25600 + 4 * 100)
 
 
+@pytest.mark.slow
 def test_what_is_planned_is_measured_where_it_can_be_counted(run, nano_folder, capfd):
     folder = run(
         "a",
@@ -146,6 +150,7 @@ def test_what_is_planned_is_measured_where_it_can_be_counted(run, nano_folder, c
         assert rows[name]["planned_gib"] == rows[name]["measured_gib"] > 0, name
 
 
+@pytest.mark.slow
 def test_of_all_gradients_one_is_there_at_a_time_when_steps_are_taken_in_the_backward_pass(compose, nano_folder):
     settings = ["lora=null", "train.max_grad_norm=null", "train.gradient_checkpointing=true"]
     at_peak = []
@@ -157,6 +162,7 @@ def test_of_all_gradients_one_is_there_at_a_time_when_steps_are_taken_in_the_bac
     assert at_peak[0] > 0.5 * weights and at_peak[1] < 0.1 * weights
 
 
+@pytest.mark.slow
 def test_several_processes_are_planned_with_their_buckets(compose, nano_folder):
     one, two = (
         recorded(compose, nano_folder, settings, ["train"], as_cuda=False)

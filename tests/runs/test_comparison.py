@@ -95,6 +95,7 @@ def test_a_job_killed_before_its_own_page_was_written_gets_it_with_the_sweeps(tm
     assert kept.read_text() == "its own"
 
 
+@pytest.mark.slow
 def test_report_and_compare_on_the_command_line(sweep, launch, tmp_path):
     ran = launch("task=report", f"task.run={sweep.folder}", cwd=tmp_path)
     assert ran.returncode == 0 and "best " in ran.stdout and "report " in ran.stdout, ran.stderr

@@ -4,6 +4,8 @@ import json
 import math
 import statistics
 
+import pytest
+
 from cogvx import grid
 from cogvx.runs import record
 from cogvx.runs.pool import OnFail, Pool
@@ -56,6 +58,7 @@ class Play:
         return sum(self.sweep.progress(job).step for job in self.sweep.jobs())
 
 
+@pytest.mark.slow
 def test_a_search_finds_what_is_best_and_ends_at_n_trials(tmp_path):
     play = Play(tmp_path, "hydra.sweeper.n_trials=24", "hydra.sweeper.rungs=[]")
     started = play.run()
@@ -69,6 +72,7 @@ def test_a_search_finds_what_is_best_and_ends_at_n_trials(tmp_path):
     assert sum(values["rank"] == 16 for values in proposed) > len(proposed) / 2
 
 
+@pytest.mark.slow
 def test_jobs_that_fall_behind_are_paused_and_the_best_is_still_found(tmp_path):
     whole = Play(tmp_path / "whole", "hydra.sweeper.n_trials=16", "hydra.sweeper.rungs=[]")
     whole.run()
@@ -107,6 +111,7 @@ def frozen(play, rank: int):
     return job
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_stopped_and_a_higher_n_trials_adds_jobs(tmp_path):
     first = Play(tmp_path, "hydra.sweeper.n_trials=6", "hydra.sweeper.rungs=[]").run(most=4)
     again = Play(tmp_path, "hydra.sweeper.n_trials=6", "hydra.sweeper.rungs=[]").run()

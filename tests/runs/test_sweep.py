@@ -77,6 +77,7 @@ def test_every_named_sweep_composes_and_opens_with_its_command(path):
     assert len(jobs) > 1 and made.folder.name.startswith(path.stem)
 
 
+@pytest.mark.slow
 def test_the_command_line_narrows_a_named_sweep():
     assert len(SWEEPS) >= 1
     made, whole = sweep("+sweeps=rank_alpha_lr", place=BY_NAME)
@@ -85,6 +86,7 @@ def test_the_command_line_narrows_a_named_sweep():
     assert part.folder == made.folder and set(narrow) < set(whole), "a part of the same sweep"
 
 
+@pytest.mark.slow
 def test_each_optimizer_is_tried_at_its_own_rates():
     made, jobs = sweep("+sweeps=optimizers", place=BY_NAME)
     rates = {}

@@ -25,6 +25,7 @@ def weights(folder) -> dict:
     return AutoencoderKLCogVideoX.from_pretrained(folder / "vae").state_dict()
 
 
+@pytest.mark.slow
 def test_it_leaves_parts_of_a_checkpoint(run, capfd):
     folder = run("a", *QUICK)
     summary = json.loads((folder / "summary.json").read_text())
@@ -36,6 +37,7 @@ def test_it_leaves_parts_of_a_checkpoint(run, capfd):
     assert config["scaling_factor"] == pytest.approx(1 / summary["latent_std"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_changes_nothing(run, monkeypatch):
     whole = run("whole", *QUICK)
     keep, kept = autoencoder.keep, []

@@ -58,6 +58,7 @@ def test_the_wait_for_data_is_logged(run):
     assert len(lines(folder, "data_seconds")) == 4
 
 
+@pytest.mark.slow
 def test_a_step_left_out_changes_no_weight(run, spoil):
     """All but the first step spoilt: the result is that of one step."""
     spoil(set(range(1, 12)))

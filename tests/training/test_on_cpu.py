@@ -1,5 +1,6 @@
 """Full fine-tuning with its optimizer on the CPU: the same training, resumed and averaged as ever."""
 
+import pytest
 import torch
 
 from cogvx.model import full, lora
@@ -20,6 +21,7 @@ def losses(folder, name="heldout_loss"):
     return [line[name] for line in record.read_lines(folder / "metrics.jsonl") if name in line]
 
 
+@pytest.mark.slow
 def test_where_the_optimizer_steps_changes_nothing(run):
     here, there = run("here", *SETTINGS), run("there", *OFFLOADED)
     assert losses(here) == losses(there) and losses(here, "heldout_loss_trained") == losses(
@@ -29,6 +31,7 @@ def test_where_the_optimizer_steps_changes_nothing(run):
         assert lora.compare(saved(here / place), saved(there / place), values=True) == []
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_changes_nothing(run, stopped):
     whole = run("whole", *OFFLOADED)
     resumed = stopped("resumed", whole, 4)
@@ -37,9 +40,17 @@ def test_stopping_and_resuming_changes_nothing(run, stopped):
     assert losses(whole) == losses(resumed)
 
 
+@pytest.mark.slow
 def test_small_updates_survive_in_bf16(run):
     """The device's copies are bf16, where a step of 1e-6 vanishes; the fp32 weights that are kept take every step."""
-    settings = [*OFFLOADED, "train.mixed_precision=bf16", "optimizer.learning_rate=1e-6", "train.ema_decay=null"]
+    small = ["data.height=32", "data.width=32", "data.max_num_frames=5"]  # many CPUs emulate bf16
+    settings = [
+        *OFFLOADED,
+        *small,
+        "train.mixed_precision=bf16",
+        "optimizer.learning_rate=1e-6",
+        "train.ema_decay=null",
+    ]
     folder = run("a", *settings, "scheduler.lr_warmup_steps=0")
     early, late = (saved(folder / "checkpoints" / f"step_{step:06d}") for step in (4, 8))
     name = "transformer_blocks.0.attn1.to_q.weight"

@@ -48,6 +48,7 @@ def test_it_trains_and_resumes_bit_for_bit(run, stopped, name):
 
 
 @pytest.mark.parametrize("settings", [["train.ema_decay=0.9"], ["optimizer=schedule_free"]])
+@pytest.mark.slow
 def test_an_average_is_judged_and_delivered_and_training_goes_on_from_the_weights(run, settings):
     """Judging it more often changes no bit of what is trained."""
     rare, often = run("rare", *SHORT, *settings), run("often", *SHORT, *settings, "validation.heldout_steps=1")
@@ -76,6 +77,7 @@ def test_eight_bits_are_used_when_asked_for():
         assert optimizer.state[parameter]["state1"].dtype == dtype
 
 
+@pytest.mark.slow
 def test_prodigys_estimate_is_logged_and_small_rates_are_warned_of(run, capsys):
     steps = ["train.max_train_steps=80", "train.logging_steps=20", "train.checkpointing_steps=80"]
     folder = run(
@@ -96,6 +98,7 @@ def test_muon_refuses_what_is_no_matrix(run, capfd, compose):
 
 
 @pytest.mark.parametrize("name", ["prodigy", "muon", "schedule_free", "adam", "adamw8bit"])
+@pytest.mark.slow
 def test_another_optimizer_cannot_go_on_from_its_states(run, capfd, name):
     first = run("first", *SHORT)
     run("other", *SHORT, f"optimizer={name}", f"train.resume={first}", "train.max_train_steps=10", expect=2)
@@ -103,6 +106,7 @@ def test_another_optimizer_cannot_go_on_from_its_states(run, capfd, name):
     assert "its optimizer is torch AdamW, not " in said and f"lora.init_from={first}/checkpoints/step_000008" in said
 
 
+@pytest.mark.slow
 def test_an_average_may_begin_and_change_on_a_resume(run):
     """Begun at the checkpoint: after no further step it is the weights themselves. The decay is the one asked for."""
     first = run("first", *SHORT)
@@ -115,6 +119,7 @@ def test_an_average_may_begin_and_change_on_a_resume(run):
 
 
 @pytest.mark.parametrize("settings", [["train.ema_decay=0.9"], ["optimizer=schedule_free"]])
+@pytest.mark.slow
 def test_the_weights_that_were_judged_stand_in_the_checkpoint(run, settings):
     folder = run("a", *SHORT, *settings)
     judged = lora.read(folder / "checkpoints" / "step_000008" / "averaged")[0]
@@ -132,6 +137,7 @@ def test_a_package_that_is_missing_is_named_at_the_door(compose, monkeypatch):
         compose("optimizer=prodigy")
 
 
+@pytest.mark.slow
 def test_fewer_clips_after_a_resume(run):
     """Losses that were not logged yet keep the names of their clips."""
     settings = ["train.logging_steps=10", "train.max_train_steps=6", "train.checkpointing_steps=3"]

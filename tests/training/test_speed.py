@@ -79,6 +79,7 @@ def test_a_step_reads_nothing_from_the_device(run, monkeypatch, settings, waits)
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_kernel_of_attention_gives_the_same_and_is_named(run, capfd):
     folders = {kind: run(kind, *SHORT, f"train.attention={kind}") for kind in ("auto", "flash", "math")}
     said = capfd.readouterr().out
@@ -150,6 +151,7 @@ def test_a_missing_compiler_is_said_in_words(launch, cache, tmp_path):
 FULL = ["lora=null", "optimizer.learning_rate=1e-4", "train.max_grad_norm=null", "train.checkpointing_steps=6"]
 
 
+@pytest.mark.slow
 def test_stepping_in_the_backward_pass_changes_nothing(run, stopped):
     plain, ours = run("plain", *SHORT, *FULL), run("ours", *SHORT, *FULL, "memory.step_in_backward=true")
     assert lora.compare(dict(full.saved(plain)), dict(full.saved(ours)), values=True) == []
@@ -162,6 +164,7 @@ def test_stepping_in_the_backward_pass_changes_nothing(run, stopped):
     assert lora.compare(dict(full.saved(plain)), dict(full.saved(resumed)), values=True) == []
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_changes_no_weight_in_the_backward_pass_either(run, monkeypatch):
     real, count = trainer.training_losses, iter(range(100))
 
@@ -253,6 +256,7 @@ def test_the_progress_bars_forecast_leaves_validation_out():
     assert bar.start_t == bar.last_print_t == self.clock >= 0.05
 
 
+@pytest.mark.slow
 def test_a_profile_says_where_the_time_of_some_steps_went(run, capfd):
     folder = run("a", *SHORT, "train.profile_steps=2")
     assert "operations.txt says where the time of 2 steps went" in capfd.readouterr().out

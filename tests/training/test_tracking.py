@@ -171,6 +171,7 @@ def test_a_job_is_in_the_group_of_its_sweep_under_its_own_name(tmp_path):
     assert (run.run_group, run.display_name) == ("ranks_1f2e", "rank-4")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_the_same_run_to_wandb(tmp_path):
     for name in ("one", "one", "other"):
         tracked(tmp_path / name, tracking.Wandb("cogvx", "offline")).finish("done")
@@ -245,6 +246,7 @@ def test_a_tracker_that_fails_is_said_once_and_stops_nothing(tmp_path, capsys):
     assert losses(tmp_path) == [0.5] * 3
 
 
+@pytest.mark.slow
 def test_a_run_tells_its_tracker_how_it_ended(run, monkeypatch):
     from cogvx.training import trainer
 
@@ -268,6 +270,7 @@ def test_a_run_tells_its_tracker_how_it_ended(run, monkeypatch):
     assert ended == ["done", "failed", "interrupted", "interrupted"]
 
 
+@pytest.mark.slow
 def test_a_plan_is_not_tracked(run, nano_folder):
     small = ["data.max_num_frames=9", "data.height=64", "data.width=64", "data.fps=8"]
     folder = run("a", "task=plan", "model=2b", f"model.path='{nano_folder}'", *small, "tracking=wandb")
