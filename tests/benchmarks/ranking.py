@@ -18,11 +18,8 @@ from scipy import stats
 
 PROJECT = Path(__file__).parent.parent.parent
 TABLE = PROJECT / "tests" / "golden" / "ranking.md"
-RATES = {
-    1e-6: "too low",
-    2e-3: "right",
-    3e-2: "too high",
-}  # the demo's 5e-4, for its rank of 64, teaches a rank of 1 little in as many steps
+# The demo's own rate, 5e-4 for a rank of 64, teaches a rank of 1 little in as many steps.
+RATES = {1e-6: "too low", 2e-3: "right", 3e-2: "too high"}
 RANKS = (1, 4, 16)
 STEPS = 810  # the demo's own; 300 teach a rank of 4 nothing
 VIDEOS = 12  # of each kind, of 15 sampling steps
@@ -33,7 +30,9 @@ class Job:
     rank: int
     rate: float
     heldout_loss: float  # infinite where training broke off
-    taught: float  # shares of videos that are right in shape, colour, direction and background: a ruined model may paint all in the new colour
+    taught: (
+        float  # share of videos that are right in all respects: a ruined model may paint everything in the new colour
+    )
     others: float
 
     @classmethod
