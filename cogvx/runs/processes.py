@@ -57,7 +57,9 @@ def tell_of_ranks(folder: Path, codes: list[int]) -> None:
                 file=sys.stderr,
             )
     if KILLED in codes:
-        record.finish(folder, {"status": "killed", "reason": f"rank {codes.index(KILLED)} was killed, {KILLED_BY}"})
+        reason = f"rank {codes.index(KILLED)} was killed, {KILLED_BY}"
+        print(f"error: {reason}; the checkpoints written so far are kept", file=sys.stderr)
+        record.finish(folder, {"status": "killed", "reason": reason})
     elif not (folder / record.SUMMARY).is_file():
         status = "interrupted" if 128 + signal.SIGTERM in codes else "failed"
         record.finish(folder, {"status": status, "reason": f"exit codes of the processes: {codes}"})

@@ -30,9 +30,7 @@ class Job:
     rank: int
     rate: float
     heldout_loss: float  # infinite where training broke off
-    taught: (
-        float  # share of videos that are right in all respects: a ruined model may paint everything in the new colour
-    )
+    taught: float  # shares of videos right in all respects: a ruined model may paint everything in the new colour
     others: float
 
     @classmethod
@@ -55,7 +53,7 @@ class Job:
 
 
 def trained() -> list[Job]:
-    """A sweep in outputs/, named by the commit: started again after it was stopped, it goes on."""
+    """A sweep in outputs/, named by the commit: started again after it was stopped, it goes on. Delete it to measure anew."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
     sweep = PROJECT / "outputs" / "sweeps" / f"ranking_{commit}"
     swept = [f"lora.rank={','.join(map(str, RANKS))}", f"optimizer.learning_rate={','.join(f'{rate:g}' for rate in RATES)}"]  # fmt: skip

@@ -387,22 +387,7 @@ def test_a_mistake_in_two_processes_is_said_once_with_exit_code_2(launch, cache,
 
 @pytest.mark.slow
 def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cache, tmp_path):
-    sweep = [
-        f"data.cache_dir={cache}",
-        "lora.lora_alpha=2",
-        "lora.rank=2,4",
-        "train.mixed_precision=no,bf16",
-        *SHORT,
-        *SMALL,
-    ]
-    quick = [
-        "validation.num_validation_videos=0",
-        "validation.scored_prompts=0",
-        "validation.heldout_timesteps=2",
-        "scheduler.lr_warmup_steps=2",
-        f"output_dir={tmp_path}",
-    ]
-    ran = launch("-m", *sweep, *quick)
+    ran = launch("-m", *arguments(cache, tmp_path, *SHORT, *SMALL, "lora.rank=2,4", "train.mixed_precision=no,bf16"))
     assert ran.returncode == 0, ran.stderr
     found = [
         json.loads(path.read_text())["status"]

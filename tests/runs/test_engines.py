@@ -26,7 +26,7 @@ QUICK = [
     "validation.heldout_timesteps=2",
     "scheduler.lr_warmup_steps=0",
 ]
-LONG = ["train.max_train_steps=80", "train.checkpointing_steps=10", *QUICK]
+LONG = ["train.max_train_steps=150", "train.checkpointing_steps=10", *QUICK]
 
 
 def is_installed(plugin: str) -> bool:
@@ -211,7 +211,7 @@ def states(folder: Path) -> dict[str, str]:
 def assert_resumed(job: Path) -> None:
     assert (job / "log.txt").read_text().count("resume  ") == 1
     steps = [line["step"] for line in record.read_lines(job / "metrics.jsonl") if "loss" in line]
-    assert steps == list(range(10, 81, 10)), "every step once"
+    assert steps == list(range(10, 151, 10)), "every step once"
 
 
 def slurm(*command: str) -> str:

@@ -115,6 +115,20 @@ def test_the_sine_table_of_another_size_is_computed_once(family_folder, compose)
     assert len(calls) == 1
 
 
+def test_nothing_in_a_run_puts_a_weight_into_words(run, monkeypatch):
+    """As the text of a signal's handler would: it reads every weight from the device."""
+    worded, real = [], torch.Tensor.__repr__
+
+    def repr_of(tensor, **how):
+        worded.append(tensor.shape)
+        return real(tensor, **how)
+
+    monkeypatch.setattr(torch.Tensor, "__repr__", repr_of)
+    run("a", "train.max_train_steps=3")
+    assert worded == []
+    assert repr(torch.nn.Parameter(torch.ones(3))) and worded, "it would have been seen"
+
+
 # -- compiling ---------------------------------------------------------------------------------------------------------
 
 
