@@ -11,17 +11,21 @@ from pathlib import Path
 
 import yaml
 
-os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting, so that errors can be put in words
+os.environ["HYDRA_FULL_ERROR"] = (
+    "1"  # Hydra raises instead of printing and exiting, so that errors can be put in words
+)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
+from cogvx import compose as composing
 from cogvx import config as configuration
-from cogvx import grid
 from cogvx.errors import UserError, did_you_mean
-from cogvx.runs import comparison, engines, pool, processes, record
+from cogvx.files import shown
+from cogvx.records import comparison, record
+from cogvx.runs import engines, grid, pool, processes
 from cogvx.runs.pool import STOPPED
 
 SWEEPS = configuration.PROJECT / "sweeps"
@@ -35,7 +39,9 @@ def main(composed: DictConfig) -> None:
     choices = {group: HydraConfig.get().runtime.choices[group] for group in configuration.GROUPS}
     try:
         exit_codes.append(run(configuration.check(composed, choices)))
-    except UserError as error:  # caught here: Hydra would print a line of its own before it passes an error on
+    except (
+        UserError
+    ) as error:  # caught here: Hydra would print a line of its own before it passes an error on
         exit_codes.append(say(error))
 
 
@@ -53,9 +59,9 @@ def run(config: configuration.Config) -> int:
     if summary is not None:
         loss = summary.get("objective")
         result = "" if loss is None else f" Its held-out loss is {loss:.4f}."
-        print(f"{record.shown(folder)} is finished: nothing to do.{result}")
+        print(f"{shown(folder)} is finished: nothing to do.{result}")
         return 0
-    print(f"run     {record.shown(folder)}", flush=True)
+    print(f"run     {shown(folder)}", flush=True)
     with record.locked(folder) as lock:
         record.environment(folder, typed, *repeated)
         return processes.run(folder, lock)
@@ -70,9 +76,13 @@ def run_sweep(overrides: list[str], place: grid.Place) -> int:
         raise
     searching, elsewhere = grid.is_search(base), engines.are_asked(base)
     if searching and elsewhere:
-        raise UserError("hydra/sweeper=optuna proposes jobs while others run, which hydra/launcher=pool alone does")
+        raise UserError(
+            "hydra/sweeper=optuna proposes jobs while others run, which hydra/launcher=pool alone does"
+        )
     launcher = (
-        engines.launcher(sweep, base) if elsewhere else pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
+        engines.launcher(sweep, base)
+        if elsewhere
+        else pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
     )
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +118,9 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
     judged = next((a.split("=", 1)[1] for a in arguments if a.startswith("task.run=")), None)
     if folder is None and resume not in ("auto", "null"):
         folder = str(run_folder_of(Path(resume), "train.resume"))
-        if Path(resume).absolute() == Path(folder).absolute() and all(a.startswith("train.resume=") for a in arguments):
+        if Path(resume).absolute() == Path(folder).absolute() and all(
+            a.startswith("train.resume=") for a in arguments
+        ):
             arguments.append(f"output_dir={Path(folder).absolute()}")
     if folder is None and judged is not None and "task=report" not in arguments:
         folder = str(run_folder_of(Path(judged), "task.run"))
@@ -129,11 +141,15 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
         )
     for group in configuration.GROUPS:
         if any(a.startswith(f"{group}=") for a in arguments):
-            configuration.forget(recorded, group)
+            composing.forget(recorded, group)
     if recorded["lora"] is None and any(a.startswith("lora.") for a in arguments):
-        recorded["lora"] = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))["lora"]
+        recorded["lora"] = yaml.safe_load(
+            (configuration.CONF / "config.yaml").read_text(encoding="utf-8")
+        )["lora"]
     recorded["train"]["resume"] = None
-    recorded["hydra"] = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))["hydra"]
+    recorded["hydra"] = yaml.safe_load(
+        (configuration.CONF / "config.yaml").read_text(encoding="utf-8")
+    )["hydra"]
     recorded["defaults"] += [
         {"override hydra/launcher": "pool"},
         {"override hydra/job_logging": "none"},
@@ -144,7 +160,9 @@ def from_record(arguments: list[str], scratch: Path) -> list[str]:
     )
     arguments.append(f"hydra.searchpath=['{configuration.CONF}']")
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
-    options = [a for a in arguments if a not in overrides]  # argparse wants the overrides in one place
+    options = [
+        a for a in arguments if a not in overrides
+    ]  # argparse wants the overrides in one place
     return ["--config-path", str(scratch), *options, *overrides]
 
 
@@ -153,7 +171,9 @@ def run_folder_of(place: Path, setting: str) -> Path:
     for folder in (place, place.parent.parent):
         if (folder / record.CONFIG).is_file():
             return folder
-    raise UserError(f"{setting}={place}: no run's folder (it would hold {record.CONFIG}) and no checkpoint of one")
+    raise UserError(
+        f"{setting}={place}: no run's folder (it would hold {record.CONFIG}) and no checkpoint of one"
+    )
 
 
 def take_option(arguments: list[str], *names: str) -> str | None:
@@ -191,7 +211,18 @@ def named_sweep(arguments: list[str]) -> list[str]:
     return [*others, f"hydra.searchpath=['{configuration.PROJECT}']", f"+sweeps={name}"]
 
 
-SHOWING = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--resolve", "--package", "-p"}
+SHOWING = {
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--resolve",
+    "--package",
+    "-p",
+}
 
 
 def entry(arguments: list[str]) -> int:
@@ -202,13 +233,15 @@ def entry(arguments: list[str]) -> int:
         sweeping = named or bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
         try:
             translated = from_record(named_sweep(arguments), Path(scratch))
-            translated = [configuration.as_text(argument, sweeping=sweeping) for argument in translated]
+            translated = [composing.as_text(argument, sweeping=sweeping) for argument in translated]
             if translated and translated[0] == "--config-path":
                 place = grid.Place(Path(scratch), (str(configuration.CONF),))
             elif named:
                 place = grid.Place(searchpath=(str(configuration.PROJECT),))
             overrides = [
-                a for a in translated if not a.startswith(("-", "hydra.searchpath", "hydra.mode")) and "=" in a
+                a
+                for a in translated
+                if not a.startswith(("-", "hydra.searchpath", "hydra.mode")) and "=" in a
             ]
             if sweeping and not SHOWING & set(arguments):
                 require_known(translated, overrides)
@@ -223,7 +256,11 @@ def entry(arguments: list[str]) -> int:
         except yaml.YAMLError as error:
             return say(f"a YAML file cannot be parsed: {error}")
         except configuration.HYDRAS as error:
-            return say(configuration.explain(error, overrides, place.folder, place.searchpath, sweeping=sweeping))
+            return say(
+                composing.explain(
+                    error, overrides, place.folder, place.searchpath, sweeping=sweeping
+                )
+            )
         except OSError as error:  # a full disk, a folder that cannot be written; some of Hydra's are of this kind too
             message, code = processes.in_words(error)
             if code != processes.FAILED:
@@ -239,14 +276,18 @@ def require_known(translated: list[str], overrides: list[str]) -> None:
     unknown = [
         a
         for a in translated
-        if a not in options and a != scratch and not a.startswith(("hydra.searchpath=", "hydra.mode="))
+        if a not in options
+        and a != scratch
+        and not a.startswith(("hydra.searchpath=", "hydra.mode="))
     ]
     if any(a.startswith("hydra.sweep.") for a in overrides):
         raise UserError(
             "hydra.sweep is not used here: the folder of a sweep is output_dir=..., that of a job follows from its values"
         )
     if unknown:
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)}. Settings are written KEY=VALUE")
+        raise UserError(
+            f"unrecognized arguments: {' '.join(unknown)}. Settings are written KEY=VALUE"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,37 @@
-"""Progress bars, on a terminal and in a log file."""
+"""What is printed while something runs: progress bars, and silence from the libraries."""
 
+import contextlib
+import logging
 import sys
+
+# When diffusers looks for these packages, they warn of missing parts that cogvx does not use.
+NOISY = ("bitsandbytes", "diffusers.quantizers", "torch.utils._pytree", "torchao")
 
 
 def bar(iterable=None, **settings):
-    """A tqdm bar; in a log file, where there is no going back in a line, only what takes long, every 20 seconds."""
+    """A tqdm progress bar. In a log file only long work prints one line every 20 seconds."""
     from tqdm import tqdm
 
-    seconds = {"mininterval": 0.2} if sys.stderr.isatty() else {"mininterval": 20, "delay": 20}
+    on_terminal = sys.stderr.isatty()
+    seconds = {"mininterval": 0.2} if on_terminal else {"mininterval": 20, "delay": 20}
     return tqdm(iterable, dynamic_ncols=True, **seconds, **settings)
+
+
+def quiet_libraries() -> None:
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def library_bars(*, shown: bool):
+    """With or without the progress bars that diffusers and transformers draw while they load and save."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        (library.enable_progress_bar if shown else library.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        for library in (diffusers_logging, transformers_logging):
+            library.enable_progress_bar()

@@ -13,14 +13,17 @@ import pytest
 PROJECT = Path(__file__).parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run beside each other; threads that wait for each other spin
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tests run beside each other; threads that wait for each other spin
+)
 
 import families  # noqa: E402
 
-from cogvx import config as configuration  # noqa: E402
-from cogvx.data.video import write_video  # noqa: E402
+from cogvx import compose as composing  # noqa: E402
+from cogvx.data.mp4 import write_video  # noqa: E402
 from cogvx.model import nano  # noqa: E402
-from cogvx.runs import processes, record  # noqa: E402
+from cogvx.records import record  # noqa: E402
+from cogvx.runs import processes  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +47,7 @@ def family_folder(tmp_path_factory):
 @pytest.fixture
 def compose(cache):
     """compose("lora.rank=4", ...): a checked configuration that uses the session's cache."""
-    return lambda *overrides: configuration.compose_config([f"data.cache_dir='{cache}'", *overrides])
+    return lambda *overrides: composing.compose_config([f"data.cache_dir='{cache}'", *overrides])
 
 
 @pytest.fixture
@@ -100,8 +103,12 @@ def launch():
 def make_clip():
     """make_clip(path, frames=16, fps=8, width=128, height=128): an mp4 whose frame i has brightness 10 i."""
 
-    def make(path: Path, *, frames: int = 16, fps: float = 8, width: int = 128, height: int = 128) -> Path:
-        pictures = [numpy.full((height, width, 3), min(250, 10 * i), numpy.uint8) for i in range(frames)]
+    def make(
+        path: Path, *, frames: int = 16, fps: float = 8, width: int = 128, height: int = 128
+    ) -> Path:
+        pictures = [
+            numpy.full((height, width, 3), min(250, 10 * i), numpy.uint8) for i in range(frames)
+        ]
         write_video(path, pictures, fps=fps)
         return path
 
@@ -114,6 +121,10 @@ def clips(tmp_path, make_clip):
     root = tmp_path / "clips"
     for number in range(6):
         make_clip(root / "videos" / f"{number}.mp4", width=128 + 32 * number)
-    (root / "prompts.txt").write_text("".join(f"clip number {n}\n" for n in range(6)), encoding="utf-8")
-    (root / "videos.txt").write_text("".join(f"videos/{n}.mp4\n" for n in range(6)), encoding="utf-8")
+    (root / "prompts.txt").write_text(
+        "".join(f"clip number {n}\n" for n in range(6)), encoding="utf-8"
+    )
+    (root / "videos.txt").write_text(
+        "".join(f"videos/{n}.mp4\n" for n in range(6)), encoding="utf-8"
+    )
     return root

@@ -12,8 +12,8 @@ from PIL import Image
 from cogvx.data.encode import Encoder, image_moments, prompt_embeds
 from cogvx.data.sources import Example
 from cogvx.model import nano
-from cogvx.model.checkpoint import Checkpoint
 from cogvx.model.cogvideox import CogVideoX
+from cogvx.model.pretrained import Checkpoint
 from cogvx.model.released import RELEASED
 from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
 
@@ -41,7 +41,9 @@ def tiny(family: str) -> nano.Tiny:
 
 def write(folder: Path, family: str) -> Path:
     nano.write_random(folder, tiny(family))
-    if tiny(family).geometry.learned_positions:  # a new table is the sine table; a trained one is not
+    if tiny(
+        family
+    ).geometry.learned_positions:  # a new table is the sine table; a trained one is not
         transformer = CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer")
         with torch.no_grad():
             generator = torch.Generator().manual_seed(5)
@@ -52,13 +54,19 @@ def write(folder: Path, family: str) -> Path:
 
 
 def pipeline_class(family: str):
-    return CogVideoXImageToVideoPipeline if tiny(family).geometry.image_to_video else CogVideoXPipeline
+    return (
+        CogVideoXImageToVideoPipeline if tiny(family).geometry.image_to_video else CogVideoXPipeline
+    )
 
 
 def model_of(folder) -> CogVideoX:
     checkpoint = Checkpoint(folder, CPU, torch.float32)
     return CogVideoX(
-        checkpoint.transformer(), checkpoint.noise_scheduler(), checkpoint.geometry(), device=CPU, dtype=torch.float32
+        checkpoint.transformer(),
+        checkpoint.noise_scheduler(),
+        checkpoint.geometry(),
+        device=CPU,
+        dtype=torch.float32,
     )
 
 
@@ -68,7 +76,12 @@ def recorded(transformer) -> list[tuple[dict, torch.Tensor]]:
 
     def record(**given):
         answer = forward(**given)
-        calls.append(({k: v for k, v in given.items() if k not in ("attention_kwargs", "return_dict")}, answer[0]))
+        calls.append(
+            (
+                {k: v for k, v in given.items() if k not in ("attention_kwargs", "return_dict")},
+                answer[0],
+            )
+        )
         return answer
 
     transformer.forward = record
@@ -79,7 +92,9 @@ class PipelinesDraw(FixedDraw):
     """Draws what the pipeline drew: its starting noise, and its sample of the image's posterior."""
 
     def noise(self, latents):
-        assert latents.shape == self.pipelines_noise.shape, "as many frames as the pipeline has, padding included"
+        assert latents.shape == self.pipelines_noise.shape, (
+            "as many frames as the pipeline has, padding included"
+        )
         return self.pipelines_noise
 
     def posterior(self, moments, stream=None):
@@ -108,7 +123,9 @@ def passed_by_training(folder, compose, frames, height, width, picture, theirs):
     tokenizer, text_encoder = checkpoint.text_encoder()
     images = None
     if picture:
-        data = compose(f"data.height={height}", f"data.width={width}", "data.image_noise_variants=0").data
+        data = compose(
+            f"data.height={height}", f"data.width={width}", "data.image_noise_variants=0"
+        ).data
         example = Example("", None, "", image=folder.parent / f"{picture.size}.png")
         picture.save(example.image)
         images = image_moments(checkpoint.vae(tiling=False), example, data, encoder, seed="0")
@@ -132,7 +149,9 @@ def differences_from_the_pipeline(folder, family, compose, frames, height, width
         "hidden_states": True, "encoder_hidden_states": True, "timestep": True, "image_rotary_emb": family != "2b",
         "ofs": family == "1_5_5b_i2v",
     }  # fmt: skip
-    found = [name for name, there in given.items() if not same(ours[name], theirs.get(name), there=there)]
+    found = [
+        name for name, there in given.items() if not same(ours[name], theirs.get(name), there=there)
+    ]
     if not torch.equal(our_answer, their_answer):
         found.append("answer")  # positions that the transformer adds itself
     if ours["hidden_states"].shape[1] % (tiny(family).geometry.patch_size_t or 1):

@@ -9,10 +9,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from cogvx import compose as composing
 from cogvx import config as configuration
 from cogvx.errors import UserError
-from cogvx.runs import record
-from cogvx.training import optimizers, validation
+from cogvx.options import optimizers
+from cogvx.records import record
+from cogvx.training import validation
 
 PROJECT = Path(__file__).parent.parent
 ROOT = ["data.instance_data_root=/clips"]
@@ -21,7 +23,9 @@ RECIPES = [option for group, option in OPTIONS if group == "experiment"]
 
 
 def test_every_yaml_is_an_option_and_every_option_has_a_yaml():
-    declared = {(group, option) for group, options in configuration.GROUPS.items() for option in options}
+    declared = {
+        (group, option) for group, options in configuration.GROUPS.items() for option in options
+    }
     assert len(OPTIONS) >= 25
     assert declared == {(group, option) for group, option in OPTIONS if group != "experiment"}
 
@@ -38,18 +42,30 @@ def test_every_option_composes(group, option, compose):
 
 def test_the_seed_recipe_is_the_guides_command(compose):
     config = compose("experiment=seed_2b", *ROOT)
-    assert (config.model.path, config.train.mixed_precision.name, config.seed) == ("THUDM/CogVideoX-2b", "fp16", 42)
+    assert (config.model.path, config.train.mixed_precision.name, config.seed) == (
+        "THUDM/CogVideoX-2b",
+        "fp16",
+        42,
+    )
     assert (config.lora.rank, config.lora.lora_alpha) == (64, 64)
     optimizer, train, data = config.optimizer, config.train, config.data
     assert type(optimizer) is optimizers.Adam
     assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == (1e-3, 0.9, 0.95)
     assert config.choices["scheduler"] == "cosine_with_restarts"
     assert (config.scheduler.lr_warmup_steps, config.scheduler.lr_num_cycles) == (200, 1)
-    assert (train.num_train_epochs, train.max_train_steps, train.checkpointing_steps) == (30, None, 1000)
-    assert (train.train_batch_size, train.gradient_accumulation_steps, train.max_grad_norm) == (1, 1, 1.0)
+    assert (train.num_train_epochs, train.max_train_steps, train.checkpointing_steps) == (
+        30,
+        None,
+        1000,
+    )
+    assert (train.train_batch_size, train.gradient_accumulation_steps, train.max_grad_norm) == (
+        1,
+        1,
+        1.0,
+    )
     assert (data.height, data.width, data.max_num_frames, data.fps) == (480, 720, 49, 8)
     assert (data.skip_frames_start, data.skip_frames_end) == (0, 0)
-    assert config.memory.vae_tiling and train.gradient_checkpointing
+    assert config.memory.vae_tiling and config.memory.gradient_checkpointing
     assert (config.choices["tracking"], config.tracking.mode) == ("wandb", "online")
     prompts = validation.given_prompts(config)
     assert len(prompts) == 2 and prompts[0].startswith("DISNEY ")
@@ -61,10 +77,16 @@ def test_a_recipe_opens_with_its_command_and_says_nothing_that_the_defaults_say(
     text = (configuration.CONF / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8")
     assert text.splitlines()[1].startswith(f"# python launch.py experiment={recipe}")
     said = yaml.safe_load(text)
-    chosen = {key.removeprefix("override /"): option for each in said.pop("defaults") for key, option in each.items()}
-    default = configuration.composed_from([], configuration.CONF).hydra.runtime.choices
+    chosen = {
+        key.removeprefix("override /"): option
+        for each in said.pop("defaults")
+        for key, option in each.items()
+    }
+    default = composing.composed_from([], configuration.CONF).hydra.runtime.choices
     assert [group for group, option in chosen.items() if default[group] == option] == []
-    without = configuration.composed_from([f"{g}={option}" for g, option in chosen.items()], configuration.CONF)
+    without = composing.composed_from(
+        [f"{g}={option}" for g, option in chosen.items()], configuration.CONF
+    )
     values = configuration.flat(said)
     assert len(RECIPES) >= 6 and values
     assert [key for key, value in values.items() if OmegaConf.select(without, key) == value] == []
@@ -72,8 +94,16 @@ def test_a_recipe_opens_with_its_command_and_says_nothing_that_the_defaults_say(
 
 def commands() -> list[str]:
     """The settings of every command that a recipe opens with."""
-    texts = [(configuration.CONF / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8") for recipe in RECIPES]
-    found = [line.partition("launch.py ")[2] for text in texts for line in text.splitlines() if "# python " in line]
+    texts = [
+        (configuration.CONF / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        for recipe in RECIPES
+    ]
+    found = [
+        line.partition("launch.py ")[2]
+        for text in texts
+        for line in text.splitlines()
+        if "# python " in line
+    ]
     return [command.partition("   ")[0] for command in found]
 
 
@@ -110,7 +140,7 @@ def test_everything_wrong_is_reported_at_once(launch):
         ("model.image_to_video=true", "model=nano_i2v"),
         ("data.video_column=prompts.txt", "need columns of their own"),
         ("memory.offload_optimizer=true", "is for lora=null"),
-        ("memory.base_storage=int8", "without train.gradient_checkpointing=true saves nothing"),
+        ("memory.base_storage=int8", "without memory.gradient_checkpointing=true saves nothing"),
         ("memory.feed_forward_chunks=0", "must be 1 (whole) or more"),
         ("train.ema_decay=1", "0.999 is usual"),
         ("train.attention=fast", "expected one of [auto, flash, efficient, cudnn, math]"),
@@ -139,7 +169,10 @@ def test_a_wrong_setting_is_named_with_exit_code_2(launch, override, said):
         (["memory=balanced", "train.compile=true"], "memory.recompute=full"),
         (["memory=balanced", "train.attention=math"], "memory.recompute=full"),
         (["memory=low", "train.compile=true"], "memory.feed_forward_chunks=1"),
-        (["train.profile_steps=9", "train.max_train_steps=12", "scheduler=constant"], "there must be 13 or more"),
+        (
+            ["train.profile_steps=9", "train.max_train_steps=12", "scheduler=constant"],
+            "there must be 13 or more",
+        ),
     ],
 )
 def test_settings_that_exclude_each_other_say_which_to_change(compose, overrides, said):
@@ -173,7 +206,9 @@ def test_settings_of_a_lora_that_is_not_there_are_refused_in_words(launch):
 
 def test_a_record_of_full_fine_tuning_can_become_a_lora(compose, tmp_path, launch):
     record.open_folder(compose(f"output_dir={tmp_path}", "lora=null"))
-    ran = launch("--config-dir", str(tmp_path), "--config-name", "config", "lora.rank=8", "--cfg", "job")
+    ran = launch(
+        "--config-dir", str(tmp_path), "--config-name", "config", "lora.rank=8", "--cfg", "job"
+    )
     values = yaml.safe_load(ran.stdout)
     assert values["lora"]["rank"] == 8 and values["lora"]["target_modules"]
 
@@ -186,23 +221,23 @@ def test_a_record_of_another_version_is_named_as_such(compose, tmp_path, launch)
     assert ran.returncode == 2 and "was recorded by another version of cogvx" in ran.stderr
 
 
-def test_options_that_build_on_others_are_forgotten_whole():
-    assert set(configuration.set_elsewhere("memory", "minimal")) == {("train", "gradient_checkpointing")}
-
-
 def test_a_misspelt_key_in_a_yaml_is_named(tmp_path, cache):
     import shutil
 
     shutil.copytree(configuration.CONF, tmp_path / "conf")
     (tmp_path / "conf/optimizer/adamw.yaml").write_text("learning_rate: 1\nbeta4: 0.9\n")
     with pytest.raises(UserError, match=r"unknown setting optimizer.beta4; did you mean") as raised:
-        configuration.compose_config([f"data.cache_dir='{cache}'"], tmp_path / "conf")
+        composing.compose_config([f"data.cache_dir='{cache}'"], tmp_path / "conf")
     assert "optimizer.epsilon has no value" in str(raised.value)
 
 
 def test_no_dataclass_has_a_second_default():
     classes = [c for options in configuration.GROUPS.values() for c in options.values()]
-    fields = [field for c in [*classes, *configuration.SECTIONS.values()] for field in dataclasses.fields(c)]
+    fields = [
+        field
+        for c in [*classes, *configuration.SECTIONS.values()]
+        for field in dataclasses.fields(c)
+    ]
     assert len(fields) > 80
     assert all(field.default is dataclasses.MISSING for field in fields)
 
@@ -219,7 +254,9 @@ def test_help_names_every_group_and_option(launch):
 
 
 def test_a_record_reads_back_as_the_same_configuration(compose, tmp_path):
-    config = compose("model=5b", "data=csv", "data.instance_data_root=/clips", "optimizer=adam", "seed=0")
+    config = compose(
+        "model=5b", "data=csv", "data.instance_data_root=/clips", "optimizer=adam", "seed=0"
+    )
     (tmp_path / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
     again = configuration.read(tmp_path / "config.yaml")
     assert again == config
@@ -248,9 +285,18 @@ def test_an_unwritable_output_folder_is_refused_before_torch(launch, tmp_path):
 
 def test_a_recorded_run_starts_again_with_changes(compose, tmp_path, launch):
     """Options not chosen anew keep their recorded values; one chosen anew brings its own."""
-    record.open_folder(compose(f"output_dir={tmp_path}", "optimizer.learning_rate=0.1", "lora.rank=7"))
+    record.open_folder(
+        compose(f"output_dir={tmp_path}", "optimizer.learning_rate=0.1", "lora.rank=7")
+    )
     ran = launch(
-        "--config-dir", str(tmp_path), "--config-name", "config", "optimizer=adam", "lora.lora_alpha=3", "--cfg", "job"
+        "--config-dir",
+        str(tmp_path),
+        "--config-name",
+        "config",
+        "optimizer=adam",
+        "lora.lora_alpha=3",
+        "--cfg",
+        "job",
     )
     values = yaml.safe_load(ran.stdout)
     assert (values["lora"]["rank"], values["lora"]["lora_alpha"]) == (7, 3)
@@ -261,9 +307,16 @@ def test_a_newly_chosen_group_brings_everything_it_sets(compose, tmp_path, launc
     record.open_folder(compose(f"output_dir={tmp_path}", "lora.rank=7"))
     again = ["--config-dir", str(tmp_path), "--config-name", "config", "--cfg", "job"]
     memory = yaml.safe_load(launch(*again, "memory=balanced").stdout)
-    assert memory["train"]["gradient_checkpointing"] is True and memory["memory"]["vae_tiling"] is True
+    assert (
+        memory["memory"]["gradient_checkpointing"] is True
+        and memory["memory"]["vae_tiling"] is True
+    )
     model = yaml.safe_load(launch(*again, "model=5b", "--resolve").stdout)
-    assert (model["data"]["height"], model["data"]["max_num_frames"], model["train"]["mixed_precision"]) == (
+    assert (
+        model["data"]["height"],
+        model["data"]["max_num_frames"],
+        model["train"]["mixed_precision"],
+    ) == (
         480,
         49,
         "bf16",
@@ -274,8 +327,10 @@ def test_a_newly_chosen_group_brings_everything_it_sets(compose, tmp_path, launc
 
 def test_two_processes_do_not_run_in_one_folder(tmp_path):
     with record.locked(tmp_path):
-        code = f"from cogvx.runs import record; from pathlib import Path; record.locked(Path({str(tmp_path)!r})).__enter__()"
-        ran = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+        code = f"from cogvx.records import record; from pathlib import Path; record.locked(Path({str(tmp_path)!r})).__enter__()"
+        ran = subprocess.run(
+            [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True
+        )
         assert "is in use by another process (process" in ran.stderr
 
 
@@ -284,7 +339,11 @@ def test_a_bad_local_model_and_a_misspelt_key_are_both_named(launch, tmp_path):
     (tmp_path / "transformer/config.json").write_text("{}")
     ran = launch("model=2b", f"model.path={tmp_path}", "lora.rnk=3", "optimizer.beta1=2")
     assert ran.returncode == 2 and "Traceback" not in ran.stderr
-    for part in ("vae/config.json does not exist", "lora.rnk; did you mean lora.rank?", "optimizer.beta1=2.0: must be"):
+    for part in (
+        "vae/config.json does not exist",
+        "lora.rnk; did you mean lora.rank?",
+        "optimizer.beta1=2.0: must be",
+    ):
         assert part in ran.stderr
 
 

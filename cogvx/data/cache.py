@@ -29,7 +29,9 @@ class Cache:
     def path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
 
-    def write(self, path: Path, tensors: dict[str, Tensor], about: dict[str, object] | None = None) -> None:
+    def write(
+        self, path: Path, tensors: dict[str, Tensor], about: dict[str, object] | None = None
+    ) -> None:
         """Refuses values that are not finite: they would train silently for hours. `about` is kept as metadata."""
         from safetensors.torch import save_file
 
@@ -43,9 +45,13 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             save_file(tensors, partial, metadata={"about": json.dumps(about or {})})
-            partial.chmod(partial.parent.stat().st_mode & 0o666)  # safetensors writes files for their owner alone
+            partial.chmod(
+                partial.parent.stat().st_mode & 0o666
+            )  # safetensors writes files for their owner alone
             partial.replace(path)
-        except Exception as error:  # safetensors reports a full disk as its own error, not as OSError
+        except (
+            Exception
+        ) as error:  # safetensors reports a full disk as its own error, not as OSError
             raise UserError(
                 f"cannot write to the cache, {path.parent}: {error}. Free some space there, or set data.cache_dir to another disk"
             ) from error
@@ -57,7 +63,9 @@ class Cache:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {}).get("about", "{}"))
-                return {**about, "shapes": {name: list(file.get_slice(name).get_shape()) for name in file.keys()}}  # noqa: SIM118
+                names = list(file.keys())
+                shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
+                return {**about, "shapes": shapes}
         except (FileNotFoundError, SafetensorError):
             return None
 

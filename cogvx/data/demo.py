@@ -30,7 +30,9 @@ def found(scene: Scene, number: int) -> Scene:
 
 def scenes() -> list[Scene]:
     """Every other one is of the new colour."""
-    of_the_world = [found(scene, number // 2) for number, scene in enumerate(world.scenes(CLIPS, seed=11))]
+    of_the_world = [
+        found(scene, number // 2) for number, scene in enumerate(world.scenes(CLIPS, seed=11))
+    ]
     return [zorb(scene) if number % 2 == 0 else scene for number, scene in enumerate(of_the_world)]
 
 

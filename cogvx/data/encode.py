@@ -44,7 +44,9 @@ class EncodedClip:
     example: Example
     path: Path  # latent_moments [2C, F', H', W'] and thumbnails, in the cache
     about: dict  # frames, file_frames, file_fps, file_width, file_height, repeated, shapes
-    image_path: Path | None = None  # image-to-video: image_moments [1 + variants, 2C, 1, H', W'], in the cache
+    image_path: Path | None = (
+        None  # image-to-video: image_moments [1 + variants, 2C, 1, H', W'], in the cache
+    )
 
     @property
     def latent_shape(self) -> list[int]:
@@ -64,13 +66,22 @@ def encode_clips(
 
     UserError when more than data.max_bad_fraction of the clips are unusable.
     """
-    paths = [cache.path("latents", clip_key(example.video, data, cache, vae)) for example in examples]
-    listed_at = dict(zip(reversed(paths), reversed(examples), strict=True))  # a file listed twice is encoded once
+    paths = [
+        cache.path("latents", clip_key(example.video, data, cache, vae)) for example in examples
+    ]
+    listed_at = dict(
+        zip(reversed(paths), reversed(examples), strict=True)
+    )  # a file listed twice is encoded once
     model = functools.cache(vae.load)  # when there is something to encode
 
     def encode(path: Path) -> None:
-        clip = read_clip(listed_at[path].video, data, frame_multiple=model().config.temporal_compression_ratio)
-        tensors = {"latent_moments": latent_moments(model(), clip.frames, vae), "thumbnails": thumbnails(clip.frames)}
+        clip = read_clip(
+            listed_at[path].video, data, frame_multiple=model().config.temporal_compression_ratio
+        )
+        tensors = {
+            "latent_moments": latent_moments(model(), clip.frames, vae),
+            "thumbnails": thumbnails(clip.frames),
+        }
         cache.write(path, tensors, about=facts_of(clip))
 
     reasons = encode_missing(paths, cache, encode, "clip", say)
@@ -91,7 +102,11 @@ def encode_clips(
 
 
 def encode_missing(
-    paths: list[Path], cache: Cache, encode: Callable[[Path], None], what: str, say: Callable[[str], None]
+    paths: list[Path],
+    cache: Cache,
+    encode: Callable[[Path], None],
+    what: str,
+    say: Callable[[str], None],
 ) -> dict[Path, str]:
     """Calls encode(path) for every file that the cache lacks, unless another run that goes on at the same time does; what that one
     has begun comes last. Processes of this run share the work. Returns the reason for each that could not be encoded."""
@@ -107,7 +122,9 @@ def encode_missing(
     mine, elsewhere, reasons = missing[state.process_index :: state.num_processes], [], {}
     for wait, todo in ((False, mine), (True, elsewhere)):
         if wait and todo:
-            say(f"encode  waits for another run to encode {len(todo)} {what}{'s' if len(todo) > 1 else ''}")
+            say(
+                f"encode  waits for another run to encode {len(todo)} {what}{'s' if len(todo) > 1 else ''}"
+            )
         for path in bar(todo, desc=f"encode  {what}s", unit=what, leave=False):
             with claimed(path, wait=wait) as claim:
                 if not claim:
@@ -134,7 +151,9 @@ def latent_moments(model: AutoencoderKLCogVideoX, frames: Tensor, vae: Encoder) 
     """[F, C, H, W] pixels -> [2C, F', H', W'], mean and log variance of the posterior, unscaled, in the VAE's dtype."""
     import torch
 
-    pixels = frames.permute(1, 0, 2, 3)[None].to(vae.device, vae.dtype)  # [F, C, H, W] -> [1, C, F, H, W]
+    pixels = frames.permute(1, 0, 2, 3)[None].to(
+        vae.device, vae.dtype
+    )  # [F, C, H, W] -> [1, C, F, H, W]
     with torch.no_grad():
         moments = model.encode(pixels).latent_dist.parameters[0].cpu().contiguous()
     stride = 2 ** (len(model.config.block_out_channels) - 1)
@@ -163,14 +182,18 @@ def encode_images(
     model = functools.cache(vae.load)
 
     def encode(path: Path) -> None:
-        cache.write(path, {"image_moments": image_moments(model(), starts[path], data, vae, seed=path.stem)})
+        cache.write(
+            path, {"image_moments": image_moments(model(), starts[path], data, vae, seed=path.stem)}
+        )
 
     reasons = encode_missing(paths, cache, encode, "image", say)
     pairs = list(zip(clips, paths, strict=True))
     rejected = [Rejected(clip.example, reasons[path]) for clip, path in pairs if path in reasons]
     refuse_too_many(rejected, len(clips), data.max_bad_fraction)
     for left_out in rejected:
-        say(f"warning {left_out.example.origin} {left_out.example.video.name} {left_out.reason}; left out")
+        say(
+            f"warning {left_out.example.origin} {left_out.example.video.name} {left_out.reason}; left out"
+        )
     return [replace(clip, image_path=path) for clip, path in pairs if path not in reasons], rejected
 
 
@@ -181,7 +204,9 @@ def image_of(example: Example, data: Data) -> Tensor:
     return read_image(example.image, data, example.video)
 
 
-def image_moments(model: AutoencoderKLCogVideoX, example: Example, data: Data, vae: Encoder, seed: str) -> Tensor:
+def image_moments(
+    model: AutoencoderKLCogVideoX, example: Example, data: Data, vae: Encoder, seed: str
+) -> Tensor:
     """[1 + variants, 2C, 1, H', W']: of the image itself, then with noise."""
     import numpy
     import torch
@@ -203,7 +228,9 @@ def noise_levels(count: int) -> list[float]:
 
 def image_key(example: Example, data: Data, cache: Cache, vae: Encoder) -> str:
     """Of all that decides an image's latents."""
-    placed_by = cache.fingerprint(example.video) if data.video_reshape_mode is Reshape.random else None
+    placed_by = (
+        cache.fingerprint(example.video) if data.video_reshape_mode is Reshape.random else None
+    )
     source = ("frame", data.skip_frames_start) if example.image is None else ("image", placed_by)
     return key_of(
         VERSION, *source, cache.fingerprint(example.image or example.video), vae.identity, str(vae.dtype), data.height, data.width,
@@ -272,7 +299,9 @@ def encode_prompts(
     only their beginning, in training as in the pipeline.
     """
     paths = {
-        prompt: cache.path("prompts", key_of(VERSION, prompt, text.identity, str(text.dtype), max_length))
+        prompt: cache.path(
+            "prompts", key_of(VERSION, prompt, text.identity, str(text.dtype), max_length)
+        )
         for prompt in dict.fromkeys(prompts)
     }
     prompt_of = {path: prompt for prompt, path in paths.items()}
@@ -295,7 +324,11 @@ def encode_prompts(
 
 
 def prompt_embeds(
-    tokenizer: PreTrainedTokenizerBase, model: T5EncoderModel, prompt: str, text: Encoder, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    model: T5EncoderModel,
+    prompt: str,
+    text: Encoder,
+    max_length: int,
 ) -> tuple[Tensor, int]:
     """[S, D] as the pipeline's encode_prompt makes them (no attention mask), and the prompt's tokens before truncation."""
     import torch

@@ -12,7 +12,9 @@ COLUMNS = [
 MOST_ON_SHEET = 60
 
 
-def write_report(folder: Path, clips: list[EncodedClip], uses: list[str], rejected: list[Rejected]) -> None:
+def write_report(
+    folder: Path, clips: list[EncodedClip], uses: list[str], rejected: list[Rejected]
+) -> None:
     """`uses`: of each clip, what it is used for."""
     rows = [
         {

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from cogvx.data import demo, world
 from cogvx.errors import UserError, did_you_mean, listed
+from cogvx.files import absolute, write_bytes
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Reshape(Enum):
 class Data:
     """What all sources share. Frames are frames of the clip the model sees, skipped ones frames of the file."""
 
-    instance_data_root: str | None
+    instance_data_root: Path | None
     caption_column: str
     video_column: str
     image_column: str | None
@@ -56,7 +57,7 @@ class Data:
     skip_frames_start: int
     skip_frames_end: int
     video_reshape_mode: Reshape
-    cache_dir: str
+    cache_dir: Path
     validation_fraction: float
     max_validation_clips: int
     max_train_clips: int | None
@@ -70,7 +71,9 @@ class Data:
             for prompt, video, image, origin in self.rows()
         ]
         if not examples:
-            raise UserError(f"{self.described()} lists no clips: a caption and a path are needed for each")
+            raise UserError(
+                f"{self.described()} lists no clips: a caption and a path are needed for each"
+            )
         return examples
 
     def rows(self) -> Iterable[Row]:
@@ -78,7 +81,11 @@ class Data:
         raise TypeError(f"{type(self).__name__} has no rows()")
 
     def columns(self) -> list[str]:
-        return [self.caption_column, self.video_column, *([] if self.image_column is None else [self.image_column])]
+        return [
+            self.caption_column,
+            self.video_column,
+            *([] if self.image_column is None else [self.image_column]),
+        ]
 
     def described(self) -> str:
         return str(self.instance_data_root)
@@ -89,7 +96,9 @@ class Data:
 
         wanted = max(1, min(round(self.validation_fraction * examples), self.max_validation_clips))
         count = 0 if self.validation_fraction == 0 else min(examples - 1, wanted)
-        chosen = set(numpy.random.default_rng(self.validation_seed).permutation(examples)[:count].tolist())
+        chosen = set(
+            numpy.random.default_rng(self.validation_seed).permutation(examples)[:count].tolist()
+        )
         return [index in chosen for index in range(examples)]
 
     def trained_on(self, examples: int) -> list[bool]:
@@ -111,27 +120,37 @@ class Data:
         found = []
         for name in ("skip_frames_start", "skip_frames_end"):
             if getattr(self, name) < 0:
-                found.append(f"data.{name}={getattr(self, name)}: must be 0 or more frames of the file")
+                found.append(
+                    f"data.{name}={getattr(self, name)}: must be 0 or more frames of the file"
+                )
         if len(set(self.columns())) < len(self.columns()):
             found.append(
                 f"data: captions, clips and images need columns of their own, and these are {', '.join(self.columns())}"
             )
         if self.image_noise_variants < 0:
-            found.append(f"data.image_noise_variants={self.image_noise_variants}: must be 0 (no noise) or more")
+            found.append(
+                f"data.image_noise_variants={self.image_noise_variants}: must be 0 (no noise) or more"
+            )
         if self.fps is not None and not self.fps > 0:
-            found.append(f"data.fps={self.fps}: must be above 0, or null for every frame of the file")
+            found.append(
+                f"data.fps={self.fps}: must be above 0, or null for every frame of the file"
+            )
         if not 1 <= self.min_num_frames <= max(1, self.max_num_frames):
             found.append(
                 f"data.min_num_frames={self.min_num_frames}: must be from 1 to max_num_frames={self.max_num_frames}"
             )
         if not 0 <= self.validation_fraction < 1:
-            found.append(f"data.validation_fraction={self.validation_fraction}: must be from 0 up to, but not, 1")
+            found.append(
+                f"data.validation_fraction={self.validation_fraction}: must be from 0 up to, but not, 1"
+            )
         if self.max_validation_clips < 1:
             found.append(
                 f"data.max_validation_clips={self.max_validation_clips}: must be 1 or more; none: data.validation_fraction=0"
             )
         if self.max_train_clips is not None and self.max_train_clips < 1:
-            found.append(f"data.max_train_clips={self.max_train_clips}: must be 1 or more; null: all")
+            found.append(
+                f"data.max_train_clips={self.max_train_clips}: must be 1 or more; null: all"
+            )
         if not 0 <= self.max_bad_fraction <= 1:
             found.append(f"data.max_bad_fraction={self.max_bad_fraction}: must be from 0 to 1")
         return found
@@ -141,10 +160,12 @@ class Data:
         return False
 
     def root(self) -> Path:
-        root = Path(self.instance_data_root)
+        root = self.instance_data_root
         if not root.is_dir():
             what = "is a file, not a folder" if root.exists() else "does not exist"
-            raise UserError(f"data.instance_data_root={root} {what}: give the folder that holds the clips' list")
+            raise UserError(
+                f"data.instance_data_root={root} {what}: give the folder that holds the clips' list"
+            )
         return root
 
 
@@ -161,7 +182,9 @@ class TextFiles(Data):
                 f"{' and '.join(absent)} not found in {root}. One caption per line goes into {self.caption_column}, one path "
                 f"per line into {self.video_column}. Files there now: {', '.join(here) or 'none'}. For a CSV file: data=csv"
             )
-        return located(paired({name: read_lines(root / name) for name in self.columns()}, root), root)
+        return located(
+            paired({name: read_lines(root / name) for name in self.columns()}, root), root
+        )
 
 
 @dataclass
@@ -170,7 +193,7 @@ class Demo(TextFiles):
 
     def root(self) -> Path:
         if self.instance_data_root is None:
-            return demo.render(Path(self.cache_dir))
+            return demo.render(self.cache_dir)
         return super().root()
 
     def is_demo(self) -> bool:
@@ -186,7 +209,7 @@ class World(TextFiles):
 
     def root(self) -> Path:
         name = f"{world.NAME}_{self.clips}_{self.clips_seed}"
-        return world.render(Path(self.cache_dir), world.scenes(self.clips, self.clips_seed), name)
+        return world.render(self.cache_dir, world.scenes(self.clips, self.clips_seed), name)
 
     def described(self) -> str:
         return "data=world"
@@ -207,7 +230,9 @@ class Csv(Data):
         path = root / self.dataset_name
         if not path.is_file():
             tables = ", ".join(sorted(p.name for p in root.glob("*.csv"))) or "none"
-            raise UserError(f"{path} does not exist (data.dataset_name). CSV files in {root}: {tables}")
+            raise UserError(
+                f"{path} does not exist (data.dataset_name). CSV files in {root}: {tables}"
+            )
         reader = csv.DictReader(text_of(path).splitlines(keepends=True), skipinitialspace=True)
         require_columns(path.name, reader.fieldnames or [], self.columns())
         found = [
@@ -230,6 +255,10 @@ class Dataset(Data):
     dataset_name: str
     split: str
     streaming: bool
+
+    def make_paths_absolute(self) -> None:
+        if Path(self.dataset_name).expanduser().exists():
+            self.dataset_name = str(absolute(Path(self.dataset_name)))
 
     def described(self) -> str:
         return f"data.dataset_name={self.dataset_name}"
@@ -254,7 +283,9 @@ class Dataset(Data):
 
     def cells(self) -> list[Row]:
         table = self.load()
-        columns = table.column_names or list(next(iter(table), {}))  # a streamed table may not know them yet
+        columns = table.column_names or list(
+            next(iter(table), {})
+        )  # a streamed table may not know them yet
         require_columns(self.dataset_name, columns, self.columns())
         for column, feature in (table.features or {}).items():
             if hasattr(feature, "decode"):  # Video, Image: keep path and bytes, decode ourselves
@@ -274,11 +305,19 @@ class Dataset(Data):
 
         source = Path(self.dataset_name)
         if not source.is_file():
-            return datasets.load_dataset(self.dataset_name, split=self.split, streaming=self.streaming)
-        kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(source.suffix[1:].lower())
+            return datasets.load_dataset(
+                self.dataset_name, split=self.split, streaming=self.streaming
+            )
+        kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(
+            source.suffix[1:].lower()
+        )
         if kind is None:
-            raise UserError(f"data.dataset_name={source}: a file must end in csv, json, jsonl or parquet")
-        return datasets.load_dataset(kind, data_files=str(source), split=self.split, streaming=self.streaming)
+            raise UserError(
+                f"data.dataset_name={source}: a file must end in csv, json, jsonl or parquet"
+            )
+        return datasets.load_dataset(
+            kind, data_files=str(source), split=self.split, streaming=self.streaming
+        )
 
     def path_of(self, value: object) -> str | Path:
         """The path as listed; of a Video or Image cell with bytes, the file they are written to."""
@@ -286,13 +325,13 @@ class Dataset(Data):
             return value
         if value.get("bytes") is None:
             return value["path"]
-        name = hashlib.sha256(value["bytes"]).hexdigest()[:32] + Path(value.get("path") or "x.mp4").suffix
-        path = Path(self.cache_dir) / "videos" / name
+        name = (
+            hashlib.sha256(value["bytes"]).hexdigest()[:32]
+            + Path(value.get("path") or "x.mp4").suffix
+        )
+        path = self.cache_dir / "videos" / name
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{name}.{os.getpid()}.partial")
-            partial.write_bytes(value["bytes"])
-            partial.replace(path)
+            write_bytes(path, value["bytes"])
         return path
 
 
@@ -313,7 +352,9 @@ def text_of(path: Path) -> str:
 
 def read_lines(path: Path) -> list[str]:
     """Its lines, stripped, with blank ones kept so that line numbers hold, but none at the end."""
-    lines = [line.strip() for line in text_of(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    lines = [
+        line.strip() for line in text_of(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    ]
     while lines and not lines[-1]:
         lines.pop()
     return lines
@@ -330,7 +371,14 @@ def paired(columns: dict[str, list[str]], root: Path) -> list[Row]:
         blank = next((name for name, value in zip(columns, values, strict=True) if not value), None)
         filled = next((name for name, value in zip(columns, values, strict=True) if value), None)
         if blank is None:
-            found.append(Row(values[0], values[1], values[2] if len(values) > 2 else None, f"{others[0]}:{line}"))
+            found.append(
+                Row(
+                    values[0],
+                    values[1],
+                    values[2] if len(values) > 2 else None,
+                    f"{others[0]}:{line}",
+                )
+            )
         elif filled is not None:
             value = columns[filled][line - 1]
             says = f"says {shortened(value)!r}" if filled == prompt_file else f"names {value}"
@@ -355,7 +403,9 @@ def located(rows: list[Row], root: Path | None) -> list[Row]:
     """Rows with their paths found on disk; UserError lists every row that has no caption or no file."""
     problems, found = [], []
     for row in rows:
-        wanted = {"caption": row.prompt, "path": row.video} | ({} if row.image is None else {"image": row.image})
+        wanted = {"caption": row.prompt, "path": row.video} | (
+            {} if row.image is None else {"image": row.image}
+        )
         texts = {name: unquoted(value) for name, value in wanted.items()}
         lacking = [name for name, text in texts.items() if not text]
         if lacking:
@@ -370,7 +420,9 @@ def located(rows: list[Row], root: Path | None) -> list[Row]:
         except UserError as error:
             problems.append(f"{row.origin} {error}")
     if problems:
-        raise UserError(listed(f"{len(problems)} of {len(rows)} clips cannot be used as listed:", problems))
+        raise UserError(
+            listed(f"{len(problems)} of {len(rows)} clips cannot be used as listed:", problems)
+        )
     return found
 
 

@@ -74,8 +74,15 @@ def read_image(path: Path, data: Data, video: Path) -> Tensor:
         with Image.open(path) as picture:
             pixels = numpy.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except UnidentifiedImageError as error:
-        raise BadClip(f"has an image, {path}, that is no picture ({path.stat().st_size} bytes)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as PIL reports damaged files
+        raise BadClip(
+            f"has an image, {path}, that is no picture ({path.stat().st_size} bytes)"
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # as PIL reports damaged files
         raise BadClip(f"has an image, {path}, that cannot be read: {error}") from error
     return resize_and_crop(pixels[None], data, place=crop_place(video, data.video_reshape_mode))
 
@@ -83,12 +90,16 @@ def read_image(path: Path, data: Data, video: Path) -> Tensor:
 def read_first_frame(path: Path, data: Data) -> Tensor:
     """The first frame that read_clip() takes, [1, C, H, W] in [-1, 1]."""
     reader, _ = open_video(path)
-    return resize_and_crop(decode(reader, [data.skip_frames_start]), data, crop_place(path, data.video_reshape_mode))
+    return resize_and_crop(
+        decode(reader, [data.skip_frames_start]), data, crop_place(path, data.video_reshape_mode)
+    )
 
 
 def to_bytes(frames: Tensor) -> numpy.ndarray:
     """[F, C, H, W] in [-1, 1] -> [F, H, W, C] uint8."""
-    return ((frames + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return (
+        ((frames + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    )
 
 
 def by_timestamp(stamps: list[float], fps: float | None, most: int) -> list[int]:
@@ -139,7 +150,9 @@ def open_video(path: Path):
     import decord
 
     if missing := missing_bytes(path):
-        raise BadClip(f"is cut off: the last {missing} of its {missing + path.stat().st_size} bytes are missing")
+        raise BadClip(
+            f"is cut off: the last {missing} of its {missing + path.stat().st_size} bytes are missing"
+        )
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
@@ -190,26 +203,9 @@ def resize_and_crop(pixels: numpy.ndarray, data: Data, place: tuple[float, float
     parts = []
     for part in torch.from_numpy(pixels).split(FRAMES_AT_ONCE):
         part = part.permute(0, 3, 1, 2).float()  # [F, H, W, C] -> [F, C, H, W]
-        part = F.interpolate(part, (new_height, new_width), mode="bicubic", antialias=True, align_corners=False)
+        part = F.interpolate(
+            part, (new_height, new_width), mode="bicubic", antialias=True, align_corners=False
+        )
         part = part[:, :, top : top + data.height, left : left + data.width].clamp(0, 255)
         parts.append(2 * (part / 255) - 1)  # rounded as diffusers' VideoProcessor rounds
     return torch.cat(parts)
-
-
-def write_video(path: Path, frames, fps: float) -> None:
-    """An mp4 of frames [H, W, 3] uint8, playable in browsers."""
-    import imageio.v3
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # H.264 with 4:2:0 colour is what every browser plays; macro_block_size 2 because that format wants even sizes.
-    imageio.v3.imwrite(
-        path,
-        list(frames),
-        plugin="FFMPEG",
-        fps=fps,
-        codec="libx264",
-        pixelformat="yuv420p",
-        macro_block_size=2,
-        output_params=["-crf", "12", "-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact"],
-        ffmpeg_log_level="error",
-    )

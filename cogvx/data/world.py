@@ -32,7 +32,9 @@ OTHER_COLOURS = {"black": (16, 16, 18)}  # not in this world
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SHAPES = ("circle", "square", "triangle")
 OTHER_SHAPES = ("ring", "cross")  # not in this world
-KINDS = [kind for kind in itertools.product(SHAPES, COLOURS, COLOURS, DIRECTIONS) if kind[1] != kind[2]]
+KINDS = [
+    kind for kind in itertools.product(SHAPES, COLOURS, COLOURS, DIRECTIONS) if kind[1] != kind[2]
+]
 HOLE, ARM = 0.5, 0.36  # a ring's inner radius and a cross's half width, as shares of the radius
 FINE = 4  # drawn so many times larger and averaged, for smooth edges
 
@@ -55,9 +57,7 @@ class Scene:
     start: float = 0.0  # degrees it is turned by when it starts
 
     def caption(self) -> str:
-        return (
-            f"A {self.called or self.colour} {self.shape} moves {self.direction} over a {self.background} background."
-        )
+        return f"A {self.called or self.colour} {self.shape} moves {self.direction} over a {self.background} background."
 
     def frames(self) -> int:
         return round(self.fps * self.seconds)
@@ -68,7 +68,9 @@ def scenes(count: int, seed: int) -> list[Scene]:
     import numpy
 
     generator = numpy.random.default_rng(seed)
-    order = [KINDS[i] for _ in range(-(-count // len(KINDS))) for i in generator.permutation(len(KINDS))]
+    order = [
+        KINDS[i] for _ in range(-(-count // len(KINDS))) for i in generator.permutation(len(KINDS))
+    ]
     return [varied(Scene(*kind), generator) for kind in order[:count]]
 
 
@@ -88,10 +90,14 @@ def varied(
 def draw(scene: Scene) -> numpy.ndarray:
     """The clip, [F, H, W, 3] uint8."""
     colours = COLOURS | OTHER_COLOURS
-    return paint(scene, colours[scene.colour], colours[scene.background], DIRECTIONS[scene.direction])
+    return paint(
+        scene, colours[scene.colour], colours[scene.background], DIRECTIONS[scene.direction]
+    )
 
 
-def paint(scene: Scene, colour: tuple, background: tuple, direction: tuple[float, float]) -> numpy.ndarray:
+def paint(
+    scene: Scene, colour: tuple, background: tuple, direction: tuple[float, float]
+) -> numpy.ndarray:
     """The scene in any colours and going any way, [F, H, W, 3] uint8."""
     import numpy
 
@@ -103,12 +109,21 @@ def paint(scene: Scene, colour: tuple, background: tuple, direction: tuple[float
         along, across = way * scene.travel, scene.aside
         x = scene.width / 2 + free[0] * (along * dx + across * dy)
         y = scene.height / 2 + free[1] * (along * dy + across * dx)
-        frames.append(picture(scene, colour, background, (x, y), size, scene.start + scene.turn * (way + 1) / 2))
+        frames.append(
+            picture(
+                scene, colour, background, (x, y), size, scene.start + scene.turn * (way + 1) / 2
+            )
+        )
     return numpy.stack(frames)
 
 
 def picture(
-    scene: Scene, colour: tuple, background: tuple, centre: tuple[float, float], size: float, angle: float
+    scene: Scene,
+    colour: tuple,
+    background: tuple,
+    centre: tuple[float, float],
+    size: float,
+    angle: float,
 ) -> numpy.ndarray:
     """A frame, [H, W, 3] uint8; centre and size in pixels, angle in degrees."""
     import numpy
@@ -117,7 +132,9 @@ def picture(
     image = Image.new("RGB", (scene.width * FINE, scene.height * FINE), background)
     pen, (x, y), radius = ImageDraw.Draw(image), (centre[0] * FINE, centre[1] * FINE), size * FINE
     if scene.shape in ("square", "triangle"):
-        pen.regular_polygon(((x, y), radius), {"square": 4, "triangle": 3}[scene.shape], rotation=angle, fill=colour)
+        pen.regular_polygon(
+            ((x, y), radius), {"square": 4, "triangle": 3}[scene.shape], rotation=angle, fill=colour
+        )
     elif scene.shape == "cross":
         pen.polygon(cross(x, y, radius, numpy.deg2rad(angle)), fill=colour)
     else:
@@ -135,7 +152,10 @@ def cross(x: float, y: float, radius: float, angle: float) -> list[tuple[float, 
     quarter = [(arm, -radius), (arm, -arm), (radius, -arm)]
     corners = []
     for turn in range(4):
-        cosine, sine = numpy.cos(angle + turn * numpy.pi / 2), numpy.sin(angle + turn * numpy.pi / 2)
+        cosine, sine = (
+            numpy.cos(angle + turn * numpy.pi / 2),
+            numpy.sin(angle + turn * numpy.pi / 2),
+        )
         corners += [(x + a * cosine - b * sine, y + a * sine + b * cosine) for a, b in quarter]
     return corners
 
@@ -146,14 +166,18 @@ def render(folder: Path, clips: list[Scene], name: str) -> Path:
 
 
 def render_scenes(folder: Path, clips: list[Scene]) -> None:
-    from cogvx.data.video import write_video
+    from cogvx.data.mp4 import write_video
     from cogvx.progress import bar
 
     names = [f"videos/{number:04d}.mp4" for number in range(1, len(clips) + 1)]
     pairs = zip(names, clips, strict=True)
-    for name, scene in bar(pairs, total=len(clips), desc="render", unit="clip", leave=False, disable=len(clips) < 100):
+    for name, scene in bar(
+        pairs, total=len(clips), desc="render", unit="clip", leave=False, disable=len(clips) < 100
+    ):
         write_video(folder / name, draw(scene), fps=scene.fps)
-    (folder / "prompts.txt").write_text("".join(f"{scene.caption()}\n" for scene in clips), encoding="utf-8")
+    (folder / "prompts.txt").write_text(
+        "".join(f"{scene.caption()}\n" for scene in clips), encoding="utf-8"
+    )
     (folder / "videos.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
@@ -164,5 +188,7 @@ def described(prompt: str) -> dict[str, str]:
     """What a prompt in the form of Scene.caption() asks for: colour (by its name there), shape, direction, background; {} for others."""
     found = FORM.search(prompt)
     return (
-        {} if found is None else dict(zip(("colour", "shape", "direction", "background"), found.groups(), strict=True))
+        {}
+        if found is None
+        else dict(zip(("colour", "shape", "direction", "background"), found.groups(), strict=True))
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cogvx.data.sources import Data
-    from cogvx.training.options import Validation
+    from cogvx.options.validation import Validation
 
 
 def generate(
@@ -32,7 +32,11 @@ def generate(
     pipeline_class = CogVideoXPipeline if image is None else CogVideoXImageToVideoPipeline
     start = {} if image is None else {"image": Image.fromarray(image)}
     pipeline = pipeline_class(
-        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=noise_scheduler
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer,
+        scheduler=noise_scheduler,
     )
     pipeline.set_progress_bar_config(
         desc=description, leave=False, disable=description is None or not sys.stderr.isatty()

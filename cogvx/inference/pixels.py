@@ -14,7 +14,9 @@ from cogvx.data.world import COLOURS, OTHER_COLOURS
 
 VISIBLE = 40.0  # RGB distance between a shape and its background, of 442 between black and white
 MOVED = 0.12  # of the frame's side
-SLANTING = 0.5  # of the way along one side, the way along the other; what slants more has no direction
+SLANTING = (
+    0.5  # of the way along one side, the way along the other; what slants more has no direction
+)
 # Filled share of the circle around a shape at 64 pixels, drawn and restored by nano's VAE, which rounds corners: triangles 0.46 to
 # 0.58, squares 0.68 to 0.77, circles 0.90 to 0.96.
 SQUARE, CIRCLE = 0.63, 0.84
@@ -66,7 +68,11 @@ def largest(mask: numpy.ndarray) -> numpy.ndarray:
     from scipy import ndimage
 
     labels, count = ndimage.label(mask)
-    return labels == 1 + numpy.argmax(ndimage.sum_labels(mask, labels, range(1, count + 1))) if count else mask
+    return (
+        labels == 1 + numpy.argmax(ndimage.sum_labels(mask, labels, range(1, count + 1)))
+        if count
+        else mask
+    )
 
 
 def centre(mask: numpy.ndarray) -> numpy.ndarray:

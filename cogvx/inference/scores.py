@@ -17,7 +17,7 @@ import numpy
 
 from cogvx.data import demo, world
 from cogvx.inference import pixels
-from cogvx.model.checkpoint import Nano
+from cogvx.model.pretrained import Nano
 
 if TYPE_CHECKING:
     from cogvx.config import Config
@@ -50,7 +50,9 @@ def asked_of(prompts: dict[str, list[str]], seed: int) -> list[Asked]:
 
 def prompts_of(config: Config, count: int) -> dict[str, list[str]]:
     """The prompts whose videos can be judged on their pixels: nano's, taught the demo's colour. Image-to-video is shown what to make."""
-    judged = isinstance(config.model, Nano) and not config.model.image_to_video and config.data.is_demo()
+    judged = (
+        isinstance(config.model, Nano) and not config.model.image_to_video and config.data.is_demo()
+    )
     return demo.scored_prompts(count) if count and judged else {}
 
 
@@ -111,7 +113,9 @@ def comparison(kind: str, measure: str, pairs: numpy.ndarray) -> Comparison:
     chosen = numpy.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))
     low, high = numpy.percentile(differences[chosen].mean(axis=1), [2.5, 97.5])
     means = pairs.mean(axis=0)
-    return Comparison(kind, measure, *map(float, (*means, differences.mean(), low, high)), len(pairs))
+    return Comparison(
+        kind, measure, *map(float, (*means, differences.mean(), low, high)), len(pairs)
+    )
 
 
 def value_of(found: list[Comparison], kind: str, measure: str) -> Comparison | None:
@@ -147,9 +151,13 @@ def table(found: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, rows: dict[str, list[Scored]], found: dict[str, list[Comparison]], more: dict) -> None:
+def write(
+    folder: Path, rows: dict[str, list[Scored]], found: dict[str, list[Comparison]], more: dict
+) -> None:
     """evaluation.csv, a row for each video, and evaluation.json."""
-    measures = list(dict.fromkeys(name for scored in rows.values() for each in scored for name in each.values))
+    measures = list(
+        dict.fromkeys(name for scored in rows.values() for each in scored for name in each.values)
+    )
     with (folder / "evaluation.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["variant", "kind", "seed", "prompt", *measures])

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from cogvx.errors import UserError
-from cogvx.training.options import Attention
+from cogvx.options.train import Attention
 
 KINDS = {
     SDPBackend.FLASH_ATTENTION: Attention.flash, SDPBackend.EFFICIENT_ATTENTION: Attention.efficient,
@@ -38,7 +38,9 @@ def using(wanted: Attention) -> Iterator[None]:
             enable(before[kind])
 
 
-def in_use(heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, *, trained: bool = True) -> Attention:
+def in_use(
+    heads: int, head_dim: int, device: torch.device, dtype: torch.dtype, *, trained: bool = True
+) -> Attention:
     """The kernel that torch takes for a transformer of this kind. UserError when it may use none that can do it."""
     tokens = torch.empty(1, heads, 128, head_dim, device=device, dtype=dtype, requires_grad=trained)
     try:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from cogvx.training.options import Memory, Recompute, Storage
+from cogvx.options.memory import Memory, Recompute, Storage
 
 ATTENTION = [
     getattr(torch.ops.aten, name).default
@@ -33,16 +33,26 @@ VARIANTS = 32  # of a compiled block: with and without gradients, with and witho
 
 
 def arrange(
-    transformer: torch.nn.Module, memory: Memory, *, recompute: bool, device: torch.device, compiled: bool = False
+    transformer: torch.nn.Module,
+    memory: Memory,
+    *,
+    recompute: bool,
+    device: torch.device,
+    compiled: bool = False,
 ) -> None:
     """Sets the transformer up as `memory` says and brings it to the device, as far as it is to stay there."""
     remember_positions(transformer.patch_embed)
     if memory.feed_forward_chunks > 1:
         for block in transformer.transformer_blocks:
-            block.ff.forward = functools.partial(in_chunks, block.ff, block.ff.forward, memory.feed_forward_chunks)
+            block.ff.forward = functools.partial(
+                in_chunks, block.ff, block.ff.forward, memory.feed_forward_chunks
+            )
     if memory.base_storage is not Storage.own or memory.stream_weights:
         transformer.keeper = Keeper(
-            transformer.transformer_blocks, memory.base_storage, device, streamed=memory.stream_weights
+            transformer.transformer_blocks,
+            memory.base_storage,
+            device,
+            streamed=memory.stream_weights,
         )
     bring(transformer, device)
     if compiled:  # without the hooks of a Keeper, which are of no use in a graph; all blocks share what is compiled
@@ -55,7 +65,9 @@ def arrange(
 
 def remember_positions(patch_embed: torch.nn.Module) -> None:
     """diffusers computes the sine table anew in every forward pass at other sizes than the checkpoint's own."""
-    patch_embed._get_positional_embeddings = functools.lru_cache(maxsize=8)(patch_embed._get_positional_embeddings)
+    patch_embed._get_positional_embeddings = functools.lru_cache(maxsize=8)(
+        patch_embed._get_positional_embeddings
+    )
 
 
 # -- everything computed again -----------------------------------------------------------------------------------------
@@ -70,12 +82,23 @@ class RunAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, anchor: Tensor, memory: Memory, block, hidden_states, encoder_hidden_states, temb: Tensor, *others
+        ctx,
+        anchor: Tensor,
+        memory: Memory,
+        block,
+        hidden_states,
+        encoder_hidden_states,
+        temb: Tensor,
+        *others,
     ):
         ctx.device, inputs = hidden_states.device, (hidden_states, encoder_hidden_states)
         on_cpu = memory.offload_activations
         ctx.kept = [to_cpu(each, pinned=each.is_cuda) for each in inputs] if on_cpu else inputs
-        ctx.block, ctx.temb, ctx.others = block, temb, others  # these two are the same for all blocks
+        ctx.block, ctx.temb, ctx.others = (
+            block,
+            temb,
+            others,
+        )  # these two are the same for all blocks
         # The backward pass runs outside of autocast, and has to compute as the forward pass did.
         kind = hidden_states.device.type
         ctx.autocast = {
@@ -98,7 +121,14 @@ class RunAgain(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(**ctx.autocast), ctx.again:
             outputs = ctx.block(*inputs, temb, *ctx.others)
         torch.autograd.backward(outputs, gradients)
-        return None, None, None, *(tensor.grad for tensor in inputs), temb.grad, *(None for _ in ctx.others)
+        return (
+            None,
+            None,
+            None,
+            *(tensor.grad for tensor in inputs),
+            temb.grad,
+            *(None for _ in ctx.others),
+        )
 
 
 class KeepAttention(TorchDispatchMode):
@@ -111,7 +141,9 @@ class KeepAttention(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func in ATTENTION:
-            self.results.append(tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result))
+            self.results.append(
+                tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result)
+            )
         return result
 
 
@@ -182,7 +214,9 @@ class Kept:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Kept:
         parts = {name: getattr(self, name) for name in ("data", "scale", "code")}
-        return replace(self, **{name: part if part is None else move(part) for name, part in parts.items()})
+        return replace(
+            self, **{name: part if part is None else move(part) for name, part in parts.items()}
+        )
 
     def whole(self) -> Tensor:
         if self.storage is Storage.int8:
@@ -191,7 +225,12 @@ class Kept:
             from bitsandbytes.functional import QuantState, dequantize_4bit
 
             state = QuantState(
-                self.scale, shape=self.shape, code=self.code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=self.dtype
+                self.scale,
+                shape=self.shape,
+                code=self.code,
+                blocksize=NF4_BLOCK,
+                quant_type="nf4",
+                dtype=self.dtype,
             )
             return dequantize_4bit(self.data, state)
         return self.data.to(self.dtype)
@@ -204,13 +243,17 @@ class Keeper:
     def __init__(self, blocks, storage: Storage, device: torch.device, *, streamed: bool):
         self.device = device
         self.streamed = streamed
-        self.copying = torch.cuda.Stream(device) if self.streamed and device.type == "cuda" else None
+        self.copying = (
+            torch.cuda.Stream(device) if self.streamed and device.type == "cuda" else None
+        )
         self.places = [frozen_places(block) for block in blocks]
         self.kept: list[list[Kept]] = []
         self.coming: tuple[int, list[Kept]] | None = None  # a block's weights on their way
         self.last = -1
         for index, block in enumerate(blocks):
-            self.kept.append([self.put_away(owner, name, storage) for owner, name in self.places[index]])
+            self.kept.append(
+                [self.put_away(owner, name, storage) for owner, name in self.places[index]]
+            )
             block.register_forward_pre_hook(functools.partial(self.before, index))
             block.register_forward_hook(functools.partial(self.after, index), always_call=True)
 
@@ -248,8 +291,12 @@ class Keeper:
         found = self.coming[1]
         if self.copying is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.copying)
-            for kept in found:  # else their memory could be given away while this stream still reads it
-                kept.moved(lambda tensor: tensor.record_stream(torch.cuda.current_stream(self.device)))
+            for (
+                kept
+            ) in found:  # else their memory could be given away while this stream still reads it
+                kept.moved(
+                    lambda tensor: tensor.record_stream(torch.cuda.current_stream(self.device))
+                )
         following = index + (1 if index > self.last else -1)
         self.last, self.coming = index, None
         if self.copying is not None and 0 <= following < len(self.kept):
@@ -257,10 +304,17 @@ class Keeper:
         return found
 
     def send(self, index: int) -> None:
-        with torch.cuda.stream(self.copying) if self.copying is not None else contextlib.nullcontext():
+        with (
+            torch.cuda.stream(self.copying)
+            if self.copying is not None
+            else contextlib.nullcontext()
+        ):
             self.coming = (
                 index,
-                [kept.moved(lambda tensor: to_device(tensor, self.device)) for kept in self.kept[index]],
+                [
+                    kept.moved(lambda tensor: to_device(tensor, self.device))
+                    for kept in self.kept[index]
+                ],
             )
 
 
@@ -295,9 +349,16 @@ def clip_by_clip(transformer: torch.nn.Module):
     """Without gradients: guidance's two halves, or any batch, go through the transformer one after the other. Exact."""
     forward = transformer.forward
 
-    def each(hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor, **same) -> tuple[Tensor]:
-        parts = zip(hidden_states.split(1), encoder_hidden_states.split(1), timestep.split(1), strict=True)
-        answers = [forward(hidden_states=h, encoder_hidden_states=e, timestep=t, **same)[0] for h, e, t in parts]
+    def each(
+        hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor, **same
+    ) -> tuple[Tensor]:
+        parts = zip(
+            hidden_states.split(1), encoder_hidden_states.split(1), timestep.split(1), strict=True
+        )
+        answers = [
+            forward(hidden_states=h, encoder_hidden_states=e, timestep=t, **same)[0]
+            for h, e, t in parts
+        ]
         return (torch.cat(answers),)
 
     transformer.forward = each
@@ -310,19 +371,26 @@ def clip_by_clip(transformer: torch.nn.Module):
 # -- the feed-forward in parts -----------------------------------------------------------------------------------------
 
 
-def in_chunks(feed_forward: torch.nn.Module, forward: Callable, chunks: int, hidden_states: Tensor) -> Tensor:
+def in_chunks(
+    feed_forward: torch.nn.Module, forward: Callable, chunks: int, hidden_states: Tensor
+) -> Tensor:
     """A feed-forward treats each token by itself, so parts of the tokens [B, S, D], one after the other, give the same. What is
     within is computed again in the backward pass: it is the largest part of a block's activations, four times its width."""
     if torch.is_grad_enabled():
         weights = [(owner, dict(owner._parameters)) for owner in feed_forward.modules()]
         run = functools.partial(with_weights, weights, forward)
-        parts = [checkpoint(run, part, use_reentrant=False) for part in hidden_states.chunk(chunks, dim=1)]
+        parts = [
+            checkpoint(run, part, use_reentrant=False)
+            for part in hidden_states.chunk(chunks, dim=1)
+        ]
     else:
         parts = [forward(part) for part in hidden_states.chunk(chunks, dim=1)]
     return torch.cat(parts, dim=1)
 
 
-def with_weights(weights: list[tuple[torch.nn.Module, dict]], forward: Callable, hidden_states: Tensor) -> Tensor:
+def with_weights(
+    weights: list[tuple[torch.nn.Module, dict]], forward: Callable, hidden_states: Tensor
+) -> Tensor:
     """With the weights of the forward pass, which a Keeper may have put away when it is run again."""
     present = [(owner, dict(owner._parameters)) for owner, _ in weights]
     try:

@@ -20,7 +20,15 @@ OFS = 2.0  # the offset that CogVideoXImageToVideoPipeline gives to 1.5-5B-I2V
 class CogVideoX:
     """The transformer with its noise schedule and positions. Schedule arithmetic is fp32 whatever the weights are."""
 
-    def __init__(self, transformer, noise_scheduler, geometry: Geometry, *, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        transformer,
+        noise_scheduler,
+        geometry: Geometry,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         self.transformer = transformer
         self.geometry = geometry
         self.device = device
@@ -32,7 +40,9 @@ class CogVideoX:
     def scale(self, latents: Tensor) -> Tensor:
         """The VAE's latents to the transformer's: unit variance, frames first, and for 1.5 copies of the first frame in front
         where a token needs them. They are trained like the others; CogVideoXPipeline samples them and drops them again."""
-        latents = (latents * self.geometry.scaling_factor).permute(0, 2, 1, 3, 4)  # [B, C, F, H, W] -> [B, F, C, H, W]
+        latents = (latents * self.geometry.scaling_factor).permute(
+            0, 2, 1, 3, 4
+        )  # [B, C, F, H, W] -> [B, F, C, H, W]
         padding = self.geometry.padding(latents.shape[1])
         return torch.cat([latents[:, :1]] * padding + [latents], dim=1) if padding else latents
 
@@ -45,8 +55,12 @@ class CogVideoX:
         if image_latents is None:
             return None
         factor = self.geometry.scaling_factor
-        scaled = (1 / factor if self.geometry.invert_scale_latents else factor) * image_latents.permute(0, 2, 1, 3, 4)
-        return torch.cat([scaled, scaled.new_zeros(len(scaled), frames - 1, *scaled.shape[2:])], dim=1)
+        scaled = (
+            1 / factor if self.geometry.invert_scale_latents else factor
+        ) * image_latents.permute(0, 2, 1, 3, 4)
+        return torch.cat(
+            [scaled, scaled.new_zeros(len(scaled), frames - 1, *scaled.shape[2:])], dim=1
+        )
 
     def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at timesteps [B], each [B, 1, 1, 1, 1]."""
@@ -70,7 +84,11 @@ class CogVideoX:
         )  # both over (SNR + 1) = 1 / (1 - alphas_cumprod)
 
     def predict_velocity(
-        self, noisy_latents: Tensor, condition: Tensor | None, prompt_embeds: Tensor, timesteps: Tensor
+        self,
+        noisy_latents: Tensor,
+        condition: Tensor | None,
+        prompt_embeds: Tensor,
+        timesteps: Tensor,
     ) -> Tensor:
         """[B, F, C, H, W], of the noisy latents' shape; condition and prompt_embeds [B, S, D] as they are beside them."""
         _, frames, _, height, width = noisy_latents.shape
@@ -79,12 +97,18 @@ class CogVideoX:
             hidden_states=given.to(self.dtype),
             encoder_hidden_states=prompt_embeds.to(self.dtype),
             timestep=timesteps,
-            ofs=torch.full((1,), OFS, dtype=self.dtype, device=self.device) if self.geometry.ofs else None,
-            image_rotary_emb=self.rotary_embeddings(frames, height, width) if self.geometry.rotary else None,
+            ofs=torch.full((1,), OFS, dtype=self.dtype, device=self.device)
+            if self.geometry.ofs
+            else None,
+            image_rotary_emb=self.rotary_embeddings(frames, height, width)
+            if self.geometry.rotary
+            else None,
             return_dict=False,
         )[0]
 
-    def compute_rotary_embeddings(self, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def compute_rotary_embeddings(
+        self, frames: int, height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin of the tokens' rotations, [F/p_t * H/p * W/p, head_dim] each, as CogVideoXPipeline makes them.
 
         1.0 resizes the grid to the one its positions were trained for (CogVideo's own fine-tuning builds it from the clip

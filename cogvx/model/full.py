@@ -25,17 +25,23 @@ def attach(transformer: CogVideoXTransformer3DModel) -> None:
     transformer.requires_grad_(True).float()
 
 
-def save(transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+def save(
+    transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype | None = None
+) -> None:
     """Writes folder/transformer, in `dtype` or as it is."""
     from huggingface_hub import save_torch_state_dict
 
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in transformer.state_dict().items()
+        name: tensor.detach().to("cpu", dtype or tensor.dtype)
+        for name, tensor in transformer.state_dict().items()
     }
     save_torch_state_dict(
-        tensors, place, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=SHARD
+        tensors,
+        place,
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size=SHARD,
     )
     transformer.save_config(place)
     for path in place.iterdir():
@@ -52,7 +58,9 @@ def saved(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def differences(transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool) -> list[str]:
+def differences(
+    transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool
+) -> list[str]:
     """How what was saved differs from the model in names, shapes and (if asked) values; empty when they agree."""
     expected, found, seen = transformer.state_dict(), [], set()
     for name, tensor in saved(folder):
@@ -60,7 +68,9 @@ def differences(transformer: CogVideoXTransformer3DModel, folder: Path, *, value
         if name not in expected:
             found.append(f"{name} is not part of the transformer")
         elif tensor.shape != expected[name].shape:
-            found.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+            found.append(
+                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+            )
         elif values and not tensor.equal(expected[name].cpu()):
             found.append(f"{name} has other values")
     return sorted(found + [f"{name} is missing" for name in expected.keys() - seen])

@@ -29,7 +29,9 @@ class Geometry:
     text_tokens: int
     scaling_factor: float
     invert_scale_latents: bool  # image latents are divided by the factor (1.5-5B-I2V)
-    stored_dtype: str | None  # of the transformer's weights, as safetensors names it: F16, BF16, F32
+    stored_dtype: (
+        str | None
+    )  # of the transformer's weights, as safetensors names it: F16, BF16, F32
 
     @classmethod
     def from_configs(cls, transformer: dict, vae: dict, stored_dtype: str | None):
@@ -66,7 +68,9 @@ class Geometry:
         """Latent frames put in front of a clip so that whole tokens come out (1.5; CogVideoXPipeline drops as many again)."""
         return -latent_frames % (self.patch_size_t or 1)
 
-    def problems(self, *, frames: int, height: int, width: int, image_to_video: bool, precision: str) -> list[str]:
+    def problems(
+        self, *, frames: int, height: int, width: int, image_to_video: bool, precision: str
+    ) -> list[str]:
         """Why this checkpoint cannot be trained so; each with what is legal. `precision`: no, fp16 or bf16."""
         return [
             *self.kind_problems(image_to_video),
@@ -82,9 +86,13 @@ class Geometry:
                 f"text-to-video ({self.latent_channels}) nor image-to-video ({2 * self.latent_channels})"
             ]
         if image_to_video and not self.image_to_video:
-            return ["model.image_to_video=true, but this is a text-to-video checkpoint: model=2b, 5b or 1_5_5b"]
+            return [
+                "model.image_to_video=true, but this is a text-to-video checkpoint: model=2b, 5b or 1_5_5b"
+            ]
         if self.image_to_video and not image_to_video:
-            return ["model.image_to_video=false, but this is an image-to-video checkpoint: model=5b_i2v or 1_5_5b_i2v"]
+            return [
+                "model.image_to_video=false, but this is an image-to-video checkpoint: model=5b_i2v or 1_5_5b_i2v"
+            ]
         return []
 
     def frame_problems(self, frames: int) -> list[str]:
@@ -92,14 +100,21 @@ class Geometry:
         if frames >= 1 and frames % step == 1 % step:
             return []
         below = max(1, (frames - 1) // step * step + 1)
-        return [f"data.max_num_frames={frames}: must be {step}k + 1; nearest: {below} or {below + step}"]
+        return [
+            f"data.max_num_frames={frames}: must be {step}k + 1; nearest: {below} or {below + step}"
+        ]
 
     def size_problems(self, height: int, width: int) -> list[str]:
         found, multiple = [], self.pixel_multiple
-        for name, value, latent in (("height", height, self.sample_height), ("width", width, self.sample_width)):
+        for name, value, latent in (
+            ("height", height, self.sample_height),
+            ("width", width, self.sample_width),
+        ):
             native = latent * self.spatial_stride
             if self.learned_positions and value != native:
-                found.append(f"data.{name}={value}: must be {native}, the only one this checkpoint has positions for")
+                found.append(
+                    f"data.{name}={value}: must be {native}, the only one this checkpoint has positions for"
+                )
             elif value < multiple or value % multiple:
                 below = value // multiple * multiple
                 nearest = f"{below} or {below + multiple}" if below >= multiple else f"{multiple}"
@@ -108,7 +123,9 @@ class Geometry:
                     f"(VAE {self.spatial_stride} x patch {self.patch_size}); nearest: {nearest}"
                 )
             elif self.patch_size_t is not None and value > native:
-                found.append(f"data.{name}={value}: must be at most {native}, where this checkpoint's positions end")
+                found.append(
+                    f"data.{name}={value}: must be at most {native}, where this checkpoint's positions end"
+                )
         return found
 
     def precision_problems(self, precision: str) -> list[str]:
@@ -127,7 +144,9 @@ class Geometry:
                 f"table in their place, here and in its pipeline, which the checkpoint has not seen"
             ]
         if self.patch_size_t is None and frames > self.sample_frames:
-            return [f"this checkpoint was trained on up to {self.sample_frames} frames, and these are {frames}"]
+            return [
+                f"this checkpoint was trained on up to {self.sample_frames} frames, and these are {frames}"
+            ]
         return []
 
 
@@ -144,7 +163,9 @@ def read_geometry(folder: Path) -> Geometry:
     """From a folder in diffusers layout. UserError when a part is missing or cannot be read."""
     try:
         return Geometry.from_configs(
-            read_config(folder, "transformer"), read_config(folder, "vae"), stored_dtype(folder / "transformer")
+            read_config(folder, "transformer"),
+            read_config(folder, "vae"),
+            stored_dtype(folder / "transformer"),
         )
     except KeyError as error:
         raise UserError(
@@ -160,7 +181,9 @@ def stored_dtype(part: Path) -> str | None:
                 header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         except (OSError, ValueError, struct.error, MemoryError, OverflowError):
             return None  # loading it will say more
-        return next((about["dtype"] for name, about in header.items() if name != "__metadata__"), None)
+        return next(
+            (about["dtype"] for name, about in header.items() if name != "__metadata__"), None
+        )
     return None
 
 
@@ -169,7 +192,9 @@ def read_config(folder: Path, part: str) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: the model folder lacks its {part}. {LAYOUT}") from error
+        raise UserError(
+            f"{path} does not exist: the model folder lacks its {part}. {LAYOUT}"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
-SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora")  # of peft, which decide what the weights mean
+SETTINGS = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+)  # of peft, which decide what the weights mean
 
 
 @dataclass
@@ -30,14 +35,16 @@ class Lora:
     target_modules: Any  # a list of names, or a regular expression
     use_rslora: bool
     use_dora: bool
-    init_from: str | None
+    init_from: Path | None
 
     def problems(self) -> list[str]:
         found = []
         if self.rank < 1:
             found.append(f"lora.rank={self.rank}: must be 1 or more; 16 to 256 are usual")
         if not self.lora_alpha > 0:
-            found.append(f"lora.lora_alpha={self.lora_alpha}: must be above 0; rank or rank / 2 are usual")
+            found.append(
+                f"lora.lora_alpha={self.lora_alpha}: must be above 0; rank or rank / 2 are usual"
+            )
         found += self.target_problems()
 
         return found
@@ -48,8 +55,12 @@ class Lora:
             try:
                 re.compile(self.target_modules)
             except re.error as error:
-                return [f"lora.target_modules={self.target_modules} is no regular expression ({error}); {usual}"]
-        elif not isinstance(self.target_modules, list) or not all(isinstance(t, str) for t in self.target_modules):
+                return [
+                    f"lora.target_modules={self.target_modules} is no regular expression ({error}); {usual}"
+                ]
+        elif not isinstance(self.target_modules, list) or not all(
+            isinstance(t, str) for t in self.target_modules
+        ):
             return [
                 f"lora.target_modules={self.target_modules}: must be a list of names or a regular expression; {usual}"
             ]
@@ -62,7 +73,7 @@ class Lora:
 
     def require_start(self) -> None:
         """UserError when what the run is to start from is not there. (A resumed run does not need it any more.)"""
-        if self.init_from is not None and not Path(self.init_from).exists():
+        if self.init_from is not None and not self.init_from.exists():
             raise UserError(
                 f"lora.init_from={self.init_from} does not exist: give a LoRA file, or a folder with {WEIGHTS}"
             )
@@ -90,13 +101,20 @@ class Lora:
 
         modules = {name: module for name, module in transformer.named_modules() if name}
         if isinstance(self.target_modules, str):
-            matched = {self.target_modules: [n for n in modules if re.fullmatch(self.target_modules, n)]}
+            matched = {
+                self.target_modules: [n for n in modules if re.fullmatch(self.target_modules, n)]
+            }
         else:
-            matched = {t: [n for n in modules if n == t or n.endswith("." + t)] for t in self.target_modules}
+            matched = {
+                t: [n for n in modules if n == t or n.endswith("." + t)]
+                for t in self.target_modules
+            }
         missing = [target for target, names in matched.items() if not names]
         if missing:
             linears = [n for n, module in modules.items() if isinstance(module, torch.nn.Linear)]
-            within_blocks = sorted({n.split(".", 2)[2] for n in linears if n.startswith("transformer_blocks.")})
+            within_blocks = sorted(
+                {n.split(".", 2)[2] for n in linears if n.startswith("transformer_blocks.")}
+            )
             raise UserError(
                 f"lora.target_modules={self.target_modules}: no layer is called {' or '.join(missing)}. "
                 f"The transformer's blocks have {', '.join(within_blocks)}."
@@ -118,7 +136,11 @@ class Lora:
         ours = state(transformer)
         problems = self.misfits(tensors, settings, ours)
         if problems:
-            raise UserError(listed(f"lora.init_from={path} does not fit this model and lora settings:", problems))
+            raise UserError(
+                listed(
+                    f"lora.init_from={path} does not fit this model and lora settings:", problems
+                )
+            )
         file_ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
         filled = dict(ours)
         for name, tensor in tensors.items():
@@ -132,31 +154,47 @@ class Lora:
             else:
                 filled[name].copy_(tensor)
         set_peft_model_state_dict(transformer, filled)
-        strength = "" if settings else ", without settings in the file: taken at strength 1, as diffusers does"
+        strength = (
+            ""
+            if settings
+            else ", without settings in the file: taken at strength 1, as diffusers does"
+        )
         counted = f"{count_modules(tensors)} of {count_modules(ours)} modules"
         return f"{counted} start from {path}, rank {'/'.join(map(str, sorted(file_ranks)))} of {self.rank}{strength}"
 
-    def misfits(self, tensors: dict[str, Tensor], settings: dict, ours: dict[str, Tensor]) -> list[str]:
+    def misfits(
+        self, tensors: dict[str, Tensor], settings: dict, ours: dict[str, Tensor]
+    ) -> list[str]:
         if not tensors:
             return ["none of its tensors is named transformer.*.lora_A.weight or lora_B.weight"]
         found = []
         if settings.get("alpha_pattern"):
-            found.append("it has an alpha of its own for some modules (alpha_pattern), which this loader does not read")
+            found.append(
+                "it has an alpha of its own for some modules (alpha_pattern), which this loader does not read"
+            )
         dora = any("lora_magnitude" in name for name in tensors)
         if dora != self.use_dora:
-            found.append(f"it is {'a DoRA' if dora else 'no DoRA'}: lora.use_dora={str(dora).lower()}")
+            found.append(
+                f"it is {'a DoRA' if dora else 'no DoRA'}: lora.use_dora={str(dora).lower()}"
+            )
         for name, tensor in sorted(tensors.items()):
             if name not in ours:
-                found.append(f"{name} is none of the layers of lora.target_modules={self.target_modules}")
+                found.append(
+                    f"{name} is none of the layers of lora.target_modules={self.target_modules}"
+                )
                 continue
-            rank_side = {".lora_A.": 0, ".lora_B.": 1}.get(next((p for p in (".lora_A.", ".lora_B.") if p in name), ""))
+            rank_side = {".lora_A.": 0, ".lora_B.": 1}.get(
+                next((p for p in (".lora_A.", ".lora_B.") if p in name), "")
+            )
             channels = [
                 (a, b)
                 for side, (a, b) in enumerate(zip(tensor.shape, ours[name].shape, strict=False))
                 if side != rank_side
             ]
             if any(a != b for a, b in channels):
-                found.append(f"{name} is {list(tensor.shape)} and here {list(ours[name].shape)}: another base model")
+                found.append(
+                    f"{name} is {list(tensor.shape)} and here {list(ours[name].shape)}: another base model"
+                )
             elif rank_side is not None and tensor.shape[rank_side] > self.rank:
                 found.append(
                     f"{name} has rank {tensor.shape[rank_side]}: set lora.rank={tensor.shape[rank_side]} or higher"
@@ -192,14 +230,20 @@ def save(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
 
     settings = transformer.peft_config["default"].to_dict()
     if not isinstance(settings["target_modules"], str):
-        settings["target_modules"] = sorted(settings["target_modules"])  # a set: its order would differ from run to run
+        settings["target_modules"] = sorted(
+            settings["target_modules"]
+        )  # a set: its order would differ from run to run
     CogVideoXPipeline.save_lora_weights(
         save_directory=str(folder),
-        transformer_lora_layers={name: tensor.detach().cpu() for name, tensor in state(transformer).items()},
+        transformer_lora_layers={
+            name: tensor.detach().cpu() for name, tensor in state(transformer).items()
+        },
         transformer_lora_adapter_metadata=settings,
         weight_name=WEIGHTS,
     )
-    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors writes files for their owner alone
+    (folder / WEIGHTS).chmod(
+        folder.stat().st_mode & 0o666
+    )  # safetensors writes files for their owner alone
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -212,21 +256,34 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
             str(folder), weight_name=name, return_lora_metadata=True, local_files_only=True
         )
     except Exception as error:  # missing and damaged files surface as many kinds of errors
-        raise UserError(f"{folder / name} cannot be read as a LoRA: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(
+            f"{folder / name} cannot be read as a LoRA: {str(error).strip().splitlines()[0]}"
+        ) from error
     prefix = "transformer."
     return (
-        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)},
+        {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        },
         {name.removeprefix(prefix): value for name, value in (settings or {}).items()},
     )
 
 
-def differences(transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool) -> list[str]:
+def differences(
+    transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool
+) -> list[str]:
     """How a folder's file differs from the attached adapter in names, shapes, settings and (if asked) values."""
     tensors, settings = read(folder)
-    found, attached = compare(state(transformer), tensors, values=values), transformer.peft_config["default"]
+    found, attached = (
+        compare(state(transformer), tensors, values=values),
+        transformer.peft_config["default"],
+    )
     for name in SETTINGS:
         if settings.get(name) != getattr(attached, name):
-            found.append(f"it was trained with {name}={settings.get(name)}, not {getattr(attached, name)}")
+            found.append(
+                f"it was trained with {name}={settings.get(name)}, not {getattr(attached, name)}"
+            )
     return found
 
 
@@ -236,7 +293,9 @@ def load(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
 
     found = differences(transformer, folder, values=False)
     if found:
-        raise UserError(listed(f"{folder / WEIGHTS} does not fit this model and lora settings:", found))
+        raise UserError(
+            listed(f"{folder / WEIGHTS} does not fit this model and lora settings:", found)
+        )
     set_peft_model_state_dict(transformer, read(folder)[0])
 
 

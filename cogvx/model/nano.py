@@ -61,7 +61,7 @@ def write(folder: Path, tiny: Tiny = NANO, *, blank: bool = False) -> Path:
 
 
 def write_parts(folder: Path, tiny: Tiny, blank: bool) -> None:
-    from cogvx.model.checkpoint import library_bars
+    from cogvx.progress import library_bars
 
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(WEIGHTS / "nano" / part, folder / part)
@@ -83,7 +83,9 @@ def blank_transformer(tiny: Tiny):
         transformer = CogVideoXTransformer3DModel(**tiny.transformer)
     if not tiny.geometry.image_to_video:
         return transformer
-    trained = CogVideoXTransformer3DModel.from_pretrained(WEIGHTS / "nano" / "transformer", torch_dtype=torch.float32)
+    trained = CogVideoXTransformer3DModel.from_pretrained(
+        WEIGHTS / "nano" / "transformer", torch_dtype=torch.float32
+    )
     weights = trained.state_dict()
     name = "patch_embed.proj.weight"  # [width, channels, patch, patch]
     weights[name] = torch.cat([weights[name], torch.zeros_like(weights[name])], dim=1)
@@ -100,7 +102,7 @@ def write_random_parts(folder: Path, tiny: Tiny) -> None:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-    from cogvx.model.checkpoint import library_bars
+    from cogvx.progress import library_bars
 
     with library_bars(shown=False), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -112,8 +114,12 @@ def write_random_parts(folder: Path, tiny: Tiny) -> None:
 
 def write_settings(folder: Path, tiny: Tiny) -> None:
     noise_scheduler(tiny.snr_shift_scale).save_pretrained(folder / "scheduler")
-    pipeline = "CogVideoXImageToVideoPipeline" if tiny.geometry.image_to_video else "CogVideoXPipeline"
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline} | PARTS, indent=2), encoding="utf-8")
+    pipeline = (
+        "CogVideoXImageToVideoPipeline" if tiny.geometry.image_to_video else "CogVideoXPipeline"
+    )
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": pipeline} | PARTS, indent=2), encoding="utf-8"
+    )
 
 
 def new_vae(tiny: Tiny = NANO):
@@ -150,7 +156,9 @@ def write_text_encoder(folder: Path) -> None:
     settings = {
         "d_model": TEXT_WIDTH, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": len(NEIGHBOURS), "feed_forward_proj": "gated-gelu",
     }  # fmt: skip
-    encoder = T5EncoderModel(T5Config(vocab_size=vocabulary, is_encoder_decoder=False, use_cache=False, **settings))
+    encoder = T5EncoderModel(
+        T5Config(vocab_size=vocabulary, is_encoder_decoder=False, use_cache=False, **settings)
+    )
     bias = (
         encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     )  # [buckets, heads], of all layers
@@ -170,7 +178,9 @@ def write_tokenizer(folder: Path) -> int:
 
     captions = [scene.caption() for scene in world.scenes(len(world.KINDS), 0)]
     words = sorted({word.strip(".") for caption in captions for word in caption.split()})
-    punctuated = [f"{word}, {word}." for word in words]  # a piece has to be part of two different words
+    punctuated = [
+        f"{word}, {word}." for word in words
+    ]  # a piece has to be part of two different words
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*captions, *punctuated * 10, *string.printable]),
@@ -208,7 +218,9 @@ def keep_weights(run: Path, place: Path) -> None:
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-    transformer = CogVideoXTransformer3DModel.from_pretrained(run / "transformer", torch_dtype=torch.float16)
+    transformer = CogVideoXTransformer3DModel.from_pretrained(
+        run / "transformer", torch_dtype=torch.float16
+    )
     transformer.save_pretrained(place / "transformer")
     path = place / "transformer" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -38,7 +38,9 @@ class Allocator:
     max_reserved: int = 0
     next_address: int = 0
     used: dict[int, Block] = field(default_factory=dict)
-    unused: dict[bool, list[tuple[int, int, Block]]] = field(default_factory=lambda: {True: [], False: []})
+    unused: dict[bool, list[tuple[int, int, Block]]] = field(
+        default_factory=lambda: {True: [], False: []}
+    )
 
     def allocate(self, key: int, size: int) -> None:
         if size <= 0:
@@ -112,7 +114,11 @@ class Allocator:
     def empty_cache(self) -> None:
         """Gives back the segments that hold nothing."""
         for small, candidates in self.unused.items():
-            whole = [entry for entry in candidates if entry[2].previous is None and entry[2].following is None]
+            whole = [
+                entry
+                for entry in candidates
+                if entry[2].previous is None and entry[2].following is None
+            ]
             self.reserved -= sum(size for size, _, _ in whole)
             self.unused[small] = [entry for entry in candidates if entry not in whole]
 
@@ -133,7 +139,8 @@ def replay(events: Iterable[Event]) -> dict[str, Peak]:
         if phase is not None:
             before = peaks.get(phase, Peak(0, 0))
             peaks[phase] = Peak(
-                max(before.allocated, allocator.max_allocated), max(before.reserved, allocator.max_reserved)
+                max(before.allocated, allocator.max_allocated),
+                max(before.reserved, allocator.max_reserved),
             )
 
     for kind, *details in events:
@@ -146,6 +153,9 @@ def replay(events: Iterable[Event]) -> dict[str, Peak]:
         else:
             close()
             [phase] = details
-            allocator.max_allocated, allocator.max_reserved = allocator.allocated, allocator.reserved
+            allocator.max_allocated, allocator.max_reserved = (
+                allocator.allocated,
+                allocator.reserved,
+            )
     close()
     return peaks

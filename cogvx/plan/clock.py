@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from cogvx import config as configuration
-from cogvx.plan.cards import CARDS, named
-from cogvx.runs import record
+from cogvx.options.cards import CARDS, named
+from cogvx.records import record
 
 
 class Expectation:
@@ -54,7 +54,7 @@ def present_card() -> str | None:
 
 def main(folder: Path, card: str) -> None:
     from cogvx.plan.planner import step_seconds
-    from cogvx.runs.processes import quiet_libraries
+    from cogvx.progress import quiet_libraries
 
     quiet_libraries()
     print(step_seconds(configuration.read(folder / record.CONFIG), CARDS[card]))

@@ -24,15 +24,15 @@ from cogvx.data.encode import EncodedClip, Encoder, latent_moments
 from cogvx.data.sources import Example
 from cogvx.inference import generate
 from cogvx.model import blocks
-from cogvx.model.checkpoint import Checkpoint, placed
 from cogvx.model.geometry import Geometry, read_config
+from cogvx.model.pretrained import Checkpoint, placed
 from cogvx.model.released import NAMES, RELEASED, SCHEDULER, T5_XXL
+from cogvx.options import optimizers
+from cogvx.options.tracking import Tracking
+from cogvx.options.train import Precision
 from cogvx.plan.trace import Meter, Recorder, metering, patched, tracing
-from cogvx.training import optimizers
-from cogvx.training.options import Precision
 from cogvx.training.prepare import Prepared
 from cogvx.training.step import Batch, Draw
-from cogvx.training.tracking import Tracking
 from cogvx.training.trainer import Trainer
 from cogvx.training.validation import Videos
 
@@ -45,7 +45,9 @@ STEPS_OF_VIDEO = 1  # traced of validation.num_inference_steps, which are all al
 class PlannedCheckpoint(Checkpoint):
     """A checkpoint without weights: its parts are built from their configuration, at full size."""
 
-    configs: dict[str, dict] = dataclasses.field(default_factory=dict)  # transformer, vae, text_encoder
+    configs: dict[str, dict] = dataclasses.field(
+        default_factory=dict
+    )  # transformer, vae, text_encoder
     recorder: Recorder = dataclasses.field(default_factory=Recorder)
     layers: int | None = None  # only so many of the transformer's
 
@@ -73,7 +75,9 @@ class PlannedCheckpoint(Checkpoint):
     def text_encoder(self, *, streamed: bool = False):
         from transformers import T5Config, T5EncoderModel
 
-        encoder = self.built(lambda: T5EncoderModel(T5Config(**self.configs["text_encoder"])), self.dtype)
+        encoder = self.built(
+            lambda: T5EncoderModel(T5Config(**self.configs["text_encoder"])), self.dtype
+        )
         encoder.encoder.embed_tokens = encoder.shared  # as loading it does
         return None, placed(encoder, self.device, streamed)
 
@@ -98,7 +102,9 @@ def configs_of(config: Config) -> dict[str, dict]:
     folder = Path(config.model.path)
     if (folder / "transformer" / "config.json").is_file():
         found = {part: read_config(folder, part) for part in ("transformer", "vae", "text_encoder")}
-        return {part: {k: v for k, v in c.items() if not k.startswith("_")} for part, c in found.items()}
+        return {
+            part: {k: v for k, v in c.items() if not k.startswith("_")} for part, c in found.items()
+        }
     transformer, vae, _, _ = RELEASED[NAMES[config.model.path.split("/")[-1]]]
     return {"transformer": transformer, "vae": vae, "text_encoder": T5_XXL}
 
@@ -136,7 +142,9 @@ class PlannedData(Prepared):
         width = checkpoint.configs["transformer"]["text_embed_dim"]
         zeros = functools.partial(torch.zeros, dtype=checkpoint.dtype, device=checkpoint.device)
         first = zeros(count, channels, 1, *size) if geometry.image_to_video else None
-        return Batch(zeros(count, channels, frames, *size), zeros(count, geometry.text_tokens, width), first)
+        return Batch(
+            zeros(count, channels, frames, *size), zeros(count, geometry.text_tokens, width), first
+        )
 
 
 def run_phases(
@@ -175,7 +183,9 @@ def run_phases(
             encode_prompt(config, checkpoint, recorder)
         if set(phases) & {"load", "held-out loss", "train", "video"}:
             with patched(accelerator, print=lambda *texts: None):
-                train(config, checkpoint, accelerator, recorder, Path(scratch), phases, begun, steps)
+                train(
+                    config, checkpoint, accelerator, recorder, Path(scratch), phases, begun, steps
+                )
         recorder.begin("end")
     return recorder
 
@@ -184,8 +194,12 @@ def run_phases(
 def eight_bits_without_kernels() -> Iterator[None]:
     """8-bit optimizers as MomentsOfEightBits."""
     with (
-        patched(optimizers.Adam8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)),
-        patched(optimizers.AdamW8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)),
+        patched(
+            optimizers.Adam8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)
+        ),
+        patched(
+            optimizers.AdamW8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)
+        ),
         patched(optimizers.AdamW8bitTorchao, build=lambda self, p: MomentsOfEightBits(p)),
     ):
         yield
@@ -208,16 +222,29 @@ def encode_prompt(config: Config, checkpoint: PlannedCheckpoint, recorder: Recor
     _, model = checkpoint.text_encoder(streamed=config.memory.stream_text_encoder)
     recorder.call(model.parameters(), "text encoder weights")
     with torch.no_grad():
-        model(torch.zeros(1, checkpoint.geometry().text_tokens, dtype=torch.int64, device=checkpoint.device))
+        model(
+            torch.zeros(
+                1, checkpoint.geometry().text_tokens, dtype=torch.int64, device=checkpoint.device
+            )
+        )
     del model
     recorder.empty_cache()
 
 
 def train(
-    config, checkpoint, accelerator, recorder: Recorder, folder: Path, phases: list[str], begun: bool, steps: int
+    config,
+    checkpoint,
+    accelerator,
+    recorder: Recorder,
+    folder: Path,
+    phases: list[str],
+    begun: bool,
+    steps: int,
 ) -> None:
     data = config.data
-    clip = EncodedClip(Example("prompt", Path("clip.mp4"), "plan"), Path(), {"frames": data.max_num_frames})
+    clip = EncodedClip(
+        Example("prompt", Path("clip.mp4"), "plan"), Path(), {"frames": data.max_num_frames}
+    )
     clips = [clip] * (config.train.train_batch_size * config.train.gradient_accumulation_steps)
     picture = numpy.zeros((data.height, data.width, 3), numpy.uint8)
     images = {"prompt": picture} if checkpoint.geometry().image_to_video else {}
@@ -241,7 +268,9 @@ def train(
         recorder.begin("held-out loss")
         with patched(config.validation, heldout_timesteps=1, heldout_draws=1):
             trainer.heldout_loss()
-    if {"train", "video"} & set(phases) and begun:  # the states appear with the first step, after its peak
+    if {"train", "video"} & set(
+        phases
+    ) and begun:  # the states appear with the first step, after its peak
         for parameter in trainer.state.parameters:
             parameter.grad = torch.zeros_like(parameter)
         trainer.state.optimizer.step()
@@ -257,8 +286,15 @@ def train(
         recorder.empty_cache()
         recorder.begin("video")
         width = checkpoint.configs["transformer"]["text_embed_dim"]
-        embeds = torch.zeros(checkpoint.geometry().text_tokens, width, dtype=checkpoint.dtype, device=checkpoint.device)
-        videos = Videos(folder, config, checkpoint, ["prompt"], lambda prompt: embeds, images, {}, [])
+        embeds = torch.zeros(
+            checkpoint.geometry().text_tokens,
+            width,
+            dtype=checkpoint.dtype,
+            device=checkpoint.device,
+        )
+        videos = Videos(
+            folder, config, checkpoint, ["prompt"], lambda prompt: embeds, images, {}, []
+        )
         vae = checkpoint.vae(tiling=config.memory.vae_tiling)
         recorder.call(vae.parameters(), "VAE weights")
         nothing = [numpy.zeros((1, 1, 1, 3))]
@@ -278,4 +314,8 @@ def name_gradient(recorder: Recorder | Meter, parameter: torch.nn.Parameter) -> 
 def states_of(optimizer) -> Iterator[torch.Tensor]:
     for state in optimizer.state.values():
         for value in state.values():
-            yield from (v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, torch.Tensor))
+            yield from (
+                v
+                for v in (value if isinstance(value, tuple) else [value])
+                if isinstance(v, torch.Tensor)
+            )

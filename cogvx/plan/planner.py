@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from cogvx.config import Config, compose_config
+from cogvx.compose import compose_config
+from cogvx.config import Config
 from cogvx.errors import UserError
-from cogvx.model.checkpoint import Nano
+from cogvx.files import shown
+from cogvx.model.pretrained import Nano
+from cogvx.options.cards import CARDS, Card
 from cogvx.plan.allocator import GIB, Peak, replay
-from cogvx.plan.cards import CARDS, Card
 from cogvx.plan.phases import PHASES, PlannedCheckpoint, configs_of, run_phases
 from cogvx.plan.trace import Recorder, Work
-from cogvx.runs import record
-from cogvx.training.options import Memory, Recompute, Storage
 
 PARTS = ["weights", "gradients", "optimizer", "activations", "workspace"]
 UNCERTAIN = 0.35  # of the step's time
@@ -57,10 +57,14 @@ def outcome_of(recorder: Recorder, card: Card | None) -> Outcome:
     found = []
     for name in PHASES:
         if name in peaks:
-            work = {(op, dtype): w for (phase, op, dtype), w in recorder.work.items() if phase == name}
+            work = {
+                (op, dtype): w for (phase, op, dtype), w in recorder.work.items() if phase == name
+            }
             flops = sum(w.flops for w in work.values())
             seconds = None if card is None else seconds_on(card, work)
-            found.append(Phase(name, peaks[name], parts_of(recorder.at_peak.get(name, [])), flops, seconds))
+            found.append(
+                Phase(name, peaks[name], parts_of(recorder.at_peak.get(name, [])), flops, seconds)
+            )
     sizes = Counter()
     for storage in recorder.storages.values():
         sizes[storage.what] += storage.size
@@ -76,7 +80,9 @@ def parts_of(storages: list) -> dict[str, int]:
 
 
 def part_of(what: str) -> str:
-    if what.endswith("weights") or what.startswith("load:"):  # loading leaves the frozen weights in a smaller form
+    if what.endswith("weights") or what.startswith(
+        "load:"
+    ):  # loading leaves the frozen weights in a smaller form
         return "weights"
     return {"optimizer states": "optimizer", "gradients": "gradients"}.get(
         what, "workspace" if "workspace" in what else "activations"
@@ -117,8 +123,10 @@ def plan(config: Config, folder: Path) -> dict:
     """Prints the plan and writes plan.json and plan.png into the run's folder; returns the run's summary."""
     require_known(config)
     if config.parallel.num_processes > 1:
-        print("warning planned is one of the processes; each has the same peak, and ddp one more copy of the gradients")
-    card = CARDS[config.plan.card]
+        print(
+            "warning planned is one of the processes; each has the same peak, and ddp one more copy of the gradients"
+        )
+    card = CARDS[config.task.card]
     jobs = [(config, phases, None, card) for phases in IN_TWO_PROCESSES]
     plain = plainly(config)
     few = [(changed, ["train"], layers, card) for changed in (config, plain) for layers in (2, 3)]
@@ -138,7 +146,7 @@ def plan(config: Config, folder: Path) -> dict:
     result = {
         "status": "done",
         "model": config.model.path,
-        "card": config.plan.card,
+        "card": config.task.card,
         "fits": fits,
         "peak_reserved_gib": gib(peak.peak.reserved),
         "peak_phase": peak.name,
@@ -153,11 +161,11 @@ def plan(config: Config, folder: Path) -> dict:
     say(config, card, found, result)
     if not fits:
         result["suggestions"] = suggest(config, card, found, (two, three))
-    if config.plan.measure:
+    if config.task.measure:
         result["measured"] = measured(config, found)
     (folder / "plan.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(folder / "plan.png", config, card, found)
-    print(f"picture {record.shown(folder / 'plan.png')}")
+    print(f"picture {shown(folder / 'plan.png')}")
     return result
 
 
@@ -170,7 +178,10 @@ def measured(config: Config, found: Outcome) -> dict:
         planned = {phase.name: phase.peak for phase in found.phases}
         real, seconds = meter.peaks, meter.laps[-1]
     else:
-        planned, real = (replay(run_phases(config, PHASES, as_cuda=False, fake=fake).events) for fake in (True, False))
+        planned, real = (
+            replay(run_phases(config, PHASES, as_cuda=False, fake=fake).events)
+            for fake in (True, False)
+        )
         seconds = None
     rows = {
         name: {
@@ -180,13 +191,17 @@ def measured(config: Config, found: Outcome) -> dict:
         for name in PHASES
     }  # fmt: skip
     where = torch.cuda.get_device_name() if seconds is not None else "this CPU, planned for it"
-    print(f"\n{'measured on ' + where:44}{'planned':>10}{'measured':>10}{'error':>9}   GiB allocated")
+    print(
+        f"\n{'measured on ' + where:44}{'planned':>10}{'measured':>10}{'error':>9}   GiB allocated"
+    )
     for name, row in rows.items():
         error = row["measured_gib"] and row["planned_gib"] / row["measured_gib"] - 1
         print(f"{name:44}{row['planned_gib']:10.3f}{row['measured_gib']:10.3f}{error:+9.1%}")
     if seconds is not None:
         planned_seconds = found.phase("train").seconds
-        print(f"{'a step, in seconds':44}{planned_seconds:10.2f}{seconds:10.2f}{planned_seconds / seconds - 1:+9.1%}")
+        print(
+            f"{'a step, in seconds':44}{planned_seconds:10.2f}{seconds:10.2f}{planned_seconds / seconds - 1:+9.1%}"
+        )
     return {"where": where, "seconds_per_step": seconds, "phases": rows}
 
 
@@ -199,12 +214,7 @@ def step_seconds(config: Config, card: Card) -> float:
 
 def plainly(config: Config) -> Config:
     """The same step with nothing computed twice: what is necessary."""
-    memory = Memory(
-        vae_tiling=False, recompute=Recompute.full, offload_activations=False, base_storage=Storage.own, stream_weights=False, stream_text_encoder=False,
-        feed_forward_chunks=1, frugal_videos=False, offload_optimizer=False, step_in_backward=False,
-    )  # fmt: skip
-    train = dataclasses.replace(config.train, gradient_checkpointing=False)
-    return dataclasses.replace(config, memory=memory, train=train)
+    return dataclasses.replace(config, memory=compose_config(["memory=fast"]).memory)
 
 
 def at_layers(layers: int, two: float, three: float) -> float:
@@ -238,25 +248,31 @@ def cache_bytes(config: Config) -> int:
 
 
 def say(config: Config, card: Card, found: Outcome, result: dict) -> None:
-    data, kind = config.data, "full fine-tuning" if config.lora is None else f"LoRA rank {config.lora.rank}"
+    data, kind = (
+        config.data,
+        "full fine-tuning" if config.lora is None else f"LoRA rank {config.lora.rank}",
+    )
     print(
         f"plan    {config.model.path}, {kind}, {data.max_num_frames} frames of {data.width}x{data.height}, "
         f"batch {config.train.train_batch_size}, {config.train.mixed_precision.name}, memory={config.choices['memory']}\n\n"
-        f"{'GiB':16}{'allocated':>10}{'reserved':>10}{'':3}" + "".join(f"{part:>12}" for part in PARTS)
+        f"{'GiB':16}{'allocated':>10}{'reserved':>10}{'':3}"
+        + "".join(f"{part:>12}" for part in PARTS)
     )
     for phase in found.phases:
         sizes = "".join(f"{phase.parts[part] / GIB:12.2f}" for part in PARTS)
-        print(f"{phase.name:16}{phase.peak.allocated / GIB:10.2f}{phase.peak.reserved / GIB:10.2f}{'':3}{sizes}")
+        print(
+            f"{phase.name:16}{phase.peak.allocated / GIB:10.2f}{phase.peak.reserved / GIB:10.2f}{'':3}{sizes}"
+        )
     executed, necessary = result["tflop_per_step"], result["necessary_tflop_per_step"]
     seconds = result["seconds_per_step"]
     verdict = "fits" if result["fits"] else "does NOT fit"
     steps = config.train.max_train_steps
     whole = "" if steps is None else f"; {steps} steps about {steps * seconds / 3600:.1f} h"
     print(
-        f"\nmemory  {result['peak_reserved_gib']:.2f} GiB at most, in '{result['peak_phase']}'; {config.plan.card} has "
+        f"\nmemory  {result['peak_reserved_gib']:.2f} GiB at most, in '{result['peak_phase']}'; {config.task.card} has "
         f"{card.usable / GIB:.1f} free: {verdict}\n"
         f"compute {executed:.0f} TFLOP a step, of which {necessary:.0f} are necessary ({executed / necessary:.2f})\n"
-        f"time    about {seconds:.1f} s a step on {config.plan.card}, +-{UNCERTAIN:.0%}{whole}\n"
+        f"time    about {seconds:.1f} s a step on {config.task.card}, +-{UNCERTAIN:.0%}{whole}\n"
         f"RAM     {result['host_gib']:.1f} GiB of weights and activations at most, besides Python's 2\n"
         f"disk    {result['cache_mib_per_clip']:.1f} MiB of cache a clip; {result['checkpoint_gib']:.2f} GiB a checkpoint"
     )
@@ -270,15 +286,24 @@ def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outc
     configs = [with_changes(config, change) for change in changes]
     encode = ["encode clips", "encode prompts"]
     jobs = [
-        (changed, wanted, n, card) for changed in configs for wanted, n in ((["train"], 2), (["train"], 3), (encode, 1))
+        (changed, wanted, n, card)
+        for changed in configs
+        for wanted, n in ((["train"], 2), (["train"], 3), (encode, 1))
     ]
     outcomes = traces(jobs)
     now = found.phase("train").peak
     suggestions = []
-    for change, two, three, encoders in zip(changes, outcomes[::3], outcomes[1::3], outcomes[2::3], strict=True):
-        allocated = at_layers(layers, two.phase("train").peak.allocated, three.phase("train").peak.allocated)
+    for change, two, three, encoders in zip(
+        changes, outcomes[::3], outcomes[1::3], outcomes[2::3], strict=True
+    ):
+        allocated = at_layers(
+            layers, two.phase("train").peak.allocated, three.phase("train").peak.allocated
+        )
         seconds = at_layers(layers, two.phase("train").seconds, three.phase("train").seconds)
-        peak = max(allocated * now.reserved / now.allocated, *(phase.peak.reserved for phase in encoders.phases))
+        peak = max(
+            allocated * now.reserved / now.allocated,
+            *(phase.peak.reserved for phase in encoders.phases),
+        )
         suggestions.append(
             {
                 "change": " ".join(change),
@@ -290,36 +315,50 @@ def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outc
     fitting = sorted((s for s in suggestions if s["fits"]), key=lambda s: s["seconds"])
     for suggestion in fitting[:3]:
         slower = suggestion["seconds"] / found.phase("train").seconds
-        print(f"try     {suggestion['change']}: about {suggestion['peak_gib']:.1f} GiB, {slower:.2f} x the time")
+        print(
+            f"try     {suggestion['change']}: about {suggestion['peak_gib']:.1f} GiB, {slower:.2f} x the time"
+        )
     if fitting:
         print("        (times on the card alone: transfers to and from RAM are not counted)")
     if not fitting:
         print(
-            "try     nothing tried here fits this card: a smaller model, a smaller size, or a larger card (plan.card=...)"
+            "try     nothing tried here fits this card: a smaller model, a smaller size, or a larger card (task.card=...)"
         )
     return suggestions
 
 
 def changes_of(config: Config) -> list[list[str]]:
     if config.lora is None:
-        return [["memory=balanced"], ["memory=balanced", "optimizer=adamw8bit"], ["memory=low_full"]]
+        return [
+            ["memory=balanced"],
+            ["memory=balanced", "optimizer=adamw8bit"],
+            ["memory=low_full"],
+        ]
     shorter = 1 + (config.data.max_num_frames - 1) // 8 * 4
-    modes = [["memory=balanced"], ["memory=balanced", "memory.base_storage=int8"], ["memory=low"], ["memory=minimal"]]
+    modes = [
+        ["memory=balanced"],
+        ["memory=balanced", "memory.base_storage=int8"],
+        ["memory=low"],
+        ["memory=minimal"],
+    ]
     return [*modes, ["memory=balanced", f"data.max_num_frames={shorter}"]]
 
 
 def with_changes(config: Config, change: list[str]) -> Config:
     """This configuration with these overrides of memory, optimizer and length."""
     kind = [] if config.lora is not None else ["lora=null", "train.mixed_precision=bf16"]
-    values = compose_config([*kind, *(override for override in change if not override.startswith("data."))])
-    train = dataclasses.replace(config.train, gradient_checkpointing=values.train.gradient_checkpointing)
-    changed = dataclasses.replace(config, memory=values.memory, train=train)
+    values = compose_config(
+        [*kind, *(override for override in change if not override.startswith("data."))]
+    )
+    changed = dataclasses.replace(config, memory=values.memory)
     if any(override.startswith("optimizer=") for override in change):
         changed = dataclasses.replace(changed, optimizer=values.optimizer)
     for override in change:
         if override.startswith("data.max_num_frames="):
             frames = int(override.partition("=")[2])
-            changed = dataclasses.replace(changed, data=dataclasses.replace(config.data, max_num_frames=frames))
+            changed = dataclasses.replace(
+                changed, data=dataclasses.replace(config.data, max_num_frames=frames)
+            )
     return changed
 
 
@@ -331,18 +370,26 @@ def draw(path: Path, config: Config, card: Card, found: Outcome) -> None:
     axes = figure.subplots()
     names = [phase.name for phase in found.phases]
     left = [0.0] * len(names)
-    for part, colour in zip(PARTS, ("#4c72b0", "#c44e52", "#8172b3", "#55a868", "#ccb974"), strict=True):
+    for part, colour in zip(
+        PARTS, ("#4c72b0", "#c44e52", "#8172b3", "#55a868", "#ccb974"), strict=True
+    ):
         widths = [phase.parts[part] / GIB for phase in found.phases]
         axes.barh(names, widths, left=left, color=colour, label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    reserved = [phase.peak.reserved / GIB - start for phase, start in zip(found.phases, left, strict=True)]
-    axes.barh(names, [max(0.0, r) for r in reserved], left=left, color="#dddddd", label="reserved, unused")
-    axes.axvline(card.usable / GIB, color="black", linestyle="--", label=config.plan.card)
+    reserved = [
+        phase.peak.reserved / GIB - start for phase, start in zip(found.phases, left, strict=True)
+    ]
+    axes.barh(
+        names, [max(0.0, r) for r in reserved], left=left, color="#dddddd", label="reserved, unused"
+    )
+    axes.axvline(card.usable / GIB, color="black", linestyle="--", label=config.task.card)
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
-        f"{config.model.path}, memory={config.choices['memory']}: at most, by phase", fontsize=10, loc="left"
+        f"{config.model.path}, memory={config.choices['memory']}: at most, by phase",
+        fontsize=10,
+        loc="left",
     )
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     figure.savefig(path, dpi=110)

@@ -64,10 +64,15 @@ class Recorder(TorchDispatchMode):
         self.born = 0
         self.phase = ""
         self.work: dict[tuple[str, str, torch.dtype | None], Work] = defaultdict(Work)
-        self.now, self.most = defaultdict(int), defaultdict(int)  # bytes by place: False device, True host, None both
+        self.now, self.most = (
+            defaultdict(int),
+            defaultdict(int),
+        )  # bytes by place: False device, True host, None both
         self.at_peak: dict[str, list[Storage]] = {}  # of each phase, what was on the device
         self.peak_of_phase: dict[str, int] = defaultdict(int)
-        self.place: bool | None = None  # where new storages are: True on the host; None: where their operands are
+        self.place: bool | None = (
+            None  # where new storages are: True on the host; None: where their operands are
+        )
 
     def begin(self, phase: str) -> None:
         self.phase = phase
@@ -100,7 +105,9 @@ class Recorder(TorchDispatchMode):
             self.now[place] += size
             self.most[place] = max(self.most[place], self.now[place])
         if not about.on_host:
-            self.events.append(("allocate", about.key, about.size) if size > 0 else ("free", about.key))
+            self.events.append(
+                ("allocate", about.key, about.size) if size > 0 else ("free", about.key)
+            )
             if size > 0:
                 self.note_peak()
 
@@ -108,7 +115,9 @@ class Recorder(TorchDispatchMode):
         """What is alive where a phase has its peak; not at every byte more, which would take quadratic time."""
         if self.now[False] > 1.01 * self.peak_of_phase[self.phase]:
             self.peak_of_phase[self.phase] = self.now[False]
-            self.at_peak[self.phase] = [about for about in self.storages.values() if not about.on_host]
+            self.at_peak[self.phase] = [
+                about for about in self.storages.values() if not about.on_host
+            ]
 
     @contextlib.contextmanager
     def putting(self, *, on_host: bool) -> Iterator[None]:
@@ -163,7 +172,9 @@ class Recorder(TorchDispatchMode):
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
         work = self.work[self.phase, name, dtype]
         work.count += 1
-        work.bytes += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+        work.bytes += sum(
+            min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors
+        )
         if packet in flop_registry:
             work.flops += flop_registry[packet](*args, **kwargs, out_val=result)
 
@@ -213,15 +224,23 @@ def workspace_of(packet, args) -> int:
 # -- what CUDA does otherwise ------------------------------------------------------------------------------------------
 
 
-def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def fused_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     """As CUDA chooses: flash attention in 16 bits without a mask, else the memory-efficient one; under autocast in 16 bits."""
     if torch.is_autocast_enabled("cpu"):
-        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
+        query, key, value = (
+            tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value)
+        )
     if query.dtype in (torch.float16, torch.bfloat16) and attn_mask is None:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        return aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )[0]
     if attn_mask is not None:
         attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
-    for_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    for_backward = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (query, key, value)
+    )
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, for_backward, dropout_p, is_causal, scale=scale
     )[0]
@@ -234,13 +253,19 @@ def in_fp32_under_autocast(function: Callable) -> Callable:
         if not torch.is_autocast_enabled("cpu"):
             return function(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            args = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-            return function(*args, **{n: v.float() if isinstance(v, Tensor) else v for n, v in kwargs.items()})
+            args = [
+                a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+            ]
+            return function(
+                *args, **{n: v.float() if isinstance(v, Tensor) else v for n, v in kwargs.items()}
+            )
 
     return run
 
 
-def apply_in_place(self: torch.nn.Module, function: Callable, recurse: bool = True) -> torch.nn.Module:
+def apply_in_place(
+    self: torch.nn.Module, function: Callable, recurse: bool = True
+) -> torch.nn.Module:
     """nn.Module._apply for fake parameters, which the swap it would use refuses."""
     for child in self.children() if recurse else ():
         child._apply(function)
@@ -248,7 +273,9 @@ def apply_in_place(self: torch.nn.Module, function: Callable, recurse: bool = Tr
         if parameter is not None:
             changed = function(parameter.detach())
             if changed.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
-                self._parameters[name] = torch.nn.Parameter(changed, requires_grad=parameter.requires_grad)
+                self._parameters[name] = torch.nn.Parameter(
+                    changed, requires_grad=parameter.requires_grad
+                )
     for name, buffer in self._buffers.items():
         if buffer is not None:
             self._buffers[name] = function(buffer)
@@ -267,7 +294,16 @@ def patched(owner: object, **replacements: object) -> Iterator[None]:
             setattr(owner, name, original)
 
 
-INITS = ("kaiming_uniform_", "xavier_uniform_", "uniform_", "normal_", "trunc_normal_", "zeros_", "ones_", "constant_")
+INITS = (
+    "kaiming_uniform_",
+    "xavier_uniform_",
+    "uniform_",
+    "normal_",
+    "trunc_normal_",
+    "zeros_",
+    "ones_",
+    "constant_",
+)
 
 
 @contextlib.contextmanager
@@ -292,10 +328,15 @@ def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(patched(torch.nn.Module, _apply=apply_in_place))
-            stack.enter_context(patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor for name in INITS}))
+            stack.enter_context(
+                patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor for name in INITS})
+            )
         stack.enter_context(patched(blocks, to_cpu=to_cpu, to_device=to_device, bring=bring))
         if as_cuda:
-            norms = {name: in_fp32_under_autocast(getattr(F, name)) for name in ("layer_norm", "group_norm")}
+            norms = {
+                name: in_fp32_under_autocast(getattr(F, name))
+                for name in ("layer_norm", "group_norm")
+            }
             stack.enter_context(patched(F, scaled_dot_product_attention=fused_attention, **norms))
         stack.enter_context(recorder)
         yield recorder
@@ -304,5 +345,7 @@ def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
 @contextlib.contextmanager
 def metering(device: torch.device) -> Iterator[Meter]:
     """All that runs within really runs on this GPU, its weights filled with a constant: their values change no size."""
-    with patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor.data.fill_(0.01) for name in INITS}):
+    with patched(
+        torch.nn.init, **{name: lambda tensor, *a, **k: tensor.data.fill_(0.01) for name in INITS}
+    ):
         yield Meter(device)

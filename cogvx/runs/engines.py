@@ -28,9 +28,11 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict, read_write
 
 from cogvx.errors import UserError
-from cogvx.runs import pool, processes, record
-from cogvx.runs.sweep import LOG, SWEEP, Job, State, Sweep, is_locked, progress_of
-from cogvx.runs.table import Table
+from cogvx.files import read_json, shown
+from cogvx.records import record
+from cogvx.records.sweep import LOG, SWEEP, Job, State, Sweep, is_locked, progress_of
+from cogvx.records.table import Table
+from cogvx.runs import pool, processes
 
 FILES = "engine"  # in the sweep's folder: what the engine keeps of its own
 LOOKS_EVERY = 5  # seconds between looks at the jobs' folders, which may lie on another machine
@@ -66,9 +68,13 @@ def launcher(sweep: Sweep, base: DictConfig) -> Launcher:
         base.hydra.job.name = sweep.folder.name  # in Slurm's queue
     context = HydraContext(config_loader=Frozen(), callbacks=Callbacks())
     try:
-        return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=start, config=base)
+        return Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=start, config=base
+        )
     except (HydraException, RuntimeError, AssertionError) as error:
-        raise UserError(f"hydra/launcher: {base.hydra.launcher.get('_target_')} cannot be used: {error}") from error
+        raise UserError(
+            f"hydra/launcher: {base.hydra.launcher.get('_target_')} cannot be used: {error}"
+        ) from error
 
 
 class Frozen:
@@ -96,7 +102,9 @@ def launch(sweep: Sweep, jobs: list[Job], launcher: Launcher) -> list[str | None
     os.environ["PYTHONPATH"] = processes.python_path()  # the jobs'
     try:
         with waiting_for_all(launcher):
-            outcomes = launcher.launch([[f"output_dir={sweep.folder / job.name}"] for job in jobs], initial_job_idx=0)
+            outcomes = launcher.launch(
+                [[f"output_dir={sweep.folder / job.name}"] for job in jobs], initial_job_idx=0
+            )
         return [complaint(outcome) for outcome in outcomes]
     except KeyboardInterrupt:
         print(
@@ -111,12 +119,18 @@ def launch(sweep: Sweep, jobs: list[Job], launcher: Launcher) -> list[str | None
 @contextmanager
 def waiting_for_all(launcher: Launcher) -> Iterator[None]:
     """What a launcher's wait for a job raises becomes its result."""
-    place = next((WAITS[package] for package in WAITS if type(launcher).__module__.startswith(package)), None)
+    place = next(
+        (WAITS[package] for package in WAITS if type(launcher).__module__.startswith(package)), None
+    )
     if place is None:
         yield
         return
     module, owner, name = place
-    owner = importlib.import_module(module) if owner is None else getattr(importlib.import_module(module), owner)
+    owner = (
+        importlib.import_module(module)
+        if owner is None
+        else getattr(importlib.import_module(module), owner)
+    )
     ask = getattr(owner, name)
 
     def answer(*arguments: object) -> object:
@@ -152,9 +166,10 @@ def tell(sweep: Sweep, job: Job, complaint: str | None) -> None:
         reason = f"{complaint or 'killed, with its engine'}; see {LOG}"
         record.finish(sweep.folder / job.name, {"status": State.killed.name, "reason": reason})
     elif progress.state is State.pending:
-        files = record.shown(sweep.folder / FILES)
+        files = shown(sweep.folder / FILES)
         print(
-            f"error: {job.name} was not started: {complaint}; what the engine says of it is in {files}", file=sys.stderr
+            f"error: {job.name} was not started: {complaint}; what the engine says of it is in {files}",
+            file=sys.stderr,
         )
     elif complaint is not None:
         print(f"warning {job.name}: {complaint}", file=sys.stderr)
@@ -211,13 +226,17 @@ def start(composed: DictConfig) -> None:
             code = wait(job, asked)
     pool.tell(folder, code)
     if asked:
-        signal.raise_signal(asked[0])  # now to the engine, which may put the job back into its queue
+        signal.raise_signal(
+            asked[0]
+        )  # now to the engine, which may put the job back into its queue
         sys.exit(128 + asked[0])
 
 
 def signals() -> list[int]:
     """Those that ask an engine to stop. Its own (submitit's SIGUSR2: the time is nearly up) only where it has a use for them."""
-    own = [number for number in (signal.SIGUSR1, signal.SIGUSR2) if callable(signal.getsignal(number))]
+    own = [
+        number for number in (signal.SIGUSR1, signal.SIGUSR2) if callable(signal.getsignal(number))
+    ]
     return [signal.SIGINT, signal.SIGTERM, *own]
 
 
@@ -238,10 +257,13 @@ def follow() -> None:
 
 
 def work(folder: Path) -> int:
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # Slurm may send the engine's signals to all processes
+    for number in (
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ):  # Slurm may send the engine's signals to all processes
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=follow, daemon=True).start()
-    return pool.attempt(folder, record.read_json(folder.parent / SWEEP)["command"])
+    return pool.attempt(folder, read_json(folder.parent / SWEEP)["command"])
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Protocol
 
 from cogvx.errors import UserError
-from cogvx.runs import processes, record
-from cogvx.runs.sweep import LOG, Job, State, Sweep, is_locked
-from cogvx.runs.table import Table
+from cogvx.records import record
+from cogvx.records.sweep import LOG, Job, State, Sweep, is_locked
+from cogvx.records.table import Table
+from cogvx.runs import processes
 
 EVERY = 0.5  # seconds between looks at the jobs
 GIB_OF_A_JOB = 2  # of memory, on a machine without a GPU
@@ -51,14 +52,18 @@ class Pool:
     @classmethod
     def read(cls, values: dict) -> Pool:
         """UserError for what is wrong with the settings."""
-        jobs, gpus, on_fail, retry = (values.get(name) for name in ("jobs", "gpus_per_job", "on_fail", "retry_failed"))
+        jobs, gpus, on_fail, retry = (
+            values.get(name) for name in ("jobs", "gpus_per_job", "on_fail", "retry_failed")
+        )
         problems = []
         if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
             problems.append(f"hydra.launcher.jobs={jobs}: must be 1 or more, or null")
         if not isinstance(gpus, int) or gpus < 1:
             problems.append(f"hydra.launcher.gpus_per_job={gpus}: must be 1 or more")
         if on_fail not in OnFail.__members__:
-            problems.append(f"hydra.launcher.on_fail={on_fail}: expected one of {', '.join(OnFail.__members__)}")
+            problems.append(
+                f"hydra.launcher.on_fail={on_fail}: expected one of {', '.join(OnFail.__members__)}"
+            )
         if not isinstance(retry, bool):
             problems.append(f"hydra.launcher.retry_failed={retry}: must be true or false")
         unknown = set(values) - {"_target_", "jobs", "gpus_per_job", "on_fail", "retry_failed"}
@@ -79,7 +84,11 @@ class Pool:
             groups = [devices[i * size : (i + 1) * size] for i in range(count)]
             wanted = count if self.jobs is None else self.jobs  # more jobs than groups share them
             return [Place(number, groups[number % count], None) for number in range(wanted)]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (GIB_OF_A_JOB * 2**30)
         wanted = self.jobs or max(1, min(cores, room))
         return [Place(number, [], max(1, cores // wanted)) for number in range(wanted)]
@@ -105,10 +114,14 @@ def gpus() -> list[str]:
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
     try:
-        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+        said = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [str(number) for number in range(sum(line.startswith("GPU ") for line in said.splitlines()))]
+    return [
+        str(number) for number in range(sum(line.startswith("GPU ") for line in said.splitlines()))
+    ]
 
 
 class Queue(Protocol):
@@ -128,7 +141,9 @@ class Given:
     """The jobs of a grid, in order, but those that are over."""
 
     def __init__(self, sweep: Sweep, jobs: list[Job], pool: Pool):
-        self.waiting = [job for job in jobs if is_to_run(sweep, job, retry_failed=pool.retry_failed)]
+        self.waiting = [
+            job for job in jobs if is_to_run(sweep, job, retry_failed=pool.retry_failed)
+        ]
 
     def take(self) -> Job | None:
         return self.waiting.pop(0) if self.waiting else None
@@ -143,7 +158,11 @@ class Given:
 def run(sweep: Sweep, queue: Queue, pool: Pool, command: list[str]) -> int:
     """The exit code: 0 when all jobs are done, 1 when some are not, 130 when it was stopped."""
     places, given_up = pool.places(), False
-    with stopping(signal.SIGINT, signal.SIGTERM) as asked, Table(sweep) as table, Forks(sweep, command) as forks:
+    with (
+        stopping(signal.SIGINT, signal.SIGTERM) as asked,
+        Table(sweep) as table,
+        Forks(sweep, command) as forks,
+    ):
         while True:
             for place in [] if asked or given_up else forks.free(places):
                 job = queue.take()
@@ -157,14 +176,18 @@ def run(sweep: Sweep, queue: Queue, pool: Pool, command: list[str]) -> int:
                 queue.ended(job)
                 progress = sweep.progress(job)
                 table.ended(job, progress)
-                given_up = given_up or (pool.on_fail is OnFail.stop and progress.state in UNFORTUNATE)
+                given_up = given_up or (
+                    pool.on_fail is OnFail.stop and progress.state in UNFORTUNATE
+                )
             table.show([each.job for each in forks.running])
             forks.stop(queue.to_pause())
             if asked:
                 forks.stop([each.job for each in forks.running], at_once=len(asked) > 1)
     if asked:
         return STOPPED
-    return int(any(sweep.progress(job).state not in (State.done, State.pruned) for job in sweep.jobs()))
+    return int(
+        any(sweep.progress(job).state not in (State.done, State.pruned) for job in sweep.jobs())
+    )
 
 
 def wait_for_earlier(sweep: Sweep) -> None:
@@ -173,14 +196,18 @@ def wait_for_earlier(sweep: Sweep) -> None:
     while held := [job.name for job in sweep.jobs() if is_locked(sweep.folder / job.name)]:
         if not said:
             names = ", ".join(f"{name} ({record.user_of(sweep.folder / name)})" for name in held)
-            print(f"sweep   waits for what already runs in folders of its jobs: {names}", flush=True)
+            print(
+                f"sweep   waits for what already runs in folders of its jobs: {names}", flush=True
+            )
         said = True
         time.sleep(EVERY)
 
 
 def is_to_run(sweep: Sweep, job: Job, *, retry_failed: bool) -> bool:
     state = sweep.progress(job).state
-    return state is not State.running and (not state.is_over() or (retry_failed and state in UNFORTUNATE))
+    return state is not State.running and (
+        not state.is_over() or (retry_failed and state in UNFORTUNATE)
+    )
 
 
 @contextmanager
@@ -206,7 +233,9 @@ class Forks:
 
     def __enter__(self) -> Forks:
         self.lives, self.held = self.context.Pipe(duplex=False)  # its end is this process's end
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
+        handler = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # inherited: Ctrl-C is for this process alone
         forkserver.ensure_running()
         signal.signal(signal.SIGINT, handler)
         return self
@@ -267,7 +296,9 @@ def tell(folder: Path, exit_code: int) -> None:
 # -- in a job's process ------------------------------------------------------------------------------------------------
 
 
-def work(folder: str, command: list[str], gpus: list[str], threads: int | None, lives: Connection) -> None:
+def work(
+    folder: str, command: list[str], gpus: list[str], threads: int | None, lives: Connection
+) -> None:
     os.setsid()
     log = os.open(Path(folder) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(log, 1)

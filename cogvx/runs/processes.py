@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import socket
@@ -14,8 +13,11 @@ import time
 from pathlib import Path
 
 from cogvx import config as configuration
+from cogvx import start
 from cogvx.errors import UserError
-from cogvx.runs import record, report
+from cogvx.files import shown
+from cogvx.progress import quiet_libraries
+from cogvx.records import record, report
 
 GRACE = 15  # seconds
 OUT_OF_MEMORY_ERROR = "OutOfMemoryError"  # torch's
@@ -24,8 +26,6 @@ OUT_OF_MEMORY = (
     "train.gradient_accumulation_steps, fewer frames (data.max_num_frames), a smaller size (data.height, data.width)."
 )
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-# They warn, when diffusers looks whether they are there, of parts that are missing and not used here.
-NOISY = ("bitsandbytes", "diffusers.quantizers", "torch.utils._pytree", "torchao")
 FAILED = 2  # exit code of what the user can mend; its message is printed
 KILLED = 128 + signal.SIGKILL
 KILLED_BY = "by someone or because the machine's memory ran out"
@@ -38,7 +38,7 @@ def run(folder: Path, lock: int | None = None) -> int:
     if count == 1:
         return run_here(folder)
     (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
-    ranks = start(folder, count, lock)
+    ranks = start_ranks(folder, count, lock)
     signal.signal(signal.SIGTERM, lambda number, frame: [rank.terminate() for rank in ranks])
     codes = wait(ranks)
     if any(codes):
@@ -50,10 +50,21 @@ def tell_of_ranks(folder: Path, codes: list[int]) -> None:
     """Shows the end of the logs of failed ranks, unless rank 0 has already said the same to the terminal; and sees that there is
     a summary, which a killed process could not write. What rank 0 fails of when another was killed is not why the run ended."""
     for rank, code in enumerate(codes):
-        if (rank > 0 and code not in (0, FAILED, 130, 143)) or (rank > 0 and code == FAILED != codes[0]):
-            last = log_of(folder, rank).read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+        if (rank > 0 and code not in (0, FAILED, 130, 143)) or (
+            rank > 0 and code == FAILED != codes[0]
+        ):
+            last = (
+                log_of(folder, rank)
+                .read_text(encoding="utf-8", errors="replace")
+                .splitlines()[-12:]
+            )
             print(
-                "\n".join([f"rank {rank} ended with exit code {code}; the end of {log_of(folder, rank)}:", *last]),
+                "\n".join(
+                    [
+                        f"rank {rank} ended with exit code {code}; the end of {log_of(folder, rank)}:",
+                        *last,
+                    ]
+                ),
                 file=sys.stderr,
             )
     if KILLED in codes:
@@ -65,7 +76,7 @@ def tell_of_ranks(folder: Path, codes: list[int]) -> None:
         record.finish(folder, {"status": status, "reason": f"exit codes of the processes: {codes}"})
 
 
-def start(folder: Path, count: int, lock: int | None = None) -> list[subprocess.Popen]:
+def start_ranks(folder: Path, count: int, lock: int | None = None) -> list[subprocess.Popen]:
     """`count` processes that find each other the way torch.distributed's env:// does; only rank 0 writes to the terminal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,7 +116,9 @@ def wait(ranks: list[subprocess.Popen]) -> list[int]:
     while any(rank.poll() is None for rank in ranks):
         try:
             time.sleep(0.1)
-        except KeyboardInterrupt:  # the terminal sends it to the ranks too; they stop after their step
+        except (
+            KeyboardInterrupt
+        ):  # the terminal sends it to the ranks too; they stop after their step
             continue
         if failed_at is None and any(rank.returncode for rank in ranks):
             failed_at = time.monotonic()
@@ -122,7 +135,7 @@ def run_here(folder: Path) -> int:
     config = configuration.read(folder / record.CONFIG)
     quiet_libraries()
     try:
-        summary = config.task.start(config, folder)
+        summary = start.start(config, folder)
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
         message, code = in_words(error)
@@ -138,11 +151,6 @@ def run_here(folder: Path) -> int:
     return code
 
 
-def quiet_libraries() -> None:
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def in_words(error: BaseException) -> tuple[str, int]:
     """What to tell the user, and the exit code: 1 for errors that are ours, which keep their traceback."""
     if isinstance(error, UserError):
@@ -150,7 +158,10 @@ def in_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "by Ctrl-C; what is in the cache and the checkpoints written so far are kept", 130
     if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
-        return f"{error}: free some space, or set output_dir and data.cache_dir to where this user can write", FAILED
+        return (
+            f"{error}: free some space, or set output_dir and data.cache_dir to where this user can write",
+            FAILED,
+        )
     if type(error).__name__ == OUT_OF_MEMORY_ERROR:
         return f"{OUT_OF_MEMORY} torch says: {str(error).splitlines()[0]}", FAILED
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -167,9 +178,13 @@ def close(folder: Path, summary: dict) -> None:
     try:
         record.finish(folder, summary)
         if summary["status"] == "done":
-            print(f"report  {record.shown(report.write(folder))}", flush=True)
+            print(f"report  {shown(report.write(folder))}", flush=True)
     except OSError as error:
-        print(f"\nwarning summary.json or report.html could not be written: {error}", file=sys.stderr, flush=True)
+        print(
+            f"\nwarning summary.json or report.html could not be written: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def follow() -> None:

@@ -16,16 +16,21 @@ from typing import TYPE_CHECKING
 
 from cogvx.config import Config
 from cogvx.errors import UserError
-from cogvx.runs import record
+from cogvx.records import record
+from cogvx.records.sweep import Job, Progress, State, Sweep
 from cogvx.runs.pool import Pool, is_to_run
-from cogvx.runs.sweep import Job, Progress, State, Sweep
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 DIGITS = 3  # significant ones of a proposed number, so that it can be read and typed
 TRIES = 50  # for a combination that is new and allowed
-STATES = {State.done: "COMPLETE", State.pruned: "PRUNED", State.failed: "FAIL", State.out_of_memory: "FAIL"}
+STATES = {
+    State.done: "COMPLETE",
+    State.pruned: "PRUNED",
+    State.failed: "FAIL",
+    State.out_of_memory: "FAIL",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class Range:
     def distribution(self) -> BaseDistribution:
         from optuna.distributions import FloatDistribution, IntDistribution
 
-        return (IntDistribution if self.whole else FloatDistribution)(self.low, self.high, log=self.log)
+        return (IntDistribution if self.whole else FloatDistribution)(
+            self.low, self.high, log=self.log
+        )
 
     def text(self, value: object) -> str:
         return str(value)
@@ -98,7 +105,9 @@ class Settings:
             if not isinstance(values[name], int) or values[name] < least:
                 problems.append(f"hydra.sweeper.{name}={values[name]}: must be {least} or more")
         rungs = values["rungs"]
-        if not isinstance(rungs, list) or not all(isinstance(r, float) and 0 < r < 1 for r in rungs):
+        if not isinstance(rungs, list) or not all(
+            isinstance(r, float) and 0 < r < 1 for r in rungs
+        ):
             problems.append(
                 f"hydra.sweeper.rungs={rungs}: must be shares of a job's steps between 0 and 1, as [0.25,0.5]"
             )
@@ -120,9 +129,13 @@ class Search:
         self.sweep, self.space, self.settings, self.make, self.names, self.command = (
             sweep, space, settings, make, names, command
         )  # fmt: skip
-        self.unfinished = [job for job in sweep.jobs() if is_to_run(sweep, job, retry_failed=pool.retry_failed)]
+        self.unfinished = [
+            job for job in sweep.jobs() if is_to_run(sweep, job, retry_failed=pool.retry_failed)
+        ]
         self.running: dict[str, Job] = {}
-        self.seen: dict[str, int] = {}  # of running jobs, their held-out losses when they were last compared
+        self.seen: dict[
+            str, int
+        ] = {}  # of running jobs, their held-out losses when they were last compared
 
     def take(self) -> Job | None:
         job = self.unfinished.pop(0) if self.unfinished else self.promoted() or self.proposed()
@@ -133,9 +146,16 @@ class Search:
     def ended(self, job: Job) -> None:
         del self.running[job.name]
         found = self.sweep.progress(job)
-        why = self.behind(job, self.everyones()) if found.state is State.interrupted and job.name in self.seen else None
+        why = (
+            self.behind(job, self.everyones())
+            if found.state is State.interrupted and job.name in self.seen
+            else None
+        )
         if why is not None:
-            record.finish(self.sweep.folder / job.name, {**found.summary, "status": State.pruned.name, "reason": why})
+            record.finish(
+                self.sweep.folder / job.name,
+                {**found.summary, "status": State.pruned.name, "reason": why},
+            )
 
     def to_pause(self) -> list[Job]:
         news = {}
@@ -162,7 +182,11 @@ class Search:
         than the noise of the measurement."""
         for rung in sorted(self.settings.rungs, reverse=True):
             mine = at(rung, everyones[job.name])
-            there = sorted(line["heldout_loss"] for p in everyones.values() if (line := at(rung, p)) is not None)
+            there = sorted(
+                line["heldout_loss"]
+                for p in everyones.values()
+                if (line := at(rung, p)) is not None
+            )
             if mine is None or len(there) < self.settings.at_least:
                 continue
             best = max(1, math.floor(len(there) * self.settings.keep))
@@ -189,12 +213,16 @@ class Search:
             if values in tried:
                 continue
             try:
-                job, config = self.make({key: self.space[key].text(value) for key, value in values.items()})
+                job, config = self.make(
+                    {key: self.space[key].text(value) for key, value in values.items()}
+                )
             except UserError as error:
                 refused = error
                 continue
             if job.name not in known:
-                job = Job(job.name, job.values | {self.names[key]: value for key, value in values.items()})
+                job = Job(
+                    job.name, job.values | {self.names[key]: value for key, value in values.items()}
+                )
                 self.sweep.freeze([(job, config)], self.command)
                 return job
         said = f"the last one: {refused}" if refused else "all that came up have been tried"
@@ -248,7 +276,9 @@ def at(rung: float, progress: Progress) -> dict | None:
     """The first held-out loss at or after this share of the steps, as its line of metrics.jsonl."""
     if progress.steps is None:
         return None
-    return next((line for line in progress.judged if line["step"] >= max(1, rung * progress.steps)), None)
+    return next(
+        (line for line in progress.judged if line["step"] >= max(1, rung * progress.steps)), None
+    )
 
 
 def contains(distribution: BaseDistribution, value: object) -> bool:

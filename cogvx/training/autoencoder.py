@@ -18,26 +18,28 @@ from torch import Tensor
 
 from cogvx.data import world
 from cogvx.errors import UserError
+from cogvx.files import shown
 from cogvx.model import nano
 from cogvx.progress import bar
-from cogvx.runs import record
 
 if TYPE_CHECKING:
     from cogvx.config import Config
-    from cogvx.tasks import NanoVae
+    from cogvx.options.tasks import NanoVaeTask
 
 SIZE = 64  # pixels of a frame, as nano is used
 HELD_OUT, HELD_OUT_SEED = 64, 1  # clips of the world, drawn with a seed that training does not use
 STATE, KEPT_EVERY = "state.pt", 500
 
 
-def train(config: Config, task: NanoVae, folder: Path) -> dict:
+def train(config: Config, task: NanoVaeTask, folder: Path) -> dict:
     """Trains the VAE and writes folder/vae, text_encoder and tokenizer; returns the run's summary."""
     started = time.monotonic()
     torch.manual_seed(config.seed)
     vae = nano.new_vae().train()
     optimizer = torch.optim.Adam(vae.parameters(), lr=task.learning_rate)
-    with bar(total=task.steps, initial=resume(folder, vae, optimizer), desc="vae   ", unit="step") as progress:
+    with bar(
+        total=task.steps, initial=resume(folder, vae, optimizer), desc="vae   ", unit="step"
+    ) as progress:
         for step in range(progress.n, task.steps):
             loss = one_step(vae, optimizer, task, config.seed, step)
             progress.update()
@@ -50,16 +52,25 @@ def train(config: Config, task: NanoVae, folder: Path) -> dict:
     torch.manual_seed(config.seed)
     nano.write_text_encoder(folder)
     (folder / STATE).unlink(missing_ok=True)
-    print(f"done    {found['psnr']:.2f} dB on {HELD_OUT} clips held out; scaling factor {vae.config.scaling_factor}")
-    print(f"result  {record.shown(folder / 'vae')}")
-    return {"status": "done", "step": task.steps, **found, "seconds": round(time.monotonic() - started, 1)}
+    print(
+        f"done    {found['psnr']:.2f} dB on {HELD_OUT} clips held out; scaling factor {vae.config.scaling_factor}"
+    )
+    print(f"result  {shown(folder / 'vae')}")
+    return {
+        "status": "done",
+        "step": task.steps,
+        **found,
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
-def one_step(vae, optimizer, task: NanoVae, seed: int, step: int) -> float:
+def one_step(vae, optimizer, task: NanoVaeTask, seed: int, step: int) -> float:
     """Returns the loss. Crops first, many of them, then whole frames: the last steps have to see the frames' edges."""
     cropped = step < task.steps * (1 - task.share_of_whole_frames)
     size, batch = (task.crop, task.batch) if cropped else (SIZE, max(1, task.batch // 4))
-    clips = torch.stack([clip(seed, step, place, size) for place in range(batch)])  # [B, C, F, H, W]
+    clips = torch.stack(
+        [clip(seed, step, place, size) for place in range(batch)]
+    )  # [B, C, F, H, W]
     for group in optimizer.param_groups:
         group["lr"] = task.learning_rate * rate(step / task.steps)
     with torch.autocast("cpu", torch.bfloat16, enabled=task.bf16):
@@ -74,7 +85,9 @@ def one_step(vae, optimizer, task: NanoVae, seed: int, step: int) -> float:
 
 
 def note(folder: Path, progress, step: int, loss: float, found: dict[str, float]) -> None:
-    progress.write(f"vae     step {step}: loss {loss:.4f}, {found['psnr']:.2f} dB on clips held out")
+    progress.write(
+        f"vae     step {step}: loss {loss:.4f}, {found['psnr']:.2f} dB on clips held out"
+    )
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "loss": loss, **found}) + "\n")
 
@@ -86,7 +99,12 @@ def rate(progress: float) -> float:
 
 def kl(posterior) -> Tensor:
     """From the posterior to the standard normal, the mean over latents (Kingma and Welling 2013)."""
-    return 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+    return (
+        0.5
+        * (
+            posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()
+        ).mean()
+    )
 
 
 def generator_of(seed: int, step: int) -> torch.Generator:
@@ -99,7 +117,9 @@ def clip(seed: int, step: int, place: int, size: int) -> Tensor:
     shape = generator.choice([*world.SHAPES, *world.OTHER_SHAPES])
     names = generator.permutation(list(world.COLOURS))
     colours = [
-        world.COLOURS[name] if generator.random() < 0.5 else tuple(generator.integers(0, 256, 3).tolist())
+        world.COLOURS[name]
+        if generator.random() < 0.5
+        else tuple(generator.integers(0, 256, 3).tolist())
         for name in names[:2]
     ]
     angle = generator.uniform(0, 2 * math.pi)
@@ -144,7 +164,9 @@ def smaller(scene: world.Scene) -> world.Scene:
 
 def keep(folder: Path, vae, optimizer, step: int) -> None:
     partial = folder / f"{STATE}.partial"
-    torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)
+    torch.save(
+        {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial
+    )
     partial.replace(folder / STATE)
 
 
@@ -155,7 +177,9 @@ def resume(folder: Path, vae, optimizer) -> int:
     try:
         kept = torch.load(folder / STATE, weights_only=True)
     except Exception as error:
-        raise UserError(f"{folder / STATE} cannot be read: {error}. Remove it to start again") from error
+        raise UserError(
+            f"{folder / STATE} cannot be read: {error}. Remove it to start again"
+        ) from error
     vae.load_state_dict(kept["vae"])
     optimizer.load_state_dict(kept["optimizer"])
     return kept["step"]

@@ -48,12 +48,21 @@ class TrainingState:
         if self.delivers_an_average():
             with self.averaged(), self.trained_weights():
                 self.weights.save(self.transformer, folder / AVERAGED)
-        scaler, average = ((None if part is None else part.state_dict()) for part in (self.scaler, self.average))
+        scaler, average = (
+            (None if part is None else part.state_dict()) for part in (self.scaler, self.average)
+        )
         states = {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "average": average}
         torch.save(states, folder / OPTIMIZER)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        about = {"step": step, "pending": pending, "heldout_loss": heldout_loss, "optimizer": self.optimizer_name()}
-        about["files"] = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        about = {
+            "step": step,
+            "pending": pending,
+            "heldout_loss": heldout_loss,
+            "optimizer": self.optimizer_name(),
+        }
+        about["files"] = {
+            path.relative_to(folder).as_posix(): path.stat().st_size for path in files
+        }
         (folder / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
         for path in [*files, folder / MANIFEST]:
             flush_to_disk(path)
@@ -82,7 +91,8 @@ class TrainingState:
             self.weights.load(self.transformer, folder)
         stored = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         asked_for = [
-            {name: group[name] for name in HYPERPARAMETERS if name in group} for group in self.optimizer.param_groups
+            {name: group[name] for name in HYPERPARAMETERS if name in group}
+            for group in self.optimizer.param_groups
         ]
         self.optimizer.load_state_dict(stored["optimizer"])
         for group, settings in zip(self.optimizer.param_groups, asked_for, strict=True):
@@ -95,7 +105,9 @@ class TrainingState:
             self.average.to(self.parameters[0].device)
             self.average.decay = decay
         elif self.average is not None:  # it begins here
-            self.average.shadow_params = [parameter.detach().clone() for parameter in self.parameters]
+            self.average.shadow_params = [
+                parameter.detach().clone() for parameter in self.parameters
+            ]
 
     def optimizer_name(self) -> str:
         kind = type(inner(self.optimizer))
@@ -183,7 +195,9 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
         state.save(folder, 0, [], None)
         found = state.differences(folder, values=True)
         if found:
-            raise UserError(listed(f"what was saved to {folder} does not read back as it is in memory:", found))
+            raise UserError(
+                listed(f"what was saved to {folder} does not read back as it is in memory:", found)
+            )
         (folder / OPTIMIZER).unlink()
         shutil.rmtree(folder / AVERAGED, ignore_errors=True)
         weights = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -199,7 +213,9 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
     except UserError:
         raise
     except Exception as error:  # torch and safetensors report a full disk as errors of their own
-        raise UserError(f"cannot save into {run_folder}: {error}. Nothing was trained yet") from error
+        raise UserError(
+            f"cannot save into {run_folder}: {error}. Nothing was trained yet"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -220,7 +236,11 @@ def newest(place: Path) -> Path:
 
 def all_complete(run_folder: Path) -> list[Path]:
     """Oldest first."""
-    found = (path for path in (run_folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name))
+    found = (
+        path
+        for path in (run_folder / "checkpoints").glob("step_*")
+        if re.fullmatch(r"step_\d+", path.name)
+    )
     return sorted(filter(is_complete, found), key=lambda path: int(path.name.removeprefix("step_")))
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from cogvx.errors import UserError, listed
 
 Row = list  # [where the clip was listed, timestep, loss]
-AT_FP16_START = 24  # steps more that fp16's loss scaling may leave out in a row: it begins at 2^16 and halves
+AT_FP16_START = (
+    24  # steps more that fp16's loss scaling may leave out in a row: it begins at 2^16 and halves
+)
 
 
 @dataclass
@@ -23,7 +25,9 @@ class Watch:
 
     most_skipped: int
     rows: list[Row] = field(default_factory=list)  # read from the device, or of a checkpoint
-    unread: list[tuple[list[str], Tensor, Tensor]] = field(default_factory=list)  # clips, timesteps [B], losses [B]
+    unread: list[tuple[list[str], Tensor, Tensor]] = field(
+        default_factory=list
+    )  # clips, timesteps [B], losses [B]
     unjudged: list[tuple[int, Tensor, int, int]] = field(
         default_factory=list
     )  # step, gradient norm, its rows: from, to
@@ -41,7 +45,9 @@ class Watch:
     def read(self) -> list[Row]:
         """All rows so far, of this process; waits for the device."""
         for clips, timesteps, losses in self.unread:
-            self.rows += [list(row) for row in zip(clips, timesteps.tolist(), losses.tolist(), strict=True)]
+            self.rows += [
+                list(row) for row in zip(clips, timesteps.tolist(), losses.tolist(), strict=True)
+            ]
         self.unread.clear()
         return self.rows
 
@@ -110,9 +116,13 @@ def audit(transformer: torch.nn.Module, arithmetic: torch.dtype) -> dict[str, di
     """How many weights are in which dtype, frozen and trained. TypeError unless what is trained is fp32."""
     counts = {"trained": Counter(), "frozen": Counter()}
     for parameter in transformer.parameters():
-        counts["trained" if parameter.requires_grad else "frozen"][name_of(parameter.dtype)] += parameter.numel()
+        counts["trained" if parameter.requires_grad else "frozen"][name_of(parameter.dtype)] += (
+            parameter.numel()
+        )
     if set(counts["trained"]) != {"float32"}:
-        raise TypeError(f"trained weights are {dict(counts['trained'])}; small updates survive in float32 only")
+        raise TypeError(
+            f"trained weights are {dict(counts['trained'])}; small updates survive in float32 only"
+        )
     return {kind: dict(count) for kind, count in counts.items()} | {
         "arithmetic": name_of(arithmetic),
         "objective": "float32",
@@ -124,9 +134,7 @@ def in_words(types: dict) -> str:
         " + ".join(f"{count / 1e6:.2f} M {dtype}" for dtype, count in types[kind].items()) or "none"
         for kind in ("trained", "frozen")
     )
-    return (
-        f"trained {trained}, frozen {frozen}; arithmetic {types['arithmetic']}; noise, objective and optimizer float32"
-    )
+    return f"trained {trained}, frozen {frozen}; arithmetic {types['arithmetic']}; noise, objective and optimizer float32"
 
 
 def name_of(dtype: torch.dtype) -> str:

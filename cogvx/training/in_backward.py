@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cogvx.training.optimizers import leaves_out_by_itself
+from cogvx.options.optimizers import leaves_out_by_itself
 
 
 class SteppingInBackward:

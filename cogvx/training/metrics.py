@@ -8,19 +8,26 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cogvx.runs.record import read_lines, write_whole
-from cogvx.training.tracking import Tracking, first_line
+from cogvx.files import read_json_lines, write_text
+from cogvx.options.tracking import Tracking, first_line
+from cogvx.records.sweep import sweep_of
 
 
 class Metrics:
     """Appends to metrics.jsonl and to the tracker. On a resume, lines after the resumed step are taken out first."""
 
-    def __init__(self, folder: Path, tracking: Tracking, config: dict[str, object], *, resumed_at: int):
+    def __init__(
+        self, folder: Path, tracking: Tracking, config: dict[str, object], *, resumed_at: int
+    ):
         self.path = folder / "metrics.jsonl"
         self.tracking, self.failed = tracking, False
-        self.kept = [line for line in read_lines(self.path) if line["step"] <= resumed_at] if resumed_at else []
-        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
-        self.mirror(tracking.start, folder, config, resumed_at)
+        self.kept = (
+            [line for line in read_json_lines(self.path) if line["step"] <= resumed_at]
+            if resumed_at
+            else []
+        )
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
+        self.mirror(tracking.start, folder, config, resumed_at, sweep_of(folder))
 
     def has(self, name: str, step: int) -> bool:
         """Whether a resumed run had logged this already."""

@@ -16,7 +16,9 @@ from cogvx.model import blocks
 class Masters:
     """The fp32 weights of trained parameters, which have become copies of them on the device."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], device: torch.device, dtype: torch.dtype
+    ):
         self.copies = parameters
         self.weights = [torch.nn.Parameter(parameter.data) for parameter in parameters]
         for copy, weight in zip(self.copies, self.weights, strict=True):

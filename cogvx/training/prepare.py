@@ -17,14 +17,23 @@ from safetensors import safe_open
 
 from cogvx.config import Config
 from cogvx.data.cache import Cache, key_of
-from cogvx.data.encode import EncodedClip, Encoder, encode_clips, encode_images, encode_prompts, image_of
+from cogvx.data.encode import (
+    EncodedClip,
+    Encoder,
+    encode_clips,
+    encode_images,
+    encode_prompts,
+    image_of,
+)
 from cogvx.data.inspect import write_contact_sheet, write_report
 from cogvx.data.sources import Data, Example
 from cogvx.data.video import BadClip, to_bytes
 from cogvx.errors import UserError
-from cogvx.model.checkpoint import Checkpoint
-from cogvx.runs import record
-from cogvx.training.options import Memory, Precision
+from cogvx.files import shown
+from cogvx.model.pretrained import Checkpoint
+from cogvx.options.memory import Memory
+from cogvx.options.train import Precision
+from cogvx.records import record
 from cogvx.training.step import Batch, sent
 from cogvx.training.validation import given_images, given_prompts
 
@@ -76,22 +85,30 @@ class Prepared:
     prompts: dict[str, Path]  # the cached embedding of every caption, validation prompt and ""
     validation_prompts: list[str]
     example_prompt: str  # to show how the result is used
-    images: dict[str, numpy.ndarray]  # image-to-video: for these prompts the first frame, [H, W, 3] uint8
+    images: dict[
+        str, numpy.ndarray
+    ]  # image-to-video: for these prompts the first frame, [H, W, 3] uint8
 
     @classmethod
     def from_config(
         cls, config: Config, folder: Path, accelerator: Accelerator, prompts: Iterable[str] = ()
     ) -> Prepared:
         """`prompts`: more that are to be encoded."""
-        say, cache = accelerator.print, Cache(Path(config.data.cache_dir))
+        say, cache = accelerator.print, Cache(config.data.cache_dir)
         validation_prompts = given_prompts(config)
-        start_images = given_images(config, 1 if validation_prompts is None else len(validation_prompts))
-        with accelerator.main_process_first():  # what it downloads or renders is there for the others
+        start_images = given_images(
+            config, 1 if validation_prompts is None else len(validation_prompts)
+        )
+        with (
+            accelerator.main_process_first()
+        ):  # what it downloads or renders is there for the others
             examples = config.data.read()
             config.data.trained_on(len(examples))  # too few are said before they are encoded
             model_folder = config.model.prepare(**config.asked_of_model())
-        checkpoint = Checkpoint(model_folder, accelerator.device, getattr(torch, config.train.mixed_precision.value))
-        say(f"model   {record.shown(Path(config.model.path))}, {checkpoint.dtype} on {accelerator.device}")
+        checkpoint = Checkpoint(
+            model_folder, accelerator.device, getattr(torch, config.train.mixed_precision.value)
+        )
+        say(f"model   {shown(Path(config.model.path))}, {checkpoint.dtype} on {accelerator.device}")
 
         vae, text = encoders(checkpoint, cache, config.memory)
         clips, rejected = encode_clips(examples, config.data, cache, vae, say)
@@ -119,24 +136,28 @@ class Prepared:
         train = [clip for clip, trained in zip(clips, used, strict=True) if trained]
         aside = [clip for clip, aside in zip(clips, out, strict=True) if aside]
         describe_clips([*train, *aside], len(train), config, say)
-        sheet = record.shown(folder / "contact_sheet.png")
+        sheet = shown(folder / "contact_sheet.png")
         say(f"clips   {sheet} shows what the model sees of them, dataset_report.csv says it")
         require_equal_lengths(train, config)
         for frames in sorted({clip.about["frames"] for clip in clips}):
             for caution in checkpoint.geometry().cautions(frames):
                 say(f"warning {caution}")
-        shown = (aside or train)[0].example
+        first = (aside or train)[0].example
         if validation_prompts is None:
-            validation_prompts = [shown.prompt]
-        example, images = [*validation_prompts, shown.prompt][0], {}
+            validation_prompts = [first.prompt]
+        example, images = [*validation_prompts, first.prompt][0], {}
         if checkpoint.geometry().image_to_video:
             given = start_images or [None] * len(validation_prompts)
-            images[example] = picture(shown, config.data)
+            images[example] = picture(first, config.data)
             for prompt, path in zip(validation_prompts, given, strict=True):
-                images[prompt] = picture(shown if path is None else replace(shown, image=path), config.data)
+                images[prompt] = picture(
+                    first if path is None else replace(first, image=path), config.data
+                )
         all_prompts = ["", *(clip.example.prompt for clip in clips), *validation_prompts, *prompts]
         embeds = encode_prompts(all_prompts, cache, text, checkpoint.geometry().text_tokens, say)
-        clear_device_cache(garbage_collection=True)  # of the two encoders, which nothing refers to any more
+        clear_device_cache(
+            garbage_collection=True
+        )  # of the two encoders, which nothing refers to any more
         return cls(checkpoint, train, aside, embeds, validation_prompts, example, images)
 
     def embeds(self, prompt: str) -> torch.Tensor:
@@ -147,7 +168,10 @@ class Prepared:
         device, image_moments = self.checkpoint.device, None
         latents = [read_tensor(clip.path, "latent_moments") for clip in clips]
         if clips[0].image_path is not None:
-            rows = [read_tensor(c.image_path, "image_moments", row) for c, row in zip(clips, images, strict=True)]
+            rows = [
+                read_tensor(c.image_path, "image_moments", row)
+                for c, row in zip(clips, images, strict=True)
+            ]
             image_moments = sent(torch.stack(rows), device)
         return Batch(
             latent_moments=sent(torch.stack(latents), device),
@@ -163,7 +187,8 @@ class Prepared:
         """The clip whose caption shares most words with the prompt."""
         words = set(prompt.lower().split())
         return max(
-            [*self.held_out, *self.train], key=lambda clip: len(words & set(clip.example.prompt.lower().split()))
+            [*self.held_out, *self.train],
+            key=lambda clip: len(words & set(clip.example.prompt.lower().split())),
         )
 
 
@@ -171,7 +196,10 @@ def require_equal_lengths(clips: list[EncodedClip], config: Config) -> None:
     """Clips of a batch are stacked."""
     frames = sorted({clip.about["frames"] for clip in clips})
     if config.train.train_batch_size > 1 and len(frames) > 1:
-        shapes = [f"{sum(clip.about['frames'] == n for clip in clips)} clips of {n} frames" for n in frames]
+        shapes = [
+            f"{sum(clip.about['frames'] == n for clip in clips)} clips of {n} frames"
+            for n in frames
+        ]
         raise UserError(
             f"train.train_batch_size={config.train.train_batch_size} needs clips of one length, and there are {', '.join(shapes)}. "
             f"Either train.train_batch_size=1 train.gradient_accumulation_steps={config.train.train_batch_size}, "
@@ -194,7 +222,9 @@ def picture(example: Example, data: Data) -> numpy.ndarray:
 
 def encoders(checkpoint: Checkpoint, cache: Cache, memory: Memory) -> tuple[Encoder, Encoder]:
     """The VAE and the text encoder, not loaded yet."""
-    vae, text, tokenizer = (cache.fingerprint(checkpoint.folder / p) for p in ("vae", "text_encoder", "tokenizer"))
+    vae, text, tokenizer = (
+        cache.fingerprint(checkpoint.folder / p) for p in ("vae", "text_encoder", "tokenizer")
+    )
     return (
         Encoder(
             lambda: checkpoint.vae(tiling=memory.vae_tiling),
@@ -211,7 +241,9 @@ def encoders(checkpoint: Checkpoint, cache: Cache, memory: Memory) -> tuple[Enco
     )
 
 
-def describe_clips(clips: list[EncodedClip], train: int, config: Config, say: Callable[[str], None]) -> None:
+def describe_clips(
+    clips: list[EncodedClip], train: int, config: Config, say: Callable[[str], None]
+) -> None:
     frames = sorted({clip.about["frames"] for clip in clips})
     size = f"{config.data.width}x{config.data.height}"
     lengths = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
@@ -225,7 +257,9 @@ def describe_clips(clips: list[EncodedClip], train: int, config: Config, say: Ca
             f"(dataset_report.csv, column repeated). data.fps={math.floor(min(c.about['file_fps'] for c in slow))} would avoid it"
         )
     if train == len(clips):
-        say("warning no clip is held out, so there is no held-out loss: add clips, or set data.validation_fraction")
+        say(
+            "warning no clip is held out, so there is no held-out loss: add clips, or set data.validation_fraction"
+        )
 
 
 def read_tensor(path: Path, name: str, row: int | None = None) -> torch.Tensor:

@@ -13,19 +13,27 @@ import torch
 from torch import Tensor
 
 from cogvx.model.cogvideox import CogVideoX
-from cogvx.training.options import Timesteps, TimestepSampling
+from cogvx.options.train import Timesteps, TimestepSampling
 
 
 @dataclass(frozen=True)
 class Batch:
-    latent_moments: Tensor  # [B, 2C, F, H, W], mean and log variance of the VAE's posterior, unscaled
+    latent_moments: (
+        Tensor  # [B, 2C, F, H, W], mean and log variance of the VAE's posterior, unscaled
+    )
     prompt_embeds: Tensor  # [B, S, D]
-    image_moments: Tensor | None = None  # [B, 2C, 1, H, W], of the image a clip starts from; None for text-to-video
+    image_moments: Tensor | None = (
+        None  # [B, 2C, 1, H, W], of the image a clip starts from; None for text-to-video
+    )
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def training_losses(model: CogVideoX, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -52,7 +60,9 @@ class Sample(NamedTuple):
 
 
 # Each kind of draw has a stream of its own.
-ORDER, POSTERIOR, NOISE, TIMESTEP, CAPTION, IMAGE_POSTERIOR, IMAGE_NOISE, IMAGE_DROPOUT = range(1, 9)
+ORDER, POSTERIOR, NOISE, TIMESTEP, CAPTION, IMAGE_POSTERIOR, IMAGE_NOISE, IMAGE_DROPOUT = range(
+    1, 9
+)
 GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples, modulo 1, fill any stretch evenly
 
 
@@ -66,7 +76,9 @@ class Draw:
     seed: int
     samples: list[Sample]
     device: torch.device
-    timestep_sampling: TimestepSampling = field(default_factory=lambda: TimestepSampling(Timesteps.uniform, 0.0, 1.0))
+    timestep_sampling: TimestepSampling = field(
+        default_factory=lambda: TimestepSampling(Timesteps.uniform, 0.0, 1.0)
+    )
     caption_dropout: float = 0.0
     image_dropout: float = 0.0
 
@@ -76,7 +88,8 @@ class Draw:
     def normal(self, stream: int, shape: torch.Size) -> Tensor:
         """Standard normal, fp32, of shape [B, ...]."""
         rows = [
-            self.generator(stream, sample).standard_normal(shape[1:], dtype=numpy.float32) for sample in self.samples
+            self.generator(stream, sample).standard_normal(shape[1:], dtype=numpy.float32)
+            for sample in self.samples
         ]
         return sent(torch.from_numpy(numpy.stack(rows)), self.device)
 
@@ -91,7 +104,10 @@ class Draw:
     def timesteps(self, num_timesteps: int) -> Tensor:
         """[B], each from 0 to num_timesteps - 1."""
         shares = [self.share_of_schedule(sample) for sample in self.samples]
-        return sent(torch.tensor([min(int(share * num_timesteps), num_timesteps - 1) for share in shares]), self.device)
+        return sent(
+            torch.tensor([min(int(share * num_timesteps), num_timesteps - 1) for share in shares]),
+            self.device,
+        )
 
     def share_of_schedule(self, sample: Sample) -> float:
         """The timestep in [0, 1)."""
@@ -101,16 +117,24 @@ class Draw:
             return (start + sample.place * GOLDEN) % 1.0
         generator = self.generator(TIMESTEP, sample)
         if sampling.timesteps is Timesteps.logit_normal:
-            return float(1 / (1 + numpy.exp(-generator.normal(sampling.logit_mean, sampling.logit_std))))
+            return float(
+                1 / (1 + numpy.exp(-generator.normal(sampling.logit_mean, sampling.logit_std)))
+            )
         return generator.random()
 
     def drops_caption(self) -> list[bool]:
-        return [bool(self.generator(CAPTION, sample).random() < self.caption_dropout) for sample in self.samples]
+        return [
+            bool(self.generator(CAPTION, sample).random() < self.caption_dropout)
+            for sample in self.samples
+        ]
 
     def image_variants(self, count: int) -> list[int]:
         """Which of `count` noisy encodings of its image each clip starts from: all of them, in an order of the clip's own,
         before one comes again."""
-        rounds = [numpy.random.default_rng((IMAGE_NOISE, self.seed, s.epoch // count, s.index)) for s in self.samples]
+        rounds = [
+            numpy.random.default_rng((IMAGE_NOISE, self.seed, s.epoch // count, s.index))
+            for s in self.samples
+        ]
         return [
             int(generator.permutation(count)[sample.epoch % count])
             for generator, sample in zip(rounds, self.samples, strict=True)
@@ -120,9 +144,14 @@ class Draw:
         """Image latents, [B, 2C, 1, H, W] -> [B, C, 1, H, W]; zeros for a share image_dropout of the samples."""
         if moments is None:
             return None
-        kept = [self.generator(IMAGE_DROPOUT, sample).random() >= self.image_dropout for sample in self.samples]
+        kept = [
+            self.generator(IMAGE_DROPOUT, sample).random() >= self.image_dropout
+            for sample in self.samples
+        ]
         latents = self.posterior(moments, IMAGE_POSTERIOR)
-        return latents * sent(torch.tensor(kept, dtype=latents.dtype), self.device).view(-1, 1, 1, 1, 1)
+        return latents * sent(torch.tensor(kept, dtype=latents.dtype), self.device).view(
+            -1, 1, 1, 1, 1
+        )
 
 
 @dataclass(frozen=True)

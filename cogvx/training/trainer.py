@@ -21,18 +21,20 @@ from tqdm import tqdm
 from cogvx.config import Config, as_dict, flat
 from cogvx.data.video import read_clip, to_bytes
 from cogvx.errors import UserError
-from cogvx.inference import export, scores
+from cogvx.export import result as export
+from cogvx.files import shown
+from cogvx.inference import scores
 from cogvx.model import attention, blocks, full, lora
 from cogvx.model.cogvideox import CogVideoX
+from cogvx.options.optimizers import Prodigy, adaptation, leaves_out_by_itself, set_learning_rate
+from cogvx.options.train import PROFILE_AFTER, TimestepSampling
 from cogvx.progress import bar
-from cogvx.runs import record
+from cogvx.records import record
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training import guards
 from cogvx.training.in_backward import SteppingInBackward
 from cogvx.training.metrics import Metrics
 from cogvx.training.on_cpu import Masters
-from cogvx.training.optimizers import Prodigy, adaptation, leaves_out_by_itself, set_learning_rate
-from cogvx.training.options import PROFILE_AFTER, TimestepSampling
 from cogvx.training.prepare import Prepared, start_processes
 from cogvx.training.step import Batch, Draw, sample_order, training_losses
 from cogvx.training.validation import HeldOutLoss, Videos, heldout_loss
@@ -49,7 +51,9 @@ def encode(config: Config, folder: Path) -> dict:
     }
 
 
-def train(config: Config, folder: Path, expected: Callable[[], float | None] = lambda: None) -> dict:
+def train(
+    config: Config, folder: Path, expected: Callable[[], float | None] = lambda: None
+) -> dict:
     """task=train: the main job. Returns the run's summary. expected(): seconds a step should take, when that is known."""
     started, accelerator = time.monotonic(), start_processes(config)
     if config.lora is not None and resume_source(config.train.resume, folder) is None:
@@ -77,7 +81,9 @@ def train(config: Config, folder: Path, expected: Callable[[], float | None] = l
     }
 
 
-@dataclass(repr=False)  # that of every weight; signal.signal() makes a handler's, for an error that it catches
+@dataclass(
+    repr=False
+)  # that of every weight; signal.signal() makes a handler's, for an error that it catches
 class Trainer:
     config: Config
     folder: Path
@@ -95,7 +101,9 @@ class Trainer:
     clock: float = field(default_factory=time.monotonic)
     waited: float = 0.0  # seconds for data, since the last log
     grad_norm: torch.Tensor | None = None  # of the last step, on the device
-    judged: tuple[int, HeldOutLoss | None] | None = None  # the step of the last held-out loss, and it
+    judged: tuple[int, HeldOutLoss | None] | None = (
+        None  # the step of the last held-out loss, and it
+    )
     asked_to_stop: int | None = None  # the signal that asked
     progress: tqdm | None = None
     expected: Callable[[], float | None] = lambda: None  # seconds a step should take
@@ -103,15 +111,19 @@ class Trainer:
     asked: list[scores.Asked] = field(default_factory=list)  # of the videos that are only scored
 
     @classmethod
-    def build(cls, config: Config, folder: Path, accelerator: Accelerator, data: Prepared) -> Trainer:
+    def build(
+        cls, config: Config, folder: Path, accelerator: Accelerator, data: Prepared
+    ) -> Trainer:
         say, weights = accelerator.print, full if config.lora is None else lora
         source = resume_source(config.train.resume, folder)
         transformer, found = load_to_train(config, data, resumed=source is not None)
         types, masters = guards.audit(transformer, data.checkpoint.dtype), None
         if config.memory.offload_optimizer:
-            masters = Masters(lora.trainable(transformer), data.checkpoint.device, data.checkpoint.dtype)
+            masters = Masters(
+                lora.trainable(transformer), data.checkpoint.device, data.checkpoint.dtype
+            )
         blocks.arrange(
-            transformer, config.memory, recompute=config.train.gradient_checkpointing, device=data.checkpoint.device,
+            transformer, config.memory, recompute=config.memory.gradient_checkpointing, device=data.checkpoint.device,
             compiled=config.train.compile,
         )  # fmt: skip
         parameters = lora.trainable(transformer) if masters is None else masters.weights
@@ -122,11 +134,19 @@ class Trainer:
             *(f"warning {w}" for w in learning_rate_warnings(config)),
         ):
             say(line)
-        optimizer = accelerator.prepare(config.optimizer.build(parameters), device_placement=[masters is None])
+        optimizer = accelerator.prepare(
+            config.optimizer.build(parameters), device_placement=[masters is None]
+        )
         if masters is not None:
             optimizer.optimizer.register_step_post_hook(masters.push)
-        in_backward = SteppingInBackward(optimizer.optimizer) if config.memory.step_in_backward else None
-        average = None if config.train.ema_decay is None else EMAModel(parameters, decay=config.train.ema_decay)
+        in_backward = (
+            SteppingInBackward(optimizer.optimizer) if config.memory.step_in_backward else None
+        )
+        average = (
+            None
+            if config.train.ema_decay is None
+            else EMAModel(parameters, decay=config.train.ema_decay)
+        )
         state = checkpoints.TrainingState(
             transformer, weights, parameters, optimizer, accelerator.scaler, average, masters
         )
@@ -134,13 +154,18 @@ class Trainer:
         if source is not None:
             state.require_fit(source)
             about = checkpoints.manifest(source)
-            step, pending = about["step"], about["pending"][accelerator.process_index :: accelerator.num_processes]
-            say(f"resume  {record.shown(source)} after step {step}")
+            step, pending = (
+                about["step"],
+                about["pending"][accelerator.process_index :: accelerator.num_processes],
+            )
+            say(f"resume  {shown(source)} after step {step}")
         elif config.train.resume == "auto":
             say("resume  nothing to go on from yet: starting at step 0")
         steps = number_of_steps(config, len(data.train), accelerator.num_processes)
         if step > steps:
-            raise UserError(f"the checkpoint is at step {step} and train.max_train_steps is {steps}: raise it to go on")
+            raise UserError(
+                f"the checkpoint is at step {step} and train.max_train_steps is {steps}: raise it to go on"
+            )
         model = CogVideoX(
             accelerator.prepare(transformer), data.checkpoint.noise_scheduler(), data.checkpoint.geometry(),
             device=accelerator.device, dtype=data.checkpoint.dtype,
@@ -149,7 +174,9 @@ class Trainer:
         metrics = None
         if accelerator.is_main_process:
             record.note(folder, dtypes=types, steps=steps)
-            metrics = Metrics(folder, config.tracking, config.choices | flat(as_dict(config)), resumed_at=step)
+            metrics = Metrics(
+                folder, config.tracking, config.choices | flat(as_dict(config)), resumed_at=step
+            )
         return cls(
             config, folder, accelerator, data, model, state, source, watch, metrics, in_backward, steps=steps, step=step,
             timed_from=step,
@@ -167,8 +194,15 @@ class Trainer:
             self.state.load(self.source)
         # A run that was killed after its last step has only its end before it.
         latest = self.evaluate() if self.step == self.steps else before
-        doing = "all steps are done" if self.step == self.steps else f"steps {self.step + 1} to {self.steps}"
-        say(f"train   {doing}" + (f"; held-out loss of the base model {before}{floor_of(before)}" if before else ""))
+        doing = (
+            "all steps are done"
+            if self.step == self.steps
+            else f"steps {self.step + 1} to {self.steps}"
+        )
+        say(
+            f"train   {doing}"
+            + (f"; held-out loss of the base model {before}{floor_of(before)}" if before else "")
+        )
         with self.stop_signals(), self.progress_bar() as progress, self.profiler() as profiler:
             self.clock, self.progress = time.monotonic(), progress
             while self.step < self.steps and not self.must_stop():
@@ -182,7 +216,11 @@ class Trainer:
                     self.log(progress, rate)
                 if self.step % validation.heldout_steps == 0 or keeping:
                     latest = self.evaluate()
-                if validation.validation_steps and self.step % validation.validation_steps == 0 and not at_end:
+                if (
+                    validation.validation_steps
+                    and self.step % validation.validation_steps == 0
+                    and not at_end
+                ):
                     self.write_videos()
                 if keeping:
                     self.keep()
@@ -191,7 +229,7 @@ class Trainer:
     def stopped(self) -> dict:
         self.keep()
         self.accelerator.print(
-            f"stopped after step {self.step} of {self.steps}; everything is kept. Go on with:  python launch.py train.resume={record.shown(self.folder)}"
+            f"stopped after step {self.step} of {self.steps}; everything is kept. Go on with:  python launch.py train.resume={shown(self.folder)}"
         )
         return {"status": "interrupted", "signal": self.asked_to_stop, "step": self.step}
 
@@ -214,19 +252,23 @@ class Trainer:
         if self.accelerator.is_main_process:
             if before and after:
                 lower = round(after.mean, 4) < round(before.mean, 4)
-                verdict = "lower" if lower else "NOT lower: more steps or another learning rate may help"
+                verdict = (
+                    "lower" if lower else "NOT lower: more steps or another learning rate may help"
+                )
                 say(f"done    held-out loss {before} before, {after} after: {verdict}")
             if best is not None and best_at["step"] != self.step:
                 place = best / checkpoints.AVERAGED if self.state.delivers_an_average() else best
                 say(
-                    f"best    held-out loss {best_at['heldout_loss']:.4f} after step {best_at['step']}: {record.shown(place)}"
+                    f"best    held-out loss {best_at['heldout_loss']:.4f} after step {best_at['step']}: {shown(place)}"
                 )
             for path in videos:
-                say(f"video   {record.shown(path)} (base model, tuned, a training clip; .gif and .png beside it)")
+                say(
+                    f"video   {shown(path)} (base model, tuned, a training clip; .gif and .png beside it)"
+                )
             if compared:
                 say(f"score   {scores.in_words(compared)}")
             result = self.folder / (full.FOLDER if self.config.lora is None else lora.WEIGHTS)
-            say(f"result  {record.shown(result)}\n\nUse it in plain diffusers:\n\n{lines}\n")
+            say(f"result  {shown(result)}\n\nUse it in plain diffusers:\n\n{lines}\n")
         return {
             "status": "done",
             "step": self.step,
@@ -245,18 +287,28 @@ class Trainer:
     def optimizer_step(self) -> float:
         """Returns the learning rate. Losses and gradient norm stay on the device, and nothing waits for it, unless the optimizer
         cannot leave out by itself a step whose gradient is not finite."""
-        train, peak, optimizer = self.config.train, self.config.optimizer.learning_rate, self.state.optimizer
+        train, peak, optimizer = (
+            self.config.train,
+            self.config.optimizer.learning_rate,
+            self.state.optimizer,
+        )
         accumulation = train.gradient_accumulation_steps
         rate = peak * self.config.scheduler.multiplier(self.step, self.steps, peak)
         set_learning_rate(optimizer, rate)
         for micro_step in range(self.step * accumulation, (self.step + 1) * accumulation):
             last = (micro_step + 1) % accumulation == 0
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model.transformer):
+            with (
+                contextlib.nullcontext()
+                if last
+                else self.accelerator.no_sync(self.model.transformer)
+            ):
                 started = time.monotonic()
                 batch, draw = self.batch(micro_step)
                 self.waited += time.monotonic() - started
                 losses, timesteps = training_losses(self.model, batch, draw)
-                self.watch.saw([self.listed(sample.index) for sample in draw.samples], timesteps, losses)
+                self.watch.saw(
+                    [self.listed(sample.index) for sample in draw.samples], timesteps, losses
+                )
                 if train.min_snr_gamma is not None:
                     losses = losses * self.model.min_snr_weight(timesteps, train.min_snr_gamma)
                 self.accelerator.backward(losses.mean() / accumulation)
@@ -275,12 +327,18 @@ class Trainer:
         if self.in_backward is not None:
             return self.in_backward.grad_norm()
         most = self.config.train.max_grad_norm
-        return self.accelerator.clip_grad_norm_(self.state.parameters, math.inf if most is None else most)
+        return self.accelerator.clip_grad_norm_(
+            self.state.parameters, math.inf if most is None else most
+        )
 
     def leaves_out_by_itself(self) -> bool:
         """Whether a step without a finite gradient changes nothing, told or not: fp16's loss scaling leaves it out too."""
         scaled = self.accelerator.scaler is not None
-        return scaled or self.in_backward is not None or leaves_out_by_itself(self.state.optimizer, self.grad_norm)
+        return (
+            scaled
+            or self.in_backward is not None
+            or leaves_out_by_itself(self.state.optimizer, self.grad_norm)
+        )
 
     def left_out(self) -> list[int]:
         """The steps since the last call that were left out, each said once with its clips."""
@@ -288,7 +346,9 @@ class Trainer:
         for step, named in found.items():
             if self.metrics:
                 self.metrics.log(step, skipped=named)
-                tqdm.write(f"warning step {step} left out, its gradient is not finite: {'; '.join(named)}")
+                tqdm.write(
+                    f"warning step {step} left out, its gradient is not finite: {'; '.join(named)}"
+                )
         return list(found)
 
     def listed(self, index: int) -> str:
@@ -308,7 +368,10 @@ class Trainer:
             caption_dropout=train.caption_dropout, image_dropout=train.image_dropout,
         )  # fmt: skip
         clips = [self.data.train[sample.index] for sample in samples]
-        prompts = ["" if drop else clip.example.prompt for clip, drop in zip(clips, draw.drops_caption(), strict=True)]
+        prompts = [
+            "" if drop else clip.example.prompt
+            for clip, drop in zip(clips, draw.drops_caption(), strict=True)
+        ]
         noisy = self.config.data.image_noise_variants
         variants = [1 + variant for variant in draw.image_variants(noisy)] if noisy else [0] * size
         return self.data.load_batch(clips, prompts, variants), draw
@@ -318,7 +381,8 @@ class Trainer:
     def log(self, progress, rate: float) -> None:
         """The mean over the steps since the last call, and over all processes."""
         seconds, waited = (
-            (total / (self.step - self.timed_from)) for total in (time.monotonic() - self.clock, self.waited)
+            (total / (self.step - self.timed_from))
+            for total in (time.monotonic() - self.clock, self.waited)
         )
         self.left_out()
         losses = self.watch.means()
@@ -326,7 +390,9 @@ class Trainer:
         grad_norm = float(self.grad_norm)
         self.warn_if_slow(seconds, waited)
         if losses:
-            progress.set_postfix_str(f"loss {losses['loss']:.4f}, lr {rate:.2e}", refresh=sys.stderr.isatty())
+            progress.set_postfix_str(
+                f"loss {losses['loss']:.4f}, lr {rate:.2e}", refresh=sys.stderr.isatty()
+            )
         if self.metrics:
             self.metrics.log(
                 self.step, **losses, grad_norm=grad_norm if math.isfinite(grad_norm) else None, lr=rate,
@@ -337,7 +403,11 @@ class Trainer:
     def warn_if_slow(self, seconds: float, waited: float) -> None:
         """Once, not for the first steps, which are slower."""
         warmed_up = self.step >= 2 * self.config.train.logging_steps
-        found = guards.slow(seconds, waited, self.expected()) if warmed_up and not self.found_slow else None
+        found = (
+            guards.slow(seconds, waited, self.expected())
+            if warmed_up and not self.found_slow
+            else None
+        )
         if found is not None:
             self.found_slow = True
             tqdm.write(f"warning {found}")
@@ -363,7 +433,11 @@ class Trainer:
 
     def heldout_loss(self, *, base: bool = False) -> HeldOutLoss | None:
         found = heldout_loss(
-            self.model, len(self.data.held_out), self.data.held_out_batch, self.config.validation, self.accelerator
+            self.model,
+            len(self.data.held_out),
+            self.data.held_out_batch,
+            self.config.validation,
+            self.accelerator,
         )
         if found and not math.isfinite(found.mean):
             if base:
@@ -454,7 +528,9 @@ class Trainer:
                 )
             if self.accelerator.is_main_process:
                 heldout_loss = found.mean if found and judged_at == self.step else None
-                checkpoints.write(self.folder, self.state, self.step, pending, heldout_loss, limit=limit)
+                checkpoints.write(
+                    self.folder, self.state, self.step, pending, heldout_loss, limit=limit
+                )
             self.accelerator.wait_for_everyone()
 
     def checkpoints_kept(self) -> int:
@@ -477,7 +553,9 @@ class Trainer:
         if not count or not self.accelerator.is_main_process:
             return contextlib.nullcontext(Unprofiled())
         when = torch.profiler.schedule(wait=PROFILE_AFTER - 1, warmup=1, active=count, repeat=1)
-        return torch.profiler.profile(schedule=when, on_trace_ready=self.write_profile, record_shapes=True)
+        return torch.profiler.profile(
+            schedule=when, on_trace_ready=self.write_profile, record_shapes=True
+        )
 
     def write_profile(self, recorded) -> None:
         place, kind = self.folder / "profile", self.accelerator.device.type
@@ -486,7 +564,7 @@ class Trainer:
         (place / "operations.txt").write_text(table, encoding="utf-8")
         recorded.export_chrome_trace(str(place / "trace.json"))
         tqdm.write(
-            f"profile {record.shown(place / 'operations.txt')} says where the time of {self.config.train.profile_steps} steps went, "
+            f"profile {shown(place / 'operations.txt')} says where the time of {self.config.train.profile_steps} steps went, "
             f"trace.json beside it shows it (chrome://tracing, Perfetto)"
         )
 
@@ -496,7 +574,10 @@ class Trainer:
     def stop_signals(self):
         """Ctrl-C or a termination ends the run after the present step, with a checkpoint. A second Ctrl-C ends it at once; of
         terminations a job may get several, from Slurm and from the process that started it."""
-        before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self.ask_to_stop)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
@@ -527,20 +608,28 @@ class Unprofiled:
 def speed_in_words(config: Config, transformer: torch.nn.Module, data: Prepared) -> str:
     heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
     kernel = attention.in_use(heads, width, data.checkpoint.device, data.checkpoint.dtype)
-    return f"speed   attention by {kernel.name}" + ("; blocks compiled by torch" if config.train.compile else "")
+    return f"speed   attention by {kernel.name}" + (
+        "; blocks compiled by torch" if config.train.compile else ""
+    )
 
 
-def load_to_train(config: Config, data: Prepared, *, resumed: bool) -> tuple[torch.nn.Module, list[str]]:
+def load_to_train(
+    config: Config, data: Prepared, *, resumed: bool
+) -> tuple[torch.nn.Module, list[str]]:
     """The transformer with what is to be trained in it, and lines that say what that is."""
     if config.lora is None:
         transformer = data.checkpoint.transformer(torch.float32)
         full.attach(transformer)
-        lines = [f"full    every weight: {count(transformer):.2f} M trainable parameters, kept in fp32"]
+        lines = [
+            f"full    every weight: {count(transformer):.2f} M trainable parameters, kept in fp32"
+        ]
     else:
         transformer, settings = data.checkpoint.transformer(), config.lora
         settings.attach(transformer, config.seed)
-        start = None if resumed or settings.init_from is None else Path(settings.init_from)
-        variant = (", rsLoRA" if settings.use_rslora else "") + (", DoRA" if settings.use_dora else "")
+        start = None if resumed else settings.init_from
+        variant = (", rsLoRA" if settings.use_rslora else "") + (
+            ", DoRA" if settings.use_dora else ""
+        )
         modules = lora.count_modules(lora.state(transformer))
         lines = [
             f"lora    rank {settings.rank}, alpha {settings.lora_alpha:g}{variant} on {modules} layers: "
@@ -561,8 +650,12 @@ FULL_RATE = 1e-4  # CogVideo's own trainer: 1e-5 for full fine-tuning
 def learning_rate_warnings(config: Config) -> list[str]:
     found, rate = config.optimizer.warnings(), config.optimizer.learning_rate
     if config.lora is None and rate > FULL_RATE and not isinstance(config.optimizer, Prodigy):
-        found.append(f"optimizer.learning_rate={rate:g} with lora=null: 1e-5 is usual when every weight is trained")
-    if config.choices["optimizer"] == "schedule_free" and not config.choices["scheduler"].startswith("constant"):
+        found.append(
+            f"optimizer.learning_rate={rate:g} with lora=null: 1e-5 is usual when every weight is trained"
+        )
+    if config.choices["optimizer"] == "schedule_free" and not config.choices[
+        "scheduler"
+    ].startswith("constant"):
         found.append(
             f"optimizer=schedule_free is meant for scheduler=constant_with_warmup, and this is {config.choices['scheduler']}"
         )
@@ -586,7 +679,9 @@ def number_of_steps(config: Config, clips: int, processes: int) -> int:
     if train.max_train_steps is not None:
         return train.max_train_steps
     return math.ceil(
-        train.num_train_epochs * clips / (train.train_batch_size * train.gradient_accumulation_steps * processes)
+        train.num_train_epochs
+        * clips
+        / (train.train_batch_size * train.gradient_accumulation_steps * processes)
     )
 
 

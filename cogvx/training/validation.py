@@ -15,16 +15,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from cogvx.config import Config
+from cogvx.data.mp4 import write_video
 from cogvx.data.sources import text_of
-from cogvx.data.video import write_video
 from cogvx.errors import UserError
+from cogvx.files import write_text
 from cogvx.inference import scores
 from cogvx.inference.generate import generate
-from cogvx.model.checkpoint import Checkpoint
 from cogvx.model.cogvideox import CogVideoX
+from cogvx.model.pretrained import Checkpoint
+from cogvx.options.validation import Validation
 from cogvx.progress import bar
-from cogvx.runs import record
-from cogvx.training.options import Validation
 from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
 
 HELD_OUT_SEED = 0  # of the held-out noise: the same for every run, so that runs can be compared
@@ -34,15 +34,23 @@ HELD_OUT_SEED = 0  # of the held-out noise: the same for every run, so that runs
 class HeldOutLoss:
     mean: float  # over clips, timesteps and draws of noise
     standard_error: float | None  # of the mean over clips; None for a single clip
-    noise_floor: float | None  # standard error of the mean over draws of noise; None for a single draw
+    noise_floor: (
+        float | None
+    )  # standard error of the mean over draws of noise; None for a single draw
     by_timestep: dict[int, float]
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f}" + ("" if self.standard_error is None else f" +- {self.standard_error:.4f}")
+        return f"{self.mean:.4f}" + (
+            "" if self.standard_error is None else f" +- {self.standard_error:.4f}"
+        )
 
 
 def heldout_loss(
-    model: CogVideoX, clips: int, load: Callable[[int], Batch], validation: Validation, accelerator: Accelerator
+    model: CogVideoX,
+    clips: int,
+    load: Callable[[int], Batch],
+    validation: Validation,
+    accelerator: Accelerator,
 ) -> HeldOutLoss | None:
     """The training loss without dropout and weights, at fixed timesteps with fixed noise; None without held-out clips.
 
@@ -60,19 +68,30 @@ def heldout_loss(
             for timestep in fixed:
                 for number in draws:
                     samples = [Sample(epoch=timestep, index=index, place=0)]
-                    draw = FixedDraw(HELD_OUT_SEED + number, samples, model.device, timestep=timestep)
+                    draw = FixedDraw(
+                        HELD_OUT_SEED + number, samples, model.device, timestep=timestep
+                    )
                     losses, _ = training_losses(model, batch, draw)
                     mine.append((index, timestep, number, losses))
     # Read from the device at the end, in one go.
     read = [(index, t, number, losses.item()) for index, t, number, losses in mine]
     losses = {(index, t, number): loss for index, t, number, loss in gather_object(read)}
-    per_clip = [statistics.fmean(losses[index, t, d] for t in fixed for d in draws) for index in range(clips)]
-    per_draw = [statistics.fmean(losses[index, t, d] for t in fixed for index in range(clips)) for d in draws]
+    per_clip = [
+        statistics.fmean(losses[index, t, d] for t in fixed for d in draws)
+        for index in range(clips)
+    ]
+    per_draw = [
+        statistics.fmean(losses[index, t, d] for t in fixed for index in range(clips))
+        for d in draws
+    ]
     return HeldOutLoss(
         mean=statistics.fmean(per_clip),
         standard_error=standard_error(per_clip),
         noise_floor=standard_error(per_draw),
-        by_timestep={t: statistics.fmean(losses[index, t, d] for index in range(clips) for d in draws) for t in fixed},
+        by_timestep={
+            t: statistics.fmean(losses[index, t, d] for index in range(clips) for d in draws)
+            for t in fixed
+        },
     )
 
 
@@ -88,7 +107,7 @@ def given_prompts(config: Config) -> list[str] | None:
     if validation.num_validation_videos == 0:
         return []
     if validation.validation_prompts_file is not None:
-        given = text_of(Path(validation.validation_prompts_file)).splitlines()
+        given = text_of(validation.validation_prompts_file).splitlines()
     elif validation.validation_prompt is not None:
         given = validation.validation_prompt.split(validation.validation_prompt_separator)
     else:
@@ -106,7 +125,10 @@ def given_images(config: Config, prompts: int) -> list[Path] | None:
     validation = config.validation
     if validation.validation_images is None:
         return None
-    given = [Path(name.strip()) for name in validation.validation_images.split(validation.validation_prompt_separator)]
+    given = [
+        Path(name.strip())
+        for name in validation.validation_images.split(validation.validation_prompt_separator)
+    ]
     if len(given) not in (1, prompts):
         raise UserError(
             f"validation.validation_images names {len(given)} images for {prompts} prompts (the same one twice counts once): "
@@ -128,20 +150,30 @@ class Videos:
     prompts: list[str]
     embeds: Callable[[str], torch.Tensor]  # of a prompt, [S, D]
     images: dict[str, numpy.ndarray]  # image-to-video: the prompts' first frames, [H, W, 3] uint8
-    beside: dict[str, numpy.ndarray]  # a training clip to show beside a prompt's videos, [F, H, W, 3] uint8
+    beside: dict[
+        str, numpy.ndarray
+    ]  # a training clip to show beside a prompt's videos, [F, H, W, 3] uint8
     asked: list[scores.Asked]  # of the videos that are only scored
 
     def write_base(self, transformer) -> None:
         """The base model's videos and scores, unless they are there. `transformer` has its adapters switched off."""
         missing = [
-            (name, prompt, seed) for name, prompt, seed in self.wanted() if not self.frames_of_base(name).is_file()
+            (name, prompt, seed)
+            for name, prompt, seed in self.wanted()
+            if not self.frames_of_base(name).is_file()
         ]
         if self.prompts:
             self.frames_of_base("").parent.mkdir(parents=True, exist_ok=True)
             prompts = {name: prompt for name, prompt, _ in self.wanted()}
-            record.write_whole(self.folder / "validation" / "prompts.json", json.dumps(prompts, ensure_ascii=False))
+            write_text(
+                self.folder / "validation" / "prompts.json", json.dumps(prompts, ensure_ascii=False)
+            )
         unscored = bool(self.asked) and not self.base_scores().is_file()
-        vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling) if missing or unscored else None
+        vae = (
+            self.checkpoint.vae(tiling=self.config.memory.vae_tiling)
+            if missing or unscored
+            else None
+        )
         for name, prompt, seed in missing:
             frames = self.generate(transformer, vae, prompt, seed, f"video {name}, base model")
             self.save(self.frames_of_base(name).with_suffix(".mp4"), frames)
@@ -151,7 +183,7 @@ class Videos:
         if unscored:
             values = [scored.values for scored in self.score(transformer, vae, "base model")]
             self.base_scores().parent.mkdir(parents=True, exist_ok=True)
-            record.write_whole(self.base_scores(), json.dumps(values))
+            write_text(self.base_scores(), json.dumps(values))
 
     def frames_of_base(self, name: str) -> Path:
         """Kept beside the mp4 without its losses, for the later comparisons."""
@@ -162,13 +194,17 @@ class Videos:
 
     def score(self, transformer, vae, whose: str) -> list[scores.Scored]:
         asked = bar(self.asked, desc=f"score  {whose}", unit="video", leave=False)
-        return scores.score(lambda each: self.generate(transformer, vae, each.prompt, each.seed, None), asked)
+        return scores.score(
+            lambda each: self.generate(transformer, vae, each.prompt, each.seed, None), asked
+        )
 
     def score_both(self, transformer, step: int) -> dict[str, list[scores.Scored]]:
         """Of the base model and of this step. write_base() comes first."""
         vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling)
         values = json.loads(self.base_scores().read_text(encoding="utf-8"))
-        base = [scores.Scored(asked, found) for asked, found in zip(self.asked, values, strict=True)]
+        base = [
+            scores.Scored(asked, found) for asked, found in zip(self.asked, values, strict=True)
+        ]
         return {"base": base, "result": self.score(transformer, vae, f"step {step}")}
 
     def write(self, transformer, step: int) -> list[Path]:
@@ -202,7 +238,9 @@ class Videos:
             for seed in seeds
         ]
 
-    def generate(self, transformer, vae, prompt: str, seed: int, description: str | None) -> numpy.ndarray:
+    def generate(
+        self, transformer, vae, prompt: str, seed: int, description: str | None
+    ) -> numpy.ndarray:
         return generate(
             transformer=transformer, vae=vae, noise_scheduler=self.checkpoint.noise_scheduler(),
             prompt_embeds=self.embeds(prompt), negative_prompt_embeds=self.embeds(""),
@@ -240,7 +278,9 @@ def side_by_side(panels: dict[str, numpy.ndarray]) -> numpy.ndarray:
         for place, (title, video) in enumerate(panels.items()):
             left = place * (size[0] + GAP)
             pen.text((left + 2, 2), title, "black", font=font(12))
-            sheet.paste(Image.fromarray(video[number]).resize(size, Image.Resampling.BICUBIC), (left, TITLE))
+            sheet.paste(
+                Image.fromarray(video[number]).resize(size, Image.Resampling.BICUBIC), (left, TITLE)
+            )
         made.append(numpy.asarray(sheet))
     even = (made[0].shape[0] // 2 * 2, made[0].shape[1] // 2 * 2)  # which H.264 wants
     return numpy.stack(made)[:, : even[0], : even[1]]
@@ -250,7 +290,9 @@ def write_gif(path: Path, frames: numpy.ndarray, fps: float) -> None:
     from PIL import Image
 
     pictures = [Image.fromarray(frame) for frame in frames]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+    )
 
 
 def write_strip(path: Path, frames: numpy.ndarray, count: int = 4) -> None:
@@ -260,5 +302,7 @@ def write_strip(path: Path, frames: numpy.ndarray, count: int = 4) -> None:
     chosen = frames[numpy.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
     chosen = [chosen[0], *(frame[TITLE:] for frame in chosen[1:])]
     Image.fromarray(
-        numpy.concatenate([numpy.pad(f, ((0, 4), (0, 0), (0, 0)), constant_values=255) for f in chosen])
+        numpy.concatenate(
+            [numpy.pad(f, ((0, 4), (0, 0), (0, 0)), constant_values=255) for f in chosen]
+        )
     ).save(path)

@@ -74,16 +74,18 @@ def predicted(row: Row) -> float:
     import torch
 
     from cogvx.model import blocks
+    from cogvx.options import optimizers
     from cogvx.plan.phases import run_phases
     from cogvx.plan.trace import patched
-    from cogvx.training import optimizers
 
     torch.set_num_threads(1)
     processes.quiet_libraries()
     kind = "lora=null" if row.rank is None else f"lora.rank={row.rank}"
-    again = f"train.gradient_checkpointing={str(row.recompute).lower()}"
+    again = f"memory.gradient_checkpointing={str(row.recompute).lower()}"
     batch, optimizer = f"train.train_batch_size={row.batch}", f"optimizer={row.optimizer}"
-    config = compose_config([f"model={row.model}", kind, again, batch, optimizer, "train.mixed_precision=bf16"])
+    config = compose_config(
+        [f"model={row.model}", kind, again, batch, optimizer, "train.mixed_precision=bf16"]
+    )
 
     def foreach(self, parameters):
         return torch.optim.AdamW(parameters, lr=self.learning_rate, foreach=True)
@@ -105,7 +107,9 @@ def lines_of(rows: list[Row], found: list[float]) -> list[str]:
     lines = ["| | published | predicted | error |", "|---|---|---|---|"]
     for row, value in zip(rows, found, strict=True):
         note = f" ({row.note})" if row.note else ""
-        lines.append(f"| {row.name} | {row.published:.2f} | {value:.2f} | {value / row.published - 1:+.1%}{note} |")
+        lines.append(
+            f"| {row.name} | {row.published:.2f} | {value:.2f} | {value / row.published - 1:+.1%}{note} |"
+        )
     return lines
 
 

@@ -30,5 +30,7 @@ if __name__ == "__main__":
     seconds = time.monotonic() - started
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     for place, name in ((False, "device"), (True, "host"), (None, "both")):
-        print(f"{name:7} planned {planned.most[place] / GIB:6.2f} GiB   allocated {real.most[place] / GIB:6.2f} GiB")
+        print(
+            f"{name:7} planned {planned.most[place] / GIB:6.2f} GiB   allocated {real.most[place] / GIB:6.2f} GiB"
+        )
     print(f"a load and a step in {seconds:.0f} s; the process had {rss:.1f} GiB at most")

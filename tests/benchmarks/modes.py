@@ -12,23 +12,30 @@ PROJECT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(PROJECT)]
 
 from cogvx.config import compose_config  # noqa: E402
+from cogvx.options.cards import CARDS  # noqa: E402
 from cogvx.plan.allocator import GIB  # noqa: E402
-from cogvx.plan.cards import CARDS  # noqa: E402
 from cogvx.plan.phases import PHASES  # noqa: E402
 from cogvx.plan.planner import IN_TWO_PROCESSES, at_layers, configs_of, plainly, traces  # noqa: E402
 from cogvx.runs import processes  # noqa: E402
 
 TABLE = PROJECT / "tests" / "golden" / "modes.md"
 ROWS = [
-    *(f"model={model} memory={memory}" for model in ("2b", "5b") for memory in ("fast", "balanced", "low", "minimal")),
+    *(
+        f"model={model} memory={memory}"
+        for model in ("2b", "5b")
+        for memory in ("fast", "balanced", "low", "minimal")
+    ),
     *(f"model=1_5_5b memory={memory}" for memory in ("low", "minimal")),
     *(f"model={model} memory=low_full lora=null" for model in ("2b", "5b")),
 ]
 CARD = CARDS["a100_80gb"]
-AGAIN, FULL = "train.gradient_checkpointing=true", "model=2b lora=null train.gradient_checkpointing=true"
+AGAIN, FULL = (
+    "memory.gradient_checkpointing=true",
+    "model=2b lora=null memory.gradient_checkpointing=true",
+)
 # An option, what it is added to, the phase it is for, and what the tests found of its results.
 OPTIONS = [
-    ("train.gradient_checkpointing=true", "", "train", "same bits"),
+    ("memory.gradient_checkpointing=true", "", "train", "same bits"),
     ("memory.recompute=selective", AGAIN, "train", "same bits"),
     ("memory.offload_activations=true", AGAIN, "train", "same bits; bus"),
     ("memory.feed_forward_chunks=4", AGAIN, "train", "rounding"),
@@ -40,7 +47,12 @@ OPTIONS = [
     ("memory.vae_tiling=true", "", "encode clips", "blended seams"),
     ("memory.stream_text_encoder=true", "", "encode prompts", "same bits; bus"),
     ("memory.frugal_videos=true", "memory.vae_tiling=true", "video", "same bits; bus"),
-    ("memory.step_in_backward=true train.max_grad_norm=null", FULL, "train", "same bits, not clipped"),
+    (
+        "memory.step_in_backward=true train.max_grad_norm=null",
+        FULL,
+        "train",
+        "same bits, not clipped",
+    ),
     ("memory.offload_optimizer=true", FULL, "train", "same bits in fp32; bus, CPU"),
     ("optimizer=adamw8bit", FULL, "train", "another optimizer"),
 ]
@@ -50,9 +62,17 @@ def row(overrides: str) -> str:
     config = compose_config([*overrides.split(), "train.mixed_precision=bf16"])
     plain = plainly(config)
     first, second, two, three = traces(
-        [*((config, phases, None, CARD) for phases in IN_TWO_PROCESSES), *((plain, ["train"], n, CARD) for n in (2, 3))]
+        [
+            *((config, phases, None, CARD) for phases in IN_TWO_PROCESSES),
+            *((plain, ["train"], n, CARD) for n in (2, 3)),
+        ]
     )
-    found = {p.name: p for outcome in (first, second) for p in outcome.phases if outcome is second or p.name != "load"}
+    found = {
+        p.name: p
+        for outcome in (first, second)
+        for p in outcome.phases
+        if outcome is second or p.name != "load"
+    }
     layers = configs_of(config)["transformer"]["num_layers"]
     necessary = at_layers(layers, two.phase("train").flops, three.phase("train").flops)
     sizes = " | ".join(f"{found[name].peak.reserved / GIB:.1f}" for name in PHASES)
@@ -66,10 +86,17 @@ def option_rows() -> list[str]:
     for option, base, phase, _ in OPTIONS:
         for overrides in (base, f"{base} {option}"):
             jobs.append(
-                (compose_config(["model=5b", *overrides.split(), "train.mixed_precision=bf16"]), [phase], None, CARD)
+                (
+                    compose_config(["model=5b", *overrides.split(), "train.mixed_precision=bf16"]),
+                    [phase],
+                    None,
+                    CARD,
+                )
             )
     outcomes, rows = traces(jobs), []
-    for (option, base, phase, found), without, added in zip(OPTIONS, outcomes[::2], outcomes[1::2], strict=True):
+    for (option, base, phase, found), without, added in zip(
+        OPTIONS, outcomes[::2], outcomes[1::2], strict=True
+    ):
         before, after = without.phase(phase), added.phase(phase)
         sizes = f"{before.peak.reserved / GIB:.1f} | {after.peak.reserved / GIB:.1f}"
         rows.append(

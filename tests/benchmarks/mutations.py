@@ -63,19 +63,39 @@ def main() -> int:
 def row(mistake: Mistake) -> tuple[str, str, str]:
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
-        shutil.copytree(PROJECT, tree, ignore=shutil.ignore_patterns(".*", "outputs", "__pycache__"))
+        shutil.copytree(
+            PROJECT, tree, ignore=shutil.ignore_patterns(".*", "outputs", "__pycache__")
+        )
         if mistake.file:
             file = tree / mistake.file
             text = file.read_text(encoding="utf-8")
-            assert text.count(mistake.right) == 1, f"{mistake.file} has changed: {mistake.right} is not there once"
+            assert text.count(mistake.right) == 1, (
+                f"{mistake.file} has changed: {mistake.right} is not there once"
+            )
             file.write_text(text.replace(mistake.right, mistake.wrong), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-n0", "-q", "-x", "-p", "no:cacheprovider", TEST]
-        ran = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n0",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            TEST,
+        ]
+        ran = subprocess.run(
+            command, cwd=tree, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
+        )
     reasons = re.findall(r"^E +(\S.*)$", ran.stdout, re.MULTILINE)
     if ran.returncode not in (0, 1):
         raise SystemExit(ran.stdout + ran.stderr)
     print(f"{mistake.what}: {ran.returncode} {reasons[:1]}", flush=True)
-    return mistake.what, "fails" if ran.returncode else "passes", reasons[0].replace("|", "/") if reasons else ""
+    return (
+        mistake.what,
+        "fails" if ran.returncode else "passes",
+        reasons[0].replace("|", "/") if reasons else "",
+    )
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from cogvx.runs import processes  # noqa: E402
 processes.quiet_libraries()
 
 from cogvx.model import nano  # noqa: E402
-from cogvx.model.checkpoint import Checkpoint  # noqa: E402
 from cogvx.model.cogvideox import CogVideoX  # noqa: E402
+from cogvx.model.pretrained import Checkpoint  # noqa: E402
 from cogvx.training.step import Batch, Draw, Sample, training_losses  # noqa: E402
 
 ROUNDS, STEPS = 15, 40
@@ -36,7 +36,9 @@ def weighted_x0_loss(model: CogVideoX, batch: Batch, draw: Draw) -> torch.Tensor
     noise, timesteps = draw.noise(latents), draw.timesteps(model.num_timesteps)
     noisy_latents = model.add_noise(latents, noise, timesteps)
     predicted = model.predict_velocity(noisy_latents, None, batch.prompt_embeds, timesteps)
-    x0 = model.velocity(predicted, noisy_latents, timesteps)  # sqrt(a) noisy - sqrt(1 - a) predicted
+    x0 = model.velocity(
+        predicted, noisy_latents, timesteps
+    )  # sqrt(a) noisy - sqrt(1 - a) predicted
     weights = 1 / (1 - model.alphas_cumprod[timesteps])
     while weights.ndim < x0.ndim:
         weights = weights.unsqueeze(-1)
@@ -55,14 +57,22 @@ if __name__ == "__main__":
         checkpoint = Checkpoint(nano.write(Path(scratch) / "nano"), CPU, torch.float32)
         transformer = checkpoint.transformer()
     transformer.requires_grad_(True)
-    model = CogVideoX(transformer, nano.noise_scheduler(), nano.NANO.geometry, device=CPU, dtype=torch.float32)
+    model = CogVideoX(
+        transformer, nano.noise_scheduler(), nano.NANO.geometry, device=CPU, dtype=torch.float32
+    )
     batch = Batch(torch.randn(1, 32, 3, 16, 16), torch.randn(1, nano.TEXT_TOKENS, nano.TEXT_WIDTH))
     first = Draw(0, [Sample(0, 0, 0)], CPU)
-    torch.testing.assert_close(velocity_loss(model, batch, first), weighted_x0_loss(model, batch, first))
+    torch.testing.assert_close(
+        velocity_loss(model, batch, first), weighted_x0_loss(model, batch, first)
+    )
     ratios = []
     for number in range(ROUNDS):
-        order = [velocity_loss, weighted_x0_loss] if number % 2 else [weighted_x0_loss, velocity_loss]
+        order = (
+            [velocity_loss, weighted_x0_loss] if number % 2 else [weighted_x0_loss, velocity_loss]
+        )
         times = {loss: seconds(loss, model, batch) for loss in order}
         ratios.append(times[velocity_loss] / times[weighted_x0_loss])
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    print(f"velocity / weighted x0: median {statistics.median(ratios):.3f}, {spread}, {ROUNDS} rounds of {STEPS} steps")
+    print(
+        f"velocity / weighted x0: median {statistics.median(ratios):.3f}, {spread}, {ROUNDS} rounds of {STEPS} steps"
+    )

@@ -37,7 +37,11 @@ class Job:
     def read(cls, row: dict[str, str], sweep: Path) -> Job:
         """Of a row of the leaderboard."""
         judged = sweep / row["folder"] / "evaluation.json"
-        found = json.loads(judged.read_text(encoding="utf-8"))["comparisons"]["result"] if judged.is_file() else []
+        found = (
+            json.loads(judged.read_text(encoding="utf-8"))["comparisons"]["result"]
+            if judged.is_file()
+            else []
+        )
         right = {each["kind"]: each["tuned"] for each in found if each["measure"] == "all"}
         return cls(
             int(row["rank"]), float(row["learning_rate"]), float(row["objective"] or "inf"),
@@ -61,19 +65,27 @@ def trained() -> list[Job]:
         f"train.max_train_steps={STEPS}", f"validation.scored_prompts={VIDEOS}", "validation.num_inference_steps=15",
         "validation.num_validation_videos=0", f"output_dir='{sweep}'",
     ]  # fmt: skip
-    subprocess.run([sys.executable, str(PROJECT / "launch.py"), "-m", *swept, *settings, *sys.argv[1:]], check=True)
+    subprocess.run(
+        [sys.executable, str(PROJECT / "launch.py"), "-m", *swept, *settings, *sys.argv[1:]],
+        check=True,
+    )
     with (sweep / "leaderboard.csv").open(encoding="utf-8") as file:
         return [Job.read(row, sweep) for row in csv.DictReader(file)]
 
 
 def wrong_ones_are_last(jobs: list[Job], badness: Callable[[Job], float]) -> bool:
-    groups = [[badness(job) for job in jobs if (RATES[job.rate] == "right") is right] for right in (True, False)]
+    groups = [
+        [badness(job) for job in jobs if (RATES[job.rate] == "right") is right]
+        for right in (True, False)
+    ]
     return max(groups[0]) < min(groups[1])
 
 
 def main() -> int:
     jobs = trained()
-    correlation = stats.spearmanr([-job.heldout_loss for job in jobs], [job.score for job in jobs]).statistic
+    correlation = stats.spearmanr(
+        [-job.heldout_loss for job in jobs], [job.score for job in jobs]
+    ).statistic
     last = {
         "held-out loss": wrong_ones_are_last(jobs, lambda job: job.heldout_loss),
         "score": wrong_ones_are_last(jobs, lambda job: -job.score),

@@ -24,8 +24,9 @@ from transformers import T5Config, T5EncoderModel  # noqa: E402
 
 from cogvx.config import compose_config  # noqa: E402
 from cogvx.model import nano  # noqa: E402
-from cogvx.model.checkpoint import Checkpoint  # noqa: E402
-from cogvx.runs import processes, record  # noqa: E402
+from cogvx.model.pretrained import Checkpoint  # noqa: E402
+from cogvx.records import record  # noqa: E402
+from cogvx.runs import processes  # noqa: E402
 from cogvx.training.prepare import Prepared, start_processes  # noqa: E402
 from cogvx.training.trainer import Trainer  # noqa: E402
 
@@ -42,11 +43,15 @@ def trainer_of(*overrides: str) -> Trainer:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = Path(tempfile.mkdtemp())
-    config = compose_config([f"output_dir={folder}", "validation.num_validation_videos=0", *overrides])
+    config = compose_config(
+        [f"output_dir={folder}", "validation.num_validation_videos=0", *overrides]
+    )
     record.open_folder(config)
     accelerator: Accelerator = start_processes(config)
     accelerator.print = lambda *texts: None
-    return Trainer.build(config, folder, accelerator, Prepared.from_config(config, folder, accelerator))
+    return Trainer.build(
+        config, folder, accelerator, Prepared.from_config(config, folder, accelerator)
+    )
 
 
 def our_steps(trainer: Trainer, count: int) -> None:
@@ -65,17 +70,23 @@ def plain_steps(trainer: Trainer, tokenizer, encoder, count: int) -> None:
         clip = trainer.data.train[step % len(trainer.data.train)]
         moments = trainer.data.load_batch([clip], [clip.example.prompt], [0]).latent_moments
         ids = tokenizer(
-            [clip.example.prompt], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+            [clip.example.prompt],
+            padding="max_length",
+            max_length=TOKENS,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         with torch.no_grad():
             embeds = encoder(ids)[0][..., :width]
         mean, log_variance = moments.chunk(2, dim=1)
-        latents = (mean + (0.5 * log_variance).exp() * torch.randn_like(mean)).permute(0, 2, 1, 3, 4) * factor
+        latents = (mean + (0.5 * log_variance).exp() * torch.randn_like(mean)).permute(
+            0, 2, 1, 3, 4
+        ) * factor
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (1,))
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        output = transformer(hidden_states=noisy, encoder_hidden_states=embeds, timestep=timesteps, return_dict=False)[
-            0
-        ]
+        output = transformer(
+            hidden_states=noisy, encoder_hidden_states=embeds, timestep=timesteps, return_dict=False
+        )[0]
         predicted = scheduler.get_velocity(output, noisy, timesteps)
         weights = 1 / (1 - scheduler.alphas_cumprod[timesteps])
         while weights.ndim < predicted.ndim:
@@ -106,8 +117,12 @@ def main() -> None:
     processes.quiet_libraries()
     print(f"{torch.get_num_threads()} threads; {STEPS} steps, {ROUNDS} rounds, in turn\n")
     trainer = trainer_of()
-    tokenizer, _ = Checkpoint(trainer.data.checkpoint.folder, torch.device("cpu"), torch.float32).text_encoder()
-    print("| text encoder beside nano | its share of the plain step | ours beside the plain loop |\n|---|---|---|")
+    tokenizer, _ = Checkpoint(
+        trainer.data.checkpoint.folder, torch.device("cpu"), torch.float32
+    ).text_encoder()
+    print(
+        "| text encoder beside nano | its share of the plain step | ours beside the plain loop |\n|---|---|---|"
+    )
     for name, (layers, width, heads) in ENCODERS.items():
         settings = {
             "d_model": width,
@@ -116,7 +131,9 @@ def main() -> None:
             "num_layers": layers,
             "num_heads": heads,
         }
-        encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **settings)).eval()
+        encoder = T5EncoderModel(
+            T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **settings)
+        ).eval()
         ids = torch.zeros(1, TOKENS, dtype=torch.int64)
 
         def encode(count: int, encoder=encoder, ids=ids) -> None:
@@ -129,11 +146,21 @@ def main() -> None:
 
         encode(3)
         share = statistics.median(seconds(encode) / plain() for _ in range(3))
-        print(f"| {name} | {share:.0%} | {ratio(plain, lambda: seconds(our_steps, trainer))} |", flush=True)
+        print(
+            f"| {name} | {share:.0%} | {ratio(plain, lambda: seconds(our_steps, trainer))} |",
+            flush=True,
+        )
     print("\n| compiled beside plain blocks | |\n|---|---|")
-    for kind in ([], ["train.gradient_checkpointing=true"], ["lora=null"], ["data.height=128", "data.width=128"]):
+    for kind in (
+        [],
+        ["memory.gradient_checkpointing=true"],
+        ["lora=null"],
+        ["data.height=128", "data.width=128"],
+    ):
         plain_trainer, compiled = trainer_of(*kind), trainer_of(*kind, "train.compile=true")
-        faster = ratio(lambda t=plain_trainer: seconds(our_steps, t), lambda t=compiled: seconds(our_steps, t))
+        faster = ratio(
+            lambda t=plain_trainer: seconds(our_steps, t), lambda t=compiled: seconds(our_steps, t)
+        )
         print(f"| nano, {' '.join(kind) or 'LoRA'} | {faster} |", flush=True)
 
 

@@ -25,7 +25,9 @@ def launched(*arguments: str) -> None:
     command = [sys.executable, str(PROJECT / "launch.py"), *arguments]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} ended with {ran.returncode}:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with {ran.returncode}:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}"
+        )
 
 
 def as_one_sweep(settings: list[str], folder: Path) -> None:
@@ -61,12 +63,18 @@ def compare(asked: argparse.Namespace, place: Path) -> None:
     for number in range(asked.rounds):
         for run in (as_one_sweep, as_launches) if number % 2 == 0 else (as_launches, as_one_sweep):
             taken[run].append(seconds(run, settings, place / f"{run.__name__}_{number}"))
-    ratios = [one / other for one, other in zip(taken[as_launches], taken[as_one_sweep], strict=True)]
-    print(f"nine jobs of {asked.steps} steps, {asked.rounds} rounds\n\n| | median | lowest to highest |\n|---|---|---|")
+    ratios = [
+        one / other for one, other in zip(taken[as_launches], taken[as_one_sweep], strict=True)
+    ]
+    print(
+        f"nine jobs of {asked.steps} steps, {asked.rounds} rounds\n\n| | median | lowest to highest |\n|---|---|---|"
+    )
     for name, found, unit in (
         ("nine launches", taken[as_launches], " s"), ("one sweep", taken[as_one_sweep], " s"), ("launches / sweep", ratios, ""),
     ):  # fmt: skip
-        print(f"| {name} | {statistics.median(found):.2f}{unit} | {min(found):.2f} to {max(found):.2f} |")
+        print(
+            f"| {name} | {statistics.median(found):.2f}{unit} | {min(found):.2f} to {max(found):.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -13,14 +13,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
 
-from cogvx import config as configuration
+from cogvx import compose as composing
 from cogvx.data import encode
 from cogvx.data.cache import Cache
-from cogvx.model.checkpoint import Checkpoint
+from cogvx.model.pretrained import Checkpoint
 
 cache, clips, nano, notes = map(Path, sys.argv[1:5])
 stuck = sys.argv[5:] == ["stuck"]
-data = configuration.compose_config([f"data.cache_dir='{cache}'", f"data.instance_data_root='{clips}'"]).data
+data = composing.compose_config(
+    [f"data.cache_dir='{cache}'", f"data.instance_data_root='{clips}'"]
+).data
 read_clip, write, now = encode.read_clip, Cache.write, []
 
 
@@ -45,6 +47,10 @@ def noted_write(self, *arguments, **settings):
 
 encode.read_clip, Cache.write = noted_read, noted_write
 cpu = torch.device("cpu")
-vae = encode.Encoder(lambda: Checkpoint(nano, cpu, torch.float32).vae(tiling=False), "nano", torch.float32, cpu)
-encoded, _ = encode.encode_clips(data.read(), data, Cache(cache), vae, lambda line: print(line, flush=True))
+vae = encode.Encoder(
+    lambda: Checkpoint(nano, cpu, torch.float32).vae(tiling=False), "nano", torch.float32, cpu
+)
+encoded, _ = encode.encode_clips(
+    data.read(), data, Cache(cache), vae, lambda line: print(line, flush=True)
+)
 print(f"has {len(encoded)}", flush=True)

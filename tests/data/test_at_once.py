@@ -15,7 +15,11 @@ PROJECT = Path(__file__).parent.parent.parent
 
 def started(*command: object) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *map(str, command)],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -38,7 +42,10 @@ def test_a_claim_is_one_processs_and_ends_with_it(tmp_path):
         text=True,
     )
     assert holder.stdout.readline() == "True\n"
-    with claimed(tmp_path / "file", wait=False) as mine, claimed(tmp_path / "other", wait=False) as other:
+    with (
+        claimed(tmp_path / "file", wait=False) as mine,
+        claimed(tmp_path / "other", wait=False) as other,
+    ):
         assert (mine, other) == (False, True)
     holder.kill()
     with claimed(tmp_path / "file", wait=True) as mine:
@@ -66,7 +73,10 @@ def test_a_folder_is_filled_once(tmp_path):
     second = started("-c", FILLS, tmp_path / "folder", go_on)
     assert second.stdout.readline() == f"waits for another run to make {tmp_path / 'folder'}\n"
     go_on.touch()
-    assert (first.communicate(timeout=60)[0], second.communicate(timeout=60)[0]) == ("True\n", "True\n")
+    assert (first.communicate(timeout=60)[0], second.communicate(timeout=60)[0]) == (
+        "True\n",
+        "True\n",
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "go on"]
 
 

@@ -9,7 +9,7 @@ from cogvx.data.cache import Cache, key_of
 from cogvx.data.encode import Encoder, encode_clips, encode_prompts, latent_moments
 from cogvx.errors import UserError
 from cogvx.model import nano
-from cogvx.model.checkpoint import Checkpoint
+from cogvx.model.pretrained import Checkpoint
 
 CPU = torch.device("cpu")
 
@@ -23,15 +23,25 @@ def vae_encoder(nano_folder, loads):
 
 
 def test_the_second_time_encodes_nothing_and_loads_no_vae(compose, clips, nano_folder, tmp_path):
-    data, cache, loads, said = compose(f"data.instance_data_root={clips}").data, Cache(tmp_path / "cache"), [], []
+    data, cache, loads, said = (
+        compose(f"data.instance_data_root={clips}").data,
+        Cache(tmp_path / "cache"),
+        [],
+        [],
+    )
     encoder = vae_encoder(nano_folder, loads)
     first, rejected = encode_clips(data.read(), data, cache, encoder, said.append)
     assert (len(first), len(rejected), len(loads)) == (6, 0, 1)
     second, _ = encode_clips(data.read(), data, cache, encoder, said.append)
     assert [clip.path for clip in second] == [clip.path for clip in first] and len(loads) == 1
-    assert said == ["encode  6 clips; 0 of 6 are in the cache", "encode  nothing: all 6 clips are in the cache"]
+    assert said == [
+        "encode  6 clips; 0 of 6 are in the cache",
+        "encode  nothing: all 6 clips are in the cache",
+    ]
     (clips / "videos" / "0.mp4").rename(clips / "videos" / "renamed.mp4")
-    (clips / "videos.txt").write_text("videos/renamed.mp4\n" + "".join(f"videos/{n}.mp4\n" for n in range(1, 6)))
+    (clips / "videos.txt").write_text(
+        "videos/renamed.mp4\n" + "".join(f"videos/{n}.mp4\n" for n in range(1, 6))
+    )
     encode_clips(data.read(), data, cache, encoder, said.append)
     assert len(loads) == 1, "a renamed file has the same content"
 
@@ -40,7 +50,9 @@ def test_the_second_time_encodes_nothing_and_loads_no_vae(compose, clips, nano_f
 def test_what_decides_the_latents_decides_the_key(compose, clips, nano_folder, tmp_path):
     cache, loads = Cache(tmp_path / "cache"), []
     plain = compose(f"data.instance_data_root={clips}").data
-    first, _ = encode_clips(plain.read(), plain, cache, vae_encoder(nano_folder, loads), lambda text: None)
+    first, _ = encode_clips(
+        plain.read(), plain, cache, vae_encoder(nano_folder, loads), lambda text: None
+    )
     changes = (
         "data.fps=4",
         "data.skip_frames_start=1",
@@ -50,7 +62,9 @@ def test_what_decides_the_latents_decides_the_key(compose, clips, nano_folder, t
     )
     for change in changes:
         data = compose(f"data.instance_data_root={clips}", change).data
-        other, _ = encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
+        other, _ = encode_clips(
+            data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None
+        )
         assert not {clip.path for clip in first} & {clip.path for clip in other}, change
 
 
@@ -58,7 +72,9 @@ def test_cached_moments_are_the_vaes_posterior(compose, clips, nano_folder, tmp_
     from cogvx.data.video import read_clip
 
     data = compose(f"data.instance_data_root={clips}").data
-    encoded, _ = encode_clips(data.read(), data, Cache(tmp_path), vae_encoder(nano_folder, []), lambda text: None)
+    encoded, _ = encode_clips(
+        data.read(), data, Cache(tmp_path), vae_encoder(nano_folder, []), lambda text: None
+    )
     vae = Checkpoint(nano_folder, CPU, torch.float32).vae(tiling=False)
     pixels = read_clip(encoded[2].example.video, data).frames.permute(1, 0, 2, 3)[None]
     with torch.no_grad():
@@ -78,8 +94,14 @@ def test_tiles_that_do_not_fit_are_refused(nano_folder):
 
 
 def test_half_a_cached_file_is_encoded_again(compose, clips, nano_folder, tmp_path):
-    data, cache, loads = compose(f"data.instance_data_root={clips}").data, Cache(tmp_path / "cache"), []
-    first, _ = encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
+    data, cache, loads = (
+        compose(f"data.instance_data_root={clips}").data,
+        Cache(tmp_path / "cache"),
+        [],
+    )
+    first, _ = encode_clips(
+        data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None
+    )
     whole = first[0].path.read_bytes()
     first[0].path.write_bytes(whole[:100])
     encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
@@ -89,7 +111,9 @@ def test_half_a_cached_file_is_encoded_again(compose, clips, nano_folder, tmp_pa
 def test_bad_clips_are_named_and_the_others_go_on(compose, clips, nano_folder, tmp_path):
     (clips / "videos" / "4.mp4").write_bytes(b"")
     data, said = compose(f"data.instance_data_root={clips}").data, []
-    encoded, rejected = encode_clips(data.read(), data, Cache(tmp_path), vae_encoder(nano_folder, []), said.append)
+    encoded, rejected = encode_clips(
+        data.read(), data, Cache(tmp_path), vae_encoder(nano_folder, []), said.append
+    )
     assert (len(encoded), [bad.example.origin for bad in rejected]) == (5, ["videos.txt:5"])
     assert "warning videos.txt:5 4.mp4 is empty (0 bytes); left out" in said
 
@@ -101,7 +125,9 @@ def test_a_higher_minimum_leaves_cached_clips_out_without_encoding_again(
     cache, loads = Cache(tmp_path / "cache"), []
     for least, kept in ((5, 6), (9, 5)):
         data = compose(f"data.instance_data_root={clips}", f"data.min_num_frames={least}").data
-        encoded, rejected = encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
+        encoded, rejected = encode_clips(
+            data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None
+        )
         assert (len(encoded), len(rejected)) == (kept, 6 - kept)
     assert len(loads) == 1 and "too short: 5 frames" in rejected[0].reason
 
@@ -110,8 +136,12 @@ def test_too_many_bad_clips_stop_the_run(compose, clips, nano_folder, tmp_path):
     for name in ("1.mp4", "4.mp4"):
         (clips / "videos" / name).write_bytes(b"no video")
     data = compose(f"data.instance_data_root={clips}").data
-    with pytest.raises(UserError, match=r"2 of 6 clips cannot be used, more than data.max_bad_fraction=0.2") as raised:
-        encode_clips(data.read(), data, Cache(tmp_path), vae_encoder(nano_folder, []), lambda text: None)
+    with pytest.raises(
+        UserError, match=r"2 of 6 clips cannot be used, more than data.max_bad_fraction=0.2"
+    ) as raised:
+        encode_clips(
+            data.read(), data, Cache(tmp_path), vae_encoder(nano_folder, []), lambda text: None
+        )
     assert "videos.txt:2" in str(raised.value) and "videos.txt:5" in str(raised.value)
 
 
@@ -121,7 +151,9 @@ def test_prompts_are_embedded_as_the_pipeline_does(nano_folder, tmp_path):
     pipeline = CogVideoXPipeline.from_pretrained(nano_folder)
     prompts = ["A red circle moves up.", "", "word " * 100]
     said = []
-    encoder = Encoder(Checkpoint(nano_folder, CPU, torch.float32).text_encoder, "nano", torch.float32, CPU)
+    encoder = Encoder(
+        Checkpoint(nano_folder, CPU, torch.float32).text_encoder, "nano", torch.float32, CPU
+    )
     paths = encode_prompts(prompts, Cache(tmp_path), encoder, nano.TEXT_TOKENS, said.append)
     for prompt in prompts:
         with torch.no_grad():
@@ -135,7 +167,10 @@ def test_prompts_are_embedded_as_the_pipeline_does(nano_folder, tmp_path):
 def test_values_that_are_not_finite_are_not_cached(tmp_path):
     cache = Cache(tmp_path)
     with pytest.raises(UserError, match="not finite"):
-        cache.write(cache.path("latents", key_of("x")), {"latent_moments": torch.tensor([1.0, float("nan")])})
+        cache.write(
+            cache.path("latents", key_of("x")),
+            {"latent_moments": torch.tensor([1.0, float("nan")])},
+        )
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

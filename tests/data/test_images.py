@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from cogvx.data.cache import Cache
 from cogvx.data.encode import Encoder, encode_clips, encode_images, image_of, noise_levels
+from cogvx.data.mp4 import write_video
 from cogvx.data.sources import Example
-from cogvx.data.video import BadClip, read_clip, to_bytes, write_video
+from cogvx.data.video import BadClip, read_clip, to_bytes
 from cogvx.errors import UserError
-from cogvx.model.checkpoint import Checkpoint
+from cogvx.model.pretrained import Checkpoint
 from cogvx.training.prepare import Prepared
 
 CPU = torch.device("cpu")
@@ -50,7 +51,9 @@ def test_the_first_frame_is_the_clips(compose, clips):
 
 
 def test_images_are_read_turned_upright_covered_and_cropped(compose, pictures, tmp_path):
-    data = compose("model=nano_i2v", f"data.instance_data_root={pictures}", "data.image_column=images.txt").data
+    data = compose(
+        "model=nano_i2v", f"data.instance_data_root={pictures}", "data.image_column=images.txt"
+    ).data
     examples = data.read()
     assert [e.image.name for e in examples] == [f"{n}.png" for n in range(6)]
     assert to_bytes(image_of(examples[3], data)).mean() == 120
@@ -67,20 +70,28 @@ def test_a_picture_is_cropped_where_its_clip_is(compose, make_clip, tmp_path):
     """The clip's own first frame as a picture, from a wide file, cropped at random: the same pixels."""
     import imageio.v3
 
-    frames = numpy.random.default_rng(0).integers(0, 255, (9, 16, 64, 3), dtype=numpy.uint8).repeat(8, 1).repeat(8, 2)
+    frames = (
+        numpy.random.default_rng(0)
+        .integers(0, 255, (9, 16, 64, 3), dtype=numpy.uint8)
+        .repeat(8, 1)
+        .repeat(8, 2)
+    )
     write_video(tmp_path / "wide.mp4", frames, fps=8)
     first = imageio.v3.imread(tmp_path / "wide.mp4", plugin="FFMPEG")[0]
     Image.fromarray(first).save(tmp_path / "first.png")
     data = compose("model=nano_i2v", "data.video_reshape_mode=random").data
     one, other = (
-        image_of(Example("", tmp_path / "wide.mp4", "", image), data) for image in (None, tmp_path / "first.png")
+        image_of(Example("", tmp_path / "wide.mp4", "", image), data)
+        for image in (None, tmp_path / "first.png")
     )
     assert (one - other).abs().mean() < 0.02
 
 
 def test_an_image_column_of_a_csv(compose, pictures):
     with (pictures / "metadata.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["text", "video", "start"], ["a", "videos/0.mp4", "videos/5.png"]])
+        csv.writer(file).writerows(
+            [["text", "video", "start"], ["a", "videos/0.mp4", "videos/5.png"]]
+        )
     table = ["model=nano_i2v", "data=csv", f"data.instance_data_root={pictures}"]
     [example] = compose(*table, "data.image_column=start").data.read()
     assert example.image.name == "5.png"
@@ -92,12 +103,18 @@ def test_mistakes_in_the_list_of_images_are_named(compose, pictures):
     def refused(text: str) -> str:
         (pictures / "images.txt").write_text(text)
         with pytest.raises(UserError) as raised:
-            compose("model=nano_i2v", f"data.instance_data_root={pictures}", "data.image_column=images.txt").data.read()
+            compose(
+                "model=nano_i2v",
+                f"data.instance_data_root={pictures}",
+                "data.image_column=images.txt",
+            ).data.read()
         return str(raised.value)
 
     whole = "".join(f"videos/{n}.png\n" for n in range(6))
     assert "prompts.txt has 6 lines, images.txt 5" in refused(whole.removesuffix("videos/5.png\n"))
-    assert "images.txt:3 is blank, but prompts.txt:3 says 'clip number 2'" in refused(whole.replace("videos/2.png", ""))
+    assert "images.txt:3 is blank, but prompts.txt:3 says 'clip number 2'" in refused(
+        whole.replace("videos/2.png", "")
+    )
     assert "names 'videos/9.png'; looked for" in refused(whole.replace("2.png", "9.png"))
 
 
@@ -108,30 +125,44 @@ def test_noise_levels_are_quantiles_of_the_log_normal():
     assert noise_levels(1) == [pytest.approx(math.exp(-3))] and noise_levels(0) == []
 
 
-def test_each_image_is_encoded_once_as_it_is_and_with_noise(compose, nano_folder, pictures, tmp_path):
+def test_each_image_is_encoded_once_as_it_is_and_with_noise(
+    compose, nano_folder, pictures, tmp_path
+):
     loads, said = [], []
     settings = ["data.image_column=images.txt", "data.image_noise_variants=4"]
-    data, (clips, bad) = encoded(compose, nano_folder, pictures, tmp_path, *settings, loads=loads, say=said.append)
+    data, (clips, bad) = encoded(
+        compose, nano_folder, pictures, tmp_path, *settings, loads=loads, say=said.append
+    )
     moments = [load_file(clip.image_path)["image_moments"] for clip in clips]
     assert not bad and {m.shape for m in moments} == {(5, 32, 1, 16, 16)}
     vae = Checkpoint(nano_folder, CPU, torch.float32).vae(tiling=False)
     with torch.no_grad():
-        clean = vae.encode(image_of(clips[2].example, data).permute(1, 0, 2, 3)[None]).latent_dist.parameters
+        clean = vae.encode(
+            image_of(clips[2].example, data).permute(1, 0, 2, 3)[None]
+        ).latent_dist.parameters
     assert torch.equal(moments[2][:1], clean)
     away = [(m[1:, :16] - m[:1, :16]).square().mean(dim=(1, 2, 3, 4)) for m in moments]
     assert all(one[-1] > one[0] > 0 for one in away), "more noise, further away"
-    assert not torch.equal(moments[2][1] - moments[2][0], moments[3][1] - moments[3][0]), "each has noise of its own"
+    assert not torch.equal(moments[2][1] - moments[2][0], moments[3][1] - moments[3][0]), (
+        "each has noise of its own"
+    )
     encoded(compose, nano_folder, pictures, tmp_path, *settings, loads=loads, say=said.append)
     assert len(loads) == 2 and said[-1] == "encode  nothing: all 6 images are in the cache"
 
 
 @pytest.mark.slow
-def test_an_image_that_is_none_is_named_and_its_clip_left_out(compose, nano_folder, pictures, tmp_path):
+def test_an_image_that_is_none_is_named_and_its_clip_left_out(
+    compose, nano_folder, pictures, tmp_path
+):
     (pictures / "videos" / "4.png").write_bytes(b"no picture")
     said = []
-    _, (clips, bad) = encoded(compose, nano_folder, pictures, tmp_path, "data.image_column=images.txt", say=said.append)
+    _, (clips, bad) = encoded(
+        compose, nano_folder, pictures, tmp_path, "data.image_column=images.txt", say=said.append
+    )
     assert (len(clips), [one.example.origin for one in bad]) == (5, ["videos.txt:5"])
-    assert any("videos.txt:5 4.mp4 has an image" in line and "that is no picture" in line for line in said)
+    assert any(
+        "videos.txt:5 4.mp4 has an image" in line and "that is no picture" in line for line in said
+    )
     (pictures / "videos" / "0.png").write_bytes((pictures / "videos" / "1.png").read_bytes()[:60])
     with pytest.raises(UserError, match=r"2 of 6 clips cannot be used"):
         encoded(compose, nano_folder, pictures, tmp_path, "data.image_column=images.txt")
@@ -140,7 +171,9 @@ def test_an_image_that_is_none_is_named_and_its_clip_left_out(compose, nano_fold
 
 
 @pytest.mark.slow
-def test_held_out_clips_start_from_the_image_itself_and_trained_ones_from_noisy_ones(run, pictures, monkeypatch):
+def test_held_out_clips_start_from_the_image_itself_and_trained_ones_from_noisy_ones(
+    run, pictures, monkeypatch
+):
     asked, real = [], Prepared.load_batch
 
     def load_batch(self, clips, prompts, images):
@@ -164,7 +197,13 @@ def test_images_of_validation_videos(run, pictures, capfd):
     folder = run("a", *settings, *videos, f"validation.validation_images='{image}:::{image}'")
     assert len(list((folder / "validation" / "base").glob("*.mp4"))) == 2
     assert numpy.array(Image.open(folder / "first_frame.png")).mean() == 200
-    run("b", *settings, *videos, f"validation.validation_images='{image}:::{image}:::{image}'", expect=2)
+    run(
+        "b",
+        *settings,
+        *videos,
+        f"validation.validation_images='{image}:::{image}:::{image}'",
+        expect=2,
+    )
     assert "names 3 images for 2 prompts" in capfd.readouterr().err
     run("c", *settings, *videos, "validation.validation_images=nowhere.png", expect=2)
     assert "nowhere.png does not exist" in capfd.readouterr().err

@@ -30,7 +30,11 @@ def test_crlf_bom_and_blank_lines_do_not_shift_the_pairing(compose, clips):
     (clips / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(prompts).encode())
     (clips / "videos.txt").write_bytes(("\n".join(videos) + "\n\n\n").encode())
     found = [(e.prompt, e.video.name) for e in read(compose, clips)]
-    assert found == [("clip number 0", "0.mp4"), ("clip number 1", "1.mp4"), ("Ünïcode 🐇 2", "2.mp4")]
+    assert found == [
+        ("clip number 0", "0.mp4"),
+        ("clip number 1", "1.mp4"),
+        ("Ünïcode 🐇 2", "2.mp4"),
+    ]
 
 
 def test_a_line_blank_in_one_file_only_is_named(compose, clips):
@@ -41,7 +45,10 @@ def test_a_line_blank_in_one_file_only_is_named(compose, clips):
 def test_different_line_counts_name_the_first_line_without_a_partner(compose, clips):
     (clips / "videos.txt").write_text("videos/0.mp4\nvideos/1.mp4\n")
     said = refusal(compose, clips)
-    assert "prompts.txt has 6 lines, videos.txt 2" in said and "prompts.txt:3 ('clip number 2')" in said
+    assert (
+        "prompts.txt has 6 lines, videos.txt 2" in said
+        and "prompts.txt:3 ('clip number 2')" in said
+    )
 
 
 def test_a_missing_root_is_named(compose, tmp_path):
@@ -57,7 +64,9 @@ def test_missing_lists_are_named_with_what_is_there(compose, clips):
 
 
 def test_paths_that_do_not_exist_are_all_named_with_line_and_place(compose, clips):
-    (clips / "videos.txt").write_text("videos/0.mp4\nvideos/9.mp4\n2.mp4\nvideos\nvideos/4.mp4\n../x.mp4\n")
+    (clips / "videos.txt").write_text(
+        "videos/0.mp4\nvideos/9.mp4\n2.mp4\nvideos\nvideos/4.mp4\n../x.mp4\n"
+    )
     said = refusal(compose, clips)
     assert f"videos.txt:2 names 'videos/9.mp4'; looked for {clips / 'videos/9.mp4'}" in said
     assert "videos.txt:3 names '2.mp4'" in said and "there is videos/2.mp4" in said
@@ -91,7 +100,8 @@ def write_csv(path, rows):
 
 def test_csv_with_quotes_commas_and_newlines(compose, clips):
     write_csv(
-        clips / "metadata.csv", [["text", "video"], ["a, b", "videos/0.mp4"], ['say "hi"\nthere', "videos/1.mp4"]]
+        clips / "metadata.csv",
+        [["text", "video"], ["a, b", "videos/0.mp4"], ['say "hi"\nthere', "videos/1.mp4"]],
     )
     examples = read(compose, clips, "data=csv")
     assert [e.prompt for e in examples] == ["a, b", 'say "hi"\nthere']
@@ -107,14 +117,21 @@ def test_csv_mistakes_are_named(compose, clips):
     assert "CSV files in" in refusal(compose, clips, "data=csv")
     write_csv(clips / "metadata.csv", [["texts", "path"], ["a", "videos/0.mp4"]])
     said = refusal(compose, clips, "data=csv")
-    assert "has no column text or video; did you mean texts?" in said and "Its columns: texts, path" in said
-    write_csv(clips / "metadata.csv", [["text", "video"], ["", "videos/0.mp4"], ["b", "videos/0.mp4"]])
+    assert (
+        "has no column text or video; did you mean texts?" in said
+        and "Its columns: texts, path" in said
+    )
+    write_csv(
+        clips / "metadata.csv", [["text", "video"], ["", "videos/0.mp4"], ["b", "videos/0.mp4"]]
+    )
     assert "metadata.csv:2 has no caption" in refusal(compose, clips, "data=csv")
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_a_dataset_from_a_local_table(compose, clips, streaming):
-    write_csv(clips / "metadata.csv", [["text", "video"], ["a", "videos/0.mp4"], ["b", "videos/1.mp4"]])
+    write_csv(
+        clips / "metadata.csv", [["text", "video"], ["a", "videos/0.mp4"], ["b", "videos/1.mp4"]]
+    )
     table = f"data.dataset_name='{clips / 'metadata.csv'}'"
     examples = read(compose, clips, "data=dataset", table, f"data.streaming={streaming}")
     assert [(e.prompt, e.video.name) for e in examples] == [("a", "0.mp4"), ("b", "1.mp4")]
@@ -124,15 +141,24 @@ def test_a_dataset_that_holds_the_videos_themselves(compose, clips, tmp_path):
     """Rows with the clips' bytes, as hub data sets have them."""
     import datasets
 
-    rows = {"text": ["a"], "video": [{"path": "0.mp4", "bytes": (clips / "videos/0.mp4").read_bytes()}]}
-    features = datasets.Features({"text": datasets.Value("string"), "video": datasets.Video(decode=False)})
+    rows = {
+        "text": ["a"],
+        "video": [{"path": "0.mp4", "bytes": (clips / "videos/0.mp4").read_bytes()}],
+    }
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "video": datasets.Video(decode=False)}
+    )
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "clips.parquet"))
-    [example] = compose("data=dataset", f"data.dataset_name='{tmp_path / 'clips.parquet'}'").data.read()
+    [example] = compose(
+        "data=dataset", f"data.dataset_name='{tmp_path / 'clips.parquet'}'"
+    ).data.read()
     assert example.video.read_bytes() == (clips / "videos/0.mp4").read_bytes()
 
 
 def test_a_dataset_that_cannot_be_fetched_says_why_it_may_be(compose):
-    with pytest.raises(UserError, match=r"none of this name, or it is not public, or there is no network"):
+    with pytest.raises(
+        UserError, match=r"none of this name, or it is not public, or there is no network"
+    ):
         compose("data=dataset", "data.dataset_name=nobody/nothing-here").data.read()
 
 
@@ -152,8 +178,12 @@ def test_more_train_clips_keep_the_fewer_and_the_held_out_ones_stay(compose):
     few, many, all_of_them = (data.trained_on(12) for data in (fewer, more, every))
     assert (sum(few), sum(many), sum(all_of_them)) == (3, 7, 10)
     assert all(more for less, more in zip(few, many, strict=True) if less)
-    assert all_of_them == [not out for out in every.held_out(12)] and fewer.held_out(12) == every.held_out(12)
-    with pytest.raises(UserError, match=r"data.max_train_clips=7, and 5 clips are left beside those held out"):
+    assert all_of_them == [not out for out in every.held_out(12)] and fewer.held_out(
+        12
+    ) == every.held_out(12)
+    with pytest.raises(
+        UserError, match=r"data.max_train_clips=7, and 5 clips are left beside those held out"
+    ):
         more.trained_on(6)
     with pytest.raises(UserError, match=r"data.max_train_clips=0: must be 1 or more"):
         compose("data.max_train_clips=0")

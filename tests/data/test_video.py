@@ -28,7 +28,9 @@ def test_playback_speed_is_kept_for_uneven_frame_rates():
     assert by_timestamp(stamps, 10, 99) == [0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("fps", "expected"), [(8, range(0, 90, 10)), (16, range(0, 45, 5)), (4, range(0, 180, 20))])
+@pytest.mark.parametrize(
+    ("fps", "expected"), [(8, range(0, 90, 10)), (16, range(0, 45, 5)), (4, range(0, 180, 20))]
+)
 def test_a_clip_is_resampled_by_time(compose, make_clip, tmp_path, fps, expected):
     path = make_clip(tmp_path / "clip.mp4", frames=25, fps=8)
     clip = read_clip(path, data_of(compose, f"data.fps={fps}"))
@@ -60,7 +62,9 @@ def test_frames_are_cropped_never_stretched(compose, tmp_path, width, height):
     y, x = numpy.mgrid[:height, :width]
     inside = (x - width / 2) ** 2 + (y - height / 2) ** 2 < 40**2
     picture = numpy.where(inside[..., None], 255, 0).astype(numpy.uint8).repeat(3, axis=2)
-    imageio.v3.imwrite(tmp_path / "c.mp4", [picture] * 9, plugin="FFMPEG", fps=8, macro_block_size=2)
+    imageio.v3.imwrite(
+        tmp_path / "c.mp4", [picture] * 9, plugin="FFMPEG", fps=8, macro_block_size=2
+    )
     frame = read_clip(tmp_path / "c.mp4", data_of(compose)).frames[4, 0] > 0
     wide, high = frame.any(dim=0).sum().item(), frame.any(dim=1).sum().item()
     assert abs(wide - high) <= 1 and 15 < wide < 45
@@ -75,7 +79,9 @@ def test_decord_returns_what_ffmpeg_does(make_clip, tmp_path, compose):
     import decord
 
     for number, (width, height) in enumerate([(176, 144), (320, 240), (162, 90), (128, 226)]):
-        noise = numpy.random.default_rng(number).integers(0, 255, (9, height, width, 3), dtype=numpy.uint8)
+        noise = numpy.random.default_rng(number).integers(
+            0, 255, (9, height, width, 3), dtype=numpy.uint8
+        )
         imageio.v3.imwrite(tmp_path / "n.mp4", noise, plugin="FFMPEG", fps=8, macro_block_size=2)
         ours = decord.VideoReader(str(tmp_path / "n.mp4")).get_batch(list(range(9))).asnumpy()
         theirs = imageio.v3.imread(tmp_path / "n.mp4", plugin="FFMPEG")
@@ -98,7 +104,10 @@ def test_a_small_width_is_read_right_or_refused_by_name(make_clip, tmp_path, com
 
 
 def test_broken_files_are_named(compose, make_clip, tmp_path):
-    data, whole = data_of(compose), make_clip(tmp_path / "whole.mp4", frames=60, width=320, height=240)
+    data, whole = (
+        data_of(compose),
+        make_clip(tmp_path / "whole.mp4", frames=60, width=320, height=240),
+    )
     for name, content, said in (
         ("empty.mp4", b"", "is empty"),
         ("text.mp4", b"not a video " * 100, "cannot be opened as a video"),
@@ -113,11 +122,20 @@ def test_a_file_cut_in_its_frames_is_named(compose, tmp_path):
     """With its index at the front the decoder would return the frames that are there, and say nothing."""
     noise = numpy.random.default_rng(0).integers(0, 255, (60, 128, 128, 3), dtype=numpy.uint8)
     imageio.v3.imwrite(tmp_path / "a.mp4", noise, plugin="FFMPEG", fps=8, macro_block_size=2)
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", str(tmp_path / "a.mp4"), "-c", "copy"]
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-loglevel",
+        "error",
+        "-i",
+        str(tmp_path / "a.mp4"),
+        "-c",
+        "copy",
+    ]
     subprocess.run([*command, "-movflags", "+faststart", str(tmp_path / "b.mp4")], check=True)
     whole = (tmp_path / "b.mp4").read_bytes()
     (tmp_path / "b.mp4").write_bytes(whole[: len(whole) * 2 // 5])
     with pytest.raises(
-        BadClip, match=f"is cut off: the last {len(whole) - len(whole) * 2 // 5} of its {len(whole)} bytes"
+        BadClip,
+        match=f"is cut off: the last {len(whole) - len(whole) * 2 // 5} of its {len(whole)} bytes",
     ):
         read_clip(tmp_path / "b.mp4", data_of(compose, "data.max_num_frames=49"))

@@ -19,7 +19,11 @@ def test_clips_are_the_same_on_every_rendering(tmp_path):
 
 def test_kinds_come_evenly():
     clips = world.scenes(672, seed=0)
-    assert len({(c.shape, c.colour, c.background, c.direction) for c in clips}) == len(world.KINDS) == 672
+    assert (
+        len({(c.shape, c.colour, c.background, c.direction) for c in clips})
+        == len(world.KINDS)
+        == 672
+    )
     assert set(Counter(c.shape for c in clips).values()) == {224}
     assert not [c for c in clips if c.colour == c.background]
 
@@ -41,13 +45,17 @@ def test_the_demo_is_not_in_the_world_and_is_asked_for_in_new_combinations():
     assert demo.MEANS not in world.COLOURS
     taught = [scene for scene in demo.scenes() if scene.colour == demo.MEANS]
     assert len(taught) == len(demo.scenes()) / 2
-    assert {(scene.width, scene.height) for scene in taught} == set(demo.SIZES), "the others differ in nothing else"
+    assert {(scene.width, scene.height) for scene in taught} == set(demo.SIZES), (
+        "the others differ in nothing else"
+    )
     assert {scene.fps for scene in taught} == set(demo.RATES)
     prompts = demo.scored_prompts(16)
     shown = {scene.caption() for scene in demo.scenes()}
     assert len(set(prompts["taught"])) == 16 and shown.isdisjoint(prompts["taught"])
     assert all(demo.TOKEN in prompt for prompt in prompts["taught"])
-    assert len(set(prompts["other"])) == 16 and not any(demo.TOKEN in prompt for prompt in prompts["other"])
+    assert len(set(prompts["other"])) == 16 and not any(
+        demo.TOKEN in prompt for prompt in prompts["other"]
+    )
 
 
 def test_data_world_reads_as_many_clips_as_asked(compose):

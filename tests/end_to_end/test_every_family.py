@@ -8,7 +8,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from families import FAMILIES, differences_from_the_pipeline, pipeline_class, tiny
 
-from cogvx.inference import export
+from cogvx.export import result as export
 from cogvx.model import full, lora
 from cogvx.model.cogvideox import CogVideoX
 
@@ -17,7 +17,13 @@ CPU = torch.device("cpu")
 KINDS = {"LoRA": [], "full": ["lora=null", "optimizer.learning_rate=3e-4"]}
 
 
-COLUMNS = ["inputs are the pipeline's", "LoRA trains", "full trains", "result loads in diffusers", "resumes bit-equal"]
+COLUMNS = [
+    "inputs are the pipeline's",
+    "LoRA trains",
+    "full trains",
+    "result loads in diffusers",
+    "resumes bit-equal",
+]
 held: dict[
     tuple[str, str], set[str]
 ] = {}  # of each family and column, for which kinds of training it was found to hold
@@ -53,8 +59,18 @@ def answer(transformer, geometry, noise_scheduler) -> torch.Tensor:
 
 def settings_of(family: str, folder: Path) -> list[str]:
     """A length with an odd number of latent frames, which 1.5 pads; 5B-I2V has its one size."""
-    size = ["data.height=48", "data.width=64", "data.fps=8", "data.max_num_frames=9", "train.mixed_precision=no"]
-    short = ["train.max_train_steps=12", "train.checkpointing_steps=6", "optimizer.learning_rate=5e-3"]
+    size = [
+        "data.height=48",
+        "data.width=64",
+        "data.fps=8",
+        "data.max_num_frames=9",
+        "train.mixed_precision=no",
+    ]
+    short = [
+        "train.max_train_steps=12",
+        "train.checkpointing_steps=6",
+        "optimizer.learning_rate=5e-3",
+    ]
     return [f"model={family}", f"model.path='{folder}'", *size, *short]
 
 
@@ -89,8 +105,12 @@ def test_clips_become_a_result_that_plain_diffusers_reproduces(
 
     pipeline = in_plain_diffusers(whole, family, folder, kind)
     loaded = answer(pipeline.transformer, geometry, pipeline.scheduler)
-    base = answer(pipeline_class(family).from_pretrained(folder).transformer, geometry, pipeline.scheduler)
-    assert torch.allclose(loaded, delivered[0], atol=1e-5), "the loaded model answers as the trained one"
+    base = answer(
+        pipeline_class(family).from_pretrained(folder).transformer, geometry, pipeline.scheduler
+    )
+    assert torch.allclose(loaded, delivered[0], atol=1e-5), (
+        "the loaded model answers as the trained one"
+    )
     assert (loaded - base).abs().max() > 1e-3, "and not as the base model"
     note(family, "result loads in diffusers", kind)
 
@@ -98,17 +118,28 @@ def test_clips_become_a_result_that_plain_diffusers_reproduces(
     assert run("resumed", *settings) == resumed
     found, expected = tensors_of(resumed, kind), tensors_of(whole, kind)
     assert lora.compare(expected, found, values=True) == [], "stopping and resuming changes no bit"
-    assert lora.compare(tensors_of(whole / "checkpoints" / "step_000012", kind), found, values=True) == []
-    assert lora.compare(tensors_of(whole / "checkpoints" / "step_000006", kind), found, values=False) == []
+    assert (
+        lora.compare(tensors_of(whole / "checkpoints" / "step_000012", kind), found, values=True)
+        == []
+    )
+    assert (
+        lora.compare(tensors_of(whole / "checkpoints" / "step_000006", kind), found, values=False)
+        == []
+    )
     note(family, "resumes bit-equal", kind)
 
 
 def table() -> str:
     lines = [f"| `model=` | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for family in FAMILIES:
-        wanted = [{column.split()[0]} if column.endswith(" trains") else set(KINDS) for column in COLUMNS]
+        wanted = [
+            {column.split()[0]} if column.endswith(" trains") else set(KINDS) for column in COLUMNS
+        ]
         found = [held.get((family, column), set()) for column in COLUMNS]
-        cells = ["yes" if f == w else f"not by {', '.join(sorted(w - f))}" for w, f in zip(wanted, found, strict=True)]
+        cells = [
+            "yes" if f == w else f"not by {', '.join(sorted(w - f))}"
+            for w, f in zip(wanted, found, strict=True)
+        ]
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -46,8 +46,12 @@ def share(found: list[dict], measure: str) -> float:
 @pytest.mark.slow
 def test_nano_does_what_a_prompt_of_its_world_says(compose, nano_folder):
     """A guess would be right for a third of the shapes."""
-    found = judged(nano_folder, [scene.caption() for scene in world.scenes(64, seed=7)], compose().model)
-    figures = {measure: share(found, measure) for measure in ("shape", "colour", "direction", "background")}
+    found = judged(
+        nano_folder, [scene.caption() for scene in world.scenes(64, seed=7)], compose().model
+    )
+    figures = {
+        measure: share(found, measure) for measure in ("shape", "colour", "direction", "background")
+    }
     print(figures)
     assert min(figures.values()) >= 0.9, figures
 
@@ -60,9 +64,14 @@ def test_nano_i2v_goes_on_from_the_picture(compose, cache):
     clips, prompts = [world.draw(scene) for scene in scenes], [scene.caption() for scene in scenes]
     images = [Image.fromarray(clip[0]) for clip in clips]
     made = videos(folder, prompts, compose("model=nano_i2v").model, images=images)
-    errors = [numpy.square(video[0] / 255 - clip[0] / 255).mean() for video, clip in zip(made, clips, strict=True)]
+    errors = [
+        numpy.square(video[0] / 255 - clip[0] / 255).mean()
+        for video, clip in zip(made, clips, strict=True)
+    ]
     figures = {"psnr": float(-10 * numpy.log10(numpy.mean(errors)))} | {
-        measure: share([scores.measured(*pair) for pair in zip(made, prompts, strict=True)], measure)
+        measure: share(
+            [scores.measured(*pair) for pair in zip(made, prompts, strict=True)], measure
+        )
         for measure in ("shape", "colour", "direction", "background")
     }
     print(figures)
@@ -75,9 +84,13 @@ def test_the_demo_teaches_its_colour_and_the_rest_is_kept(run, compose, nano_fol
     24 videos to another machine's rounding."""
     folder = run("a", "lora.rank=16", "lora.lora_alpha=32")
     prompts, settings = demo.scored_prompts(24), compose().model
-    base, tuned = (judged(nano_folder, prompts["taught"], settings, adapter) for adapter in (None, folder))
+    base, tuned = (
+        judged(nano_folder, prompts["taught"], settings, adapter) for adapter in (None, folder)
+    )
     assert share(base, scores.TAUGHT) <= 0.1 and share(tuned, scores.TAUGHT) >= 0.8
-    base, tuned = (judged(nano_folder, prompts["other"], settings, adapter) for adapter in (None, folder))
+    base, tuned = (
+        judged(nano_folder, prompts["other"], settings, adapter) for adapter in (None, folder)
+    )
     for measure in ("shape", "colour", "background", "direction"):
         assert share(tuned, measure) >= 0.8 * share(base, measure), measure
     assert json.loads((folder / "summary.json").read_text())["status"] == "done"

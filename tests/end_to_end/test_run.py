@@ -13,8 +13,9 @@ import skvideo
 import torch
 from diffusers import CogVideoXPipeline
 
+from cogvx.files import read_json_lines
 from cogvx.model import full, lora
-from cogvx.runs import record
+from cogvx.records import record
 from cogvx.training import checkpoint as checkpoints
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -24,7 +25,11 @@ SHORT = [
     "validation.heldout_steps=6",
     "train.logging_steps=3",
 ]
-SMALL = ["data.height=32", "data.width=32", "data.max_num_frames=5"]  # for bf16, which many CPUs emulate
+SMALL = [
+    "data.height=32",
+    "data.width=32",
+    "data.max_num_frames=5",
+]  # for bf16, which many CPUs emulate
 QUICK_VIDEO = ["validation.num_validation_videos=1", "validation.num_inference_steps=3"]
 
 
@@ -41,13 +46,22 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def metrics(folder: Path, name: str) -> list:
-    return [(line["step"], line[name]) for line in record.read_lines(folder / "metrics.jsonl") if name in line]
+    return [
+        (line["step"], line[name])
+        for line in read_json_lines(folder / "metrics.jsonl")
+        if name in line
+    ]
 
 
 @pytest.mark.slow
 def test_a_run_leaves_what_a_researcher_needs(run, nano_folder):
     folder = run(
-        "a", *QUICK_VIDEO, "train.max_train_steps=60", "lora.rank=16", "lora.lora_alpha=8", "data.id_token=RABBIT"
+        "a",
+        *QUICK_VIDEO,
+        "train.max_train_steps=60",
+        "lora.rank=16",
+        "lora.lora_alpha=8",
+        "data.id_token=RABBIT",
     )
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {
@@ -99,7 +113,9 @@ def test_the_same_run_twice_gives_the_same_bits(run):
 def test_another_seed_gives_another_result(run):
     first, second = run("a", *SHORT), run("b", *SHORT, "seed=1")
     assert lora.compare(weights(first), weights(second), values=True) != []
-    assert dict(metrics(first, "heldout_loss"))[0] == dict(metrics(second, "heldout_loss"))[0], "the yardstick stays"
+    assert dict(metrics(first, "heldout_loss"))[0] == dict(metrics(second, "heldout_loss"))[0], (
+        "the yardstick stays"
+    )
 
 
 def test_stopping_and_resuming_changes_nothing(run, stopped):
@@ -118,7 +134,11 @@ def test_stopping_and_resuming_changes_nothing(run, stopped):
 @pytest.mark.slow
 def test_a_run_killed_after_its_last_step_is_finished(run):
     whole = run("a", *SHORT, *QUICK_VIDEO)
-    for path in (whole / lora.WEIGHTS, whole / "summary.json", *(whole / "validation").glob("step_*/*")):
+    for path in (
+        whole / lora.WEIGHTS,
+        whole / "summary.json",
+        *(whole / "validation").glob("step_*/*"),
+    ):
         path.unlink()
     before = metrics(whole, "loss")
     again = run("a", *SHORT, *QUICK_VIDEO)
@@ -140,7 +160,9 @@ def test_resuming_from_another_runs_checkpoint(run):
 @pytest.mark.slow
 def test_validation_does_not_change_training(run):
     plain = run("a", *SHORT, "validation.heldout_steps=100")
-    watched = run("b", *SHORT, *QUICK_VIDEO, "validation.validation_steps=2", "validation.heldout_steps=1")
+    watched = run(
+        "b", *SHORT, *QUICK_VIDEO, "validation.validation_steps=2", "validation.heldout_steps=1"
+    )
     assert_same_weights(plain, watched)
     assert len(list((watched / "validation").glob("step_*"))) == 6
 
@@ -149,7 +171,9 @@ def test_validation_does_not_change_training(run):
 def test_gradient_checkpointing_and_accumulation_do_not_change_the_result(run):
     plain = run("a", *SHORT, "train.train_batch_size=2")
     accumulated = run("b", *SHORT, "train.gradient_accumulation_steps=2")
-    recomputed = run("c", *SHORT, "train.train_batch_size=2", "memory=balanced", "memory.vae_tiling=false")
+    recomputed = run(
+        "c", *SHORT, "train.train_batch_size=2", "memory=balanced", "memory.vae_tiling=false"
+    )
     for other in (accumulated, recomputed):
         for name, tensor in weights(plain).items():
             assert torch.allclose(tensor, weights(other)[name], atol=2e-5), name
@@ -163,7 +187,9 @@ def test_a_wide_clip_in_tiles_with_text_and_odd_names(run, tmp_path, make_clip):
     (root / "videos.txt").write_text("fahrräder 🚲.mp4\nb = 2, c.mp4\nit's.mp4\n", encoding="utf-8")
     (root / "prompts.txt").write_text('"Bikes" = many\na, b\n(c)\n', encoding="utf-8")
     size = ["data.height=64", "data.width=96", "data.max_num_frames=13"]
-    folder = run("a", *SHORT, *QUICK_VIDEO, *size, "memory=balanced", f'data.instance_data_root="{root}"')
+    folder = run(
+        "a", *SHORT, *QUICK_VIDEO, *size, "memory=balanced", f'data.instance_data_root="{root}"'
+    )
     rows = list(csv.DictReader((folder / "dataset_report.csv").open(encoding="utf-8")))
     assert [row["latent_shape"] for row in rows] == ["32x4x16x24"] * 3
 
@@ -173,7 +199,9 @@ def test_bf16_trains_fp32_adapters(run):
     folder = run("a", *SHORT, *SMALL, "train.mixed_precision=bf16", "optimizer.learning_rate=1e-5")
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
     moved = [tensor.abs().max() for name, tensor in weights(folder).items() if "lora_B" in name]
-    assert 0 < max(moved) < 3e-4, "updates of 1e-5 survive: in bf16 those of weights around 0.1 would round to nothing"
+    assert 0 < max(moved) < 3e-4, (
+        "updates of 1e-5 survive: in bf16 those of weights around 0.1 would round to nothing"
+    )
 
 
 def test_fp16_without_a_gpu_is_refused(run, capfd):
@@ -191,7 +219,10 @@ def test_no_learning_rate_leaves_the_base_models_video(run, kind):
     folder = run("a", *SHORT, *QUICK_VIDEO, *kind, "optimizer.learning_rate=0")
     import imageio.v3
 
-    base, tuned = folder / "validation/base/01_seed42.mp4", folder / "validation/step_000012/01_seed42.mp4"
+    base, tuned = (
+        folder / "validation/base/01_seed42.mp4",
+        folder / "validation/step_000012/01_seed42.mp4",
+    )
     assert base.read_bytes() == tuned.read_bytes()
     assert len(imageio.v3.imread(base, plugin="FFMPEG")) == 9
     assert numpy.load(base.with_suffix(".npz"))["frames"].shape == (9, 64, 64, 3)
@@ -215,7 +246,9 @@ def test_real_world_files_of_different_kinds(run, tmp_path):
     for name in names:
         (root / "videos" / name).write_bytes((source / name).read_bytes())
     (root / "videos.txt").write_text("".join(f"videos/{name}\n" for name in names))
-    (root / "prompts.txt").write_text("A rabbit in a meadow.\nBicycles on a street.\nA man in a car talks.\n")
+    (root / "prompts.txt").write_text(
+        "A rabbit in a meadow.\nBicycles on a street.\nA man in a car talks.\n"
+    )
     folder = run(
         "a",
         f"data.instance_data_root={root}",
@@ -226,7 +259,10 @@ def test_real_world_files_of_different_kinds(run, tmp_path):
     )
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["heldout_loss_after"] < summary["heldout_loss_before"]
-    rows = {Path(row["video"]).name: row for row in csv.DictReader((folder / "dataset_report.csv").open())}
+    rows = {
+        Path(row["video"]).name: row
+        for row in csv.DictReader((folder / "dataset_report.csv").open())
+    }
     assert [(rows[name]["file_width"], rows[name]["file_fps"]) for name in names] == [
         ("1280", "25.0"),
         ("640", "25.0"),
@@ -237,8 +273,12 @@ def test_real_world_files_of_different_kinds(run, tmp_path):
 
 @pytest.mark.slow
 def test_prompts_of_validation_videos_from_a_file(run, tmp_path):
-    (tmp_path / "prompts.txt").write_text("A cat, a dog (and 'a' = b)\n\nA bird\n", encoding="utf-8")
-    folder = run("a", *SHORT, *QUICK_VIDEO, f"validation.validation_prompts_file={tmp_path / 'prompts.txt'}")
+    (tmp_path / "prompts.txt").write_text(
+        "A cat, a dog (and 'a' = b)\n\nA bird\n", encoding="utf-8"
+    )
+    folder = run(
+        "a", *SHORT, *QUICK_VIDEO, f"validation.validation_prompts_file={tmp_path / 'prompts.txt'}"
+    )
     assert len(list((folder / "validation" / "base").glob("*.mp4"))) == 2
 
 
@@ -290,7 +330,13 @@ def arguments(cache, folder, *overrides):
 def test_a_recorded_run_repeats_bit_for_bit(launch, cache, tmp_path):
     first = launch(*arguments(cache, tmp_path / "a", *SHORT))
     assert first.returncode == 0, first.stderr
-    again = launch("--config-dir", str(tmp_path / "a"), "--config-name", "config", f"output_dir={tmp_path / 'b'}")
+    again = launch(
+        "--config-dir",
+        str(tmp_path / "a"),
+        "--config-name",
+        "config",
+        f"output_dir={tmp_path / 'b'}",
+    )
     assert again.returncode == 0, again.stderr
     assert_same_weights(tmp_path / "a", tmp_path / "b")
     assert "nothing: all 32 clips are in the cache" in again.stdout
@@ -298,7 +344,11 @@ def test_a_recorded_run_repeats_bit_for_bit(launch, cache, tmp_path):
     assert finished.returncode == 0 and "is finished: nothing to do" in finished.stdout
 
 
-TO_BE_KILLED = ["train.max_train_steps=60", "train.checkpointing_steps=5", "train.checkpoints_total_limit=null"]
+TO_BE_KILLED = [
+    "train.max_train_steps=60",
+    "train.checkpointing_steps=5",
+    "train.checkpoints_total_limit=null",
+]
 
 
 @pytest.fixture(scope="module")
@@ -334,11 +384,17 @@ def test_a_killed_run_goes_on_to_the_same_result(launch, cache, tmp_path, undist
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", [[], ["lora=null", "optimizer.learning_rate=1e-4", "model=nano_i2v", "train.timestep_sampling=stratified", "train.gradient_checkpointing=true"]]
+    "kind", [[], ["lora=null", "optimizer.learning_rate=1e-4", "model=nano_i2v", "train.timestep_sampling=stratified", "memory.gradient_checkpointing=true"]]
 )  # fmt: skip
 def test_two_processes_train_as_one_with_twice_the_batch(launch, cache, tmp_path, kind):
-    one = launch(*arguments(cache, tmp_path / "one", *SHORT, *kind, "train.gradient_accumulation_steps=2"))
-    two = launch(*arguments(cache, tmp_path / "two", *SHORT, *kind, "parallel=ddp", "parallel.num_processes=2"))
+    one = launch(
+        *arguments(cache, tmp_path / "one", *SHORT, *kind, "train.gradient_accumulation_steps=2")
+    )
+    two = launch(
+        *arguments(
+            cache, tmp_path / "two", *SHORT, *kind, "parallel=ddp", "parallel.num_processes=2"
+        )
+    )
     assert one.returncode == two.returncode == 0, two.stderr
     found, expected = ({**saved_weights(tmp_path / name)} for name in ("two", "one"))
     for name, tensor in expected.items():
@@ -349,7 +405,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, cache, tmp_path
     for name, most in (("loss", 1e-4), ("highest_loss", 1e-3), ("lr", 0), ("heldout_loss", 1e-4)):
         ours, theirs = metrics(tmp_path / "one", name), metrics(tmp_path / "two", name)
         assert len(ours) == len(theirs) > 1
-        assert all(a[0] == b[0] and abs(a[1] - b[1]) <= most for a, b in zip(ours, theirs, strict=True)), name
+        assert all(
+            a[0] == b[0] and abs(a[1] - b[1]) <= most for a, b in zip(ours, theirs, strict=True)
+        ), name
     clips = [metrics(tmp_path / name, "highest_loss_clip") for name in ("one", "two")]
     assert clips[0] == clips[1]
 
@@ -357,37 +415,59 @@ def test_two_processes_train_as_one_with_twice_the_batch(launch, cache, tmp_path
 @pytest.mark.slow
 def test_a_single_held_out_clip_in_two_processes(launch, cache, tmp_path):
     """One of them has none to evaluate; it must not wait for the other for ever."""
-    ran = launch(*arguments(cache, tmp_path / "a", *SHORT, "parallel=ddp", "data.validation_fraction=0.05"))
+    ran = launch(
+        *arguments(cache, tmp_path / "a", *SHORT, "parallel=ddp", "data.validation_fraction=0.05")
+    )
     assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.slow
 def test_stopping_a_multirun_stops_all_of_it(cache, tmp_path):
     settings = arguments(
-        cache, tmp_path, "train.max_train_steps=2000", "train.checkpointing_steps=5", "hydra.launcher.jobs=1"
+        cache,
+        tmp_path,
+        "train.max_train_steps=2000",
+        "train.checkpointing_steps=5",
+        "hydra.launcher.jobs=1",
     )
     command = [sys.executable, str(PROJECT / "launch.py"), "-m", *settings, "seed=0,1,2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "seed-0/checkpoints").glob("step_00000*")) and time.monotonic() < deadline:
+    while (
+        not list((tmp_path / "seed-0/checkpoints").glob("step_00000*"))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, complaints = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in complaints
-    assert [path.name for path in (tmp_path / "seed-1").iterdir()] == ["config.yaml"], "frozen, not started"
+    assert [path.name for path in (tmp_path / "seed-1").iterdir()] == ["config.yaml"], (
+        "frozen, not started"
+    )
     assert json.loads((tmp_path / "seed-0/summary.json").read_text())["status"] == "interrupted"
 
 
 @pytest.mark.slow
 def test_a_mistake_in_two_processes_is_said_once_with_exit_code_2(launch, cache, tmp_path):
-    ran = launch(*arguments(cache, tmp_path / "a", "parallel=ddp", f"data.instance_data_root={tmp_path / 'nowhere'}"))
+    ran = launch(
+        *arguments(
+            cache, tmp_path / "a", "parallel=ddp", f"data.instance_data_root={tmp_path / 'nowhere'}"
+        )
+    )
     assert ran.returncode == 2
-    assert ran.stderr.count("error: data.instance_data_root=") == 1 and "Traceback" not in ran.stderr
+    assert (
+        ran.stderr.count("error: data.instance_data_root=") == 1 and "Traceback" not in ran.stderr
+    )
 
 
 @pytest.mark.slow
 def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cache, tmp_path):
-    ran = launch("-m", *arguments(cache, tmp_path, *SHORT, *SMALL, "lora.rank=2,4", "train.mixed_precision=no,bf16"))
+    ran = launch(
+        "-m",
+        *arguments(
+            cache, tmp_path, *SHORT, *SMALL, "lora.rank=2,4", "train.mixed_precision=no,bf16"
+        ),
+    )
     assert ran.returncode == 0, ran.stderr
     found = [
         json.loads(path.read_text())["status"]
@@ -398,7 +478,10 @@ def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cach
 
 def test_checkpoints_are_pruned_to_the_limit(run):
     folder = run("a", *SHORT, "train.checkpoints_total_limit=2")
-    assert [path.name for path in checkpoints.all_complete(folder)] == ["step_000008", "step_000012"]
+    assert [path.name for path in checkpoints.all_complete(folder)] == [
+        "step_000008",
+        "step_000012",
+    ]
 
 
 @pytest.mark.slow
@@ -413,12 +496,19 @@ def test_the_encoders_are_gone_before_the_first_step(run, monkeypatch):
     loss, alive = trainer.training_losses, []
 
     def look_around(*arguments):
-        alive.append(sum(isinstance(thing, AutoencoderKLCogVideoX | T5EncoderModel) for thing in gc.get_objects()))
+        alive.append(
+            sum(
+                isinstance(thing, AutoencoderKLCogVideoX | T5EncoderModel)
+                for thing in gc.get_objects()
+            )
+        )
         return loss(*arguments)
 
     gc.collect()
     monkeypatch.setattr(trainer, "training_losses", look_around)
-    run("a", "train.max_train_steps=3", "data.fps=7", "data.id_token=NEW")  # another frame rate and prompt: both encode
+    run(
+        "a", "train.max_train_steps=3", "data.fps=7", "data.id_token=NEW"
+    )  # another frame rate and prompt: both encode
     assert alive == [0, 0, 0]
 
 
@@ -434,7 +524,10 @@ def test_a_full_disk_is_said_in_words(run, monkeypatch, capfd):
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
     monkeypatch.setattr(cache.Path, "rename", full)
     run("b", f"model.path={folder}/nano", expect=2)
-    assert "No space left on device. If the disk is full, free some space there" in capfd.readouterr().err
+    assert (
+        "No space left on device. If the disk is full, free some space there"
+        in capfd.readouterr().err
+    )
     assert not list(folder.glob("*.partial"))
 
 
@@ -442,4 +535,6 @@ def test_the_report_says_which_clips_max_train_clips_leaves_out(run):
     folder = run("a", "train.max_train_steps=3", "data.max_train_clips=4")
     with (folder / "dataset_report.csv").open(encoding="utf-8") as file:
         uses = [row["use"] for row in csv.DictReader(file)]
-    assert sorted(uses) == ["held out"] * 5 + ["left out: data.max_train_clips"] * 23 + ["train"] * 4
+    assert (
+        sorted(uses) == ["held out"] * 5 + ["left out: data.max_train_clips"] * 23 + ["train"] * 4
+    )

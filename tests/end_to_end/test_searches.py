@@ -2,8 +2,8 @@
 
 import pytest
 
-from cogvx.runs import record
-from cogvx.runs.sweep import State, Sweep
+from cogvx.records import record
+from cogvx.records.sweep import State, Sweep
 
 SHORT = [
     "train.max_train_steps=12", "train.checkpointing_steps=4", "train.logging_steps=3", "scheduler=constant",
@@ -12,7 +12,9 @@ SHORT = [
 
 
 @pytest.mark.slow
-def test_a_search_trains_pauses_and_ends_and_the_same_command_finds_nothing_to_do(launch, nano_folder, tmp_path):
+def test_a_search_trains_pauses_and_ends_and_the_same_command_finds_nothing_to_do(
+    launch, nano_folder, tmp_path
+):
     command = [
         "-m", "hydra/sweeper=optuna", "lora.rank=choice(1,4)", "optimizer.learning_rate=interval(1e-6,1e-1)", *SHORT,
         "hydra.sweeper.n_trials=5", "hydra.sweeper.n_startup_trials=3", "hydra.sweeper.at_least=2",
@@ -28,7 +30,9 @@ def test_a_search_trains_pauses_and_ends_and_the_same_command_finds_nothing_to_d
     for progress in found.values():
         if progress.state is State.pruned:
             assert progress.step < 12 and "not among the best" in progress.reason
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "search").glob("*/" + record.SUMMARY)}
+    before = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "search").glob("*/" + record.SUMMARY)
+    }
     again = launch(*command, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from cogvx import config as configuration
-from cogvx.runs import record
-from cogvx.runs.sweep import State, Sweep, progress_of
+from cogvx import compose as composing
+from cogvx.records import record
+from cogvx.records.sweep import State, Sweep, progress_of
 
 PROJECT = Path(__file__).parent.parent.parent
 ALPHAS = ["1", "2", "4", "8", "16"]
@@ -55,8 +55,13 @@ def jobs_in(folder: Path, *states: State) -> list[Path]:
 
 def training(folder: Path) -> list[Path]:
     """The running jobs that have a checkpoint and steps before them."""
-    kept = {job: [path.name for path in job.glob("checkpoints/step_*")] for job in jobs_in(folder, State.running)}
-    return [job for job, steps in kept.items() if "step_000002" in steps and "step_000006" not in steps]
+    kept = {
+        job: [path.name for path in job.glob("checkpoints/step_*")]
+        for job in jobs_in(folder, State.running)
+    }
+    return [
+        job for job, steps in kept.items() if "step_000002" in steps and "step_000006" not in steps
+    ]
 
 
 def wait_until(there: Callable[[], object]) -> object:
@@ -84,7 +89,9 @@ def with_signal(number: int, folder: Path) -> Path:
 
 def every_process() -> dict[int, int]:
     """Of every process that is not a zombie, its parent."""
-    said = subprocess.run(["ps", "-Ao", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["ps", "-Ao", "pid=,ppid=,stat="], capture_output=True, text=True, check=True
+    ).stdout
     lines = map(str.split, said.splitlines())
     return {int(pid): int(parent) for pid, parent, state in lines if not state.startswith("Z")}
 
@@ -100,7 +107,10 @@ def rows(folder: Path) -> dict[str, dict]:
     """The leaderboard by job, in its order, without what is measured anew in every run."""
     with (folder / "leaderboard.csv").open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
-    return {row["folder"]: {name: row[name] for name in row if name not in MEASURED_ANEW} for row in found}
+    return {
+        row["folder"]: {name: row[name] for name in row if name not in MEASURED_ANEW}
+        for row in found
+    }
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -126,7 +136,9 @@ def undisturbed(cache, swept, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_sweep_killed_twice_with_crashing_jobs_ends_as_an_undisturbed_one(undisturbed, cache, swept, tmp_path):
+def test_a_sweep_killed_twice_with_crashing_jobs_ends_as_an_undisturbed_one(
+    undisturbed, cache, swept, tmp_path
+):
     command = arguments(cache, tmp_path, *swept)
 
     # Only the sweep is killed: its jobs stop by themselves. The same command, given while they may still be about it, goes on.
@@ -134,7 +146,9 @@ def test_a_sweep_killed_twice_with_crashing_jobs_ends_as_an_undisturbed_one(undi
     wait_until(lambda: training(tmp_path))
     process.kill()
     process = started(*command)
-    in_the_middle = wait_until(lambda: len(jobs_in(tmp_path, State.done)) >= 3 and training(tmp_path))[0]
+    in_the_middle = wait_until(
+        lambda: len(jobs_in(tmp_path, State.done)) >= 3 and training(tmp_path)
+    )[0]
 
     # The sweep and all its jobs are killed, and none has time to say anything.
     for each in (process_of(in_the_middle), process.pid):
@@ -154,7 +168,10 @@ def test_a_sweep_killed_twice_with_crashing_jobs_ends_as_an_undisturbed_one(undi
     expected = states(undisturbed) | {crashed.name: "failed", killed.name: "killed"}
     assert states(tmp_path) == expected
     assert "crashed (SIGSEGV)" in rows(tmp_path)[crashed.name]["reason"]
-    assert "by someone or because the machine's memory ran out" in rows(tmp_path)[killed.name]["reason"]
+    assert (
+        "by someone or because the machine's memory ran out"
+        in rows(tmp_path)[killed.name]["reason"]
+    )
     assert f"failed  {crashed.name}" in said and f"killed  {killed.name}" in said
 
     code, said = ended(started(*command))
@@ -163,13 +180,19 @@ def test_a_sweep_killed_twice_with_crashing_jobs_ends_as_an_undisturbed_one(undi
 
     code, said = ended(started(*command, "hydra.launcher.retry_failed=true"))
     assert code == 1, "two fail again"
-    assert list(rows(tmp_path).items()) == list(rows(undisturbed).items()), "the same places, losses and states"
+    assert list(rows(tmp_path).items()) == list(rows(undisturbed).items()), (
+        "the same places, losses and states"
+    )
 
 
-def test_ctrl_c_stops_all_jobs_with_a_checkpoint_and_an_edited_yaml_changes_none(undisturbed, cache, tmp_path):
+def test_ctrl_c_stops_all_jobs_with_a_checkpoint_and_an_edited_yaml_changes_none(
+    undisturbed, cache, tmp_path
+):
     project, folder = tmp_path / "project", tmp_path / "sweep"
     for name in ("cogvx", "conf"):
-        shutil.copytree(PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            PROJECT / name, project / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(PROJECT / "launch.py", project)
     edited = project / "conf/config.yaml"
     whole = edited.read_text(encoding="utf-8")
@@ -178,7 +201,7 @@ def test_ctrl_c_stops_all_jobs_with_a_checkpoint_and_an_edited_yaml_changes_none
     process = started(*command, project=project)
     wait_until(lambda: training(folder))
     edited.write_text(re.sub(r"max_grad_norm: 1.0", "max_grad_norm: 1e-9", whole), encoding="utf-8")
-    assert configuration.composed_from([], project / "conf").train.max_grad_norm == 1e-9
+    assert composing.composed_from([], project / "conf").train.max_grad_norm == 1e-9
     wait_until(lambda: jobs_in(folder, State.done) and training(folder))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     code, said = ended(process)
@@ -201,7 +224,10 @@ def small_disk(tmp_path):
     """A disk that holds two jobs and a bit."""
     folder, mount = tmp_path / "disk", ["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs"]
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run([*mount, str(folder)], capture_output=True).returncode != 0:
+    if (
+        os.geteuid() != 0
+        or subprocess.run([*mount, str(folder)], capture_output=True).returncode != 0
+    ):
         pytest.skip("to mount a small disk needs root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
@@ -213,7 +239,9 @@ def test_a_full_disk_fails_jobs_in_words_and_spares_the_done_ones(cache, small_d
     code, said = ended(started(*command))
     assert code != 0 and "ree some" in said, said
     done = {job: (job / record.SUMMARY).read_bytes() for job in jobs_in(folder, State.done)}
-    assert 1 <= len(done) < 4 and all((job / "pytorch_lora_weights.safetensors").is_file() for job in done)
+    assert 1 <= len(done) < 4 and all(
+        (job / "pytorch_lora_weights.safetensors").is_file() for job in done
+    )
 
     subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
     code, said = ended(started(*command, "hydra.launcher.retry_failed=true"))
@@ -224,18 +252,27 @@ def test_a_full_disk_fails_jobs_in_words_and_spares_the_done_ones(cache, small_d
 
 def test_twenty_starts_at_once_have_twenty_folders(tmp_path):
     """Real starts, up to the task, which is left out."""
-    start = "import runpy, sys; from cogvx.runs import processes; processes.run = lambda *given: 0; "
+    start = (
+        "import runpy, sys; from cogvx.runs import processes; processes.run = lambda *given: 0; "
+    )
     start += "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", start, str(PROJECT / "launch.py"), "tracking=none"]
     there = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    starts = [subprocess.Popen(command, cwd=tmp_path, env=there, stdout=subprocess.DEVNULL) for _ in range(20)]
+    starts = [
+        subprocess.Popen(command, cwd=tmp_path, env=there, stdout=subprocess.DEVNULL)
+        for _ in range(20)
+    ]
     assert [each.wait(timeout=PATIENCE) for each in starts] == [0] * 20
     folders = list((tmp_path / "outputs").iterdir())
     assert len(folders) == 20 and all((folder / record.ENVIRONMENT).is_file() for folder in folders)
 
 
-def test_two_processes_of_a_run_stop_with_a_checkpoint_when_what_started_them_is_killed(cache, tmp_path):
-    settings = arguments(cache, tmp_path, "parallel=ddp", "parallel.num_processes=2", "train.max_train_steps=20000")
+def test_two_processes_of_a_run_stop_with_a_checkpoint_when_what_started_them_is_killed(
+    cache, tmp_path
+):
+    settings = arguments(
+        cache, tmp_path, "parallel=ddp", "parallel.num_processes=2", "train.max_train_steps=20000"
+    )
     process = started(*(setting for setting in settings[1:] if not setting.startswith("hydra.")))
     wait_until(lambda: (tmp_path / "checkpoints/step_000002").is_dir())
     ranks = descendants(process.pid)
@@ -248,7 +285,9 @@ def test_two_processes_of_a_run_stop_with_a_checkpoint_when_what_started_them_is
 
 def test_a_run_whose_second_process_is_killed_counts_as_killed(cache, tmp_path):
     """Whatever the first one, left alone, fails of."""
-    settings = arguments(cache, tmp_path, "parallel=ddp", "parallel.num_processes=2", "train.max_train_steps=20000")
+    settings = arguments(
+        cache, tmp_path, "parallel=ddp", "parallel.num_processes=2", "train.max_train_steps=20000"
+    )
     process = started(*(setting for setting in settings[1:] if not setting.startswith("hydra.")))
     wait_until(lambda: (tmp_path / "checkpoints/step_000002").is_dir())
     os.kill(descendants(process.pid)[1], signal.SIGKILL)

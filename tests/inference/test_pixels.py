@@ -9,7 +9,7 @@ import torch
 from cogvx.data import world
 from cogvx.inference import pixels
 from cogvx.model import nano
-from cogvx.model.checkpoint import Checkpoint
+from cogvx.model.pretrained import Checkpoint
 from cogvx.training import autoencoder
 
 NAMES = ("shape", "colour", "background", "direction")
@@ -44,13 +44,21 @@ def vae():
 @pytest.mark.slow
 def test_clips_that_the_vae_restored_are_seen_as_what_they_are(vae):
     scenes = [
-        small(scene, shape=shape) for scene, shape in zip(world.scenes(32, 5), [*world.SHAPES, "ring"] * 8, strict=True)
+        small(scene, shape=shape)
+        for scene, shape in zip(world.scenes(32, 5), [*world.SHAPES, "ring"] * 8, strict=True)
     ]
     mistakes = []
     with torch.no_grad():
         for scene in scenes:
-            restored = vae.decode(vae.encode(autoencoder.as_input(world.draw(scene))[None]).latent_dist.mean).sample[0]
-            frames = ((restored.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().numpy().astype(numpy.uint8)
+            restored = vae.decode(
+                vae.encode(autoencoder.as_input(world.draw(scene))[None]).latent_dist.mean
+            ).sample[0]
+            frames = (
+                ((restored.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5)
+                .round()
+                .numpy()
+                .astype(numpy.uint8)
+            )
             mistakes += wrong(scene, frames)
     assert len(mistakes) <= 1, mistakes
 
@@ -59,13 +67,22 @@ def test_clips_that_the_vae_restored_are_seen_as_what_they_are(vae):
 def test_nanos_vae_restores_clips_it_has_not_seen(vae):
     found = autoencoder.judge(vae)
     assert found["psnr"] >= 27, "dB, over 64 clips of the world"
-    assert vae.config.scaling_factor == nano.SCALING_FACTOR == pytest.approx(1 / found["latent_std"], rel=0.01)
+    assert (
+        vae.config.scaling_factor
+        == nano.SCALING_FACTOR
+        == pytest.approx(1 / found["latent_std"], rel=0.01)
+    )
 
 
 def test_nothing_is_seen_where_nothing_is():
     even = numpy.full((9, 64, 64, 3), world.COLOURS["blue"], numpy.uint8)
     found = pixels.seen(even)
-    assert (found.shape, found.colour, found.direction, found.background) == (None, None, None, "blue")
+    assert (found.shape, found.colour, found.direction, found.background) == (
+        None,
+        None,
+        None,
+        "blue",
+    )
     noise = numpy.random.default_rng(0).integers(0, 256, (9, 64, 64, 3)).astype(numpy.uint8)
     assert pixels.seen(noise).direction is None
     still = numpy.stack([world.draw(small(world.Scene("circle", "red", "blue", "right")))[4]] * 9)
@@ -75,7 +92,10 @@ def test_nothing_is_seen_where_nothing_is():
 
 def test_a_slanting_way_has_no_direction():
     scene = small(world.Scene("circle", "red", "blue", "right"))
-    assert pixels.seen(world.paint(scene, (214, 48, 49), (36, 113, 209), (0.7, -0.7))).direction is None
+    assert (
+        pixels.seen(world.paint(scene, (214, 48, 49), (36, 113, 209), (0.7, -0.7))).direction
+        is None
+    )
 
 
 def test_saturation_is_that_of_the_pixels():

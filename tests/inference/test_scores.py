@@ -12,7 +12,10 @@ from cogvx.inference.scores import Asked, Scored
 
 
 def scored(kind, values) -> list[Scored]:
-    return [Scored(Asked(kind, f"p{i}", i), {scores.TAUGHT: value, "all": value}) for i, value in enumerate(values)]
+    return [
+        Scored(Asked(kind, f"p{i}", i), {scores.TAUGHT: value, "all": value})
+        for i, value in enumerate(values)
+    ]
 
 
 def test_a_sure_difference_has_a_narrow_interval_and_none_holds_zero():
@@ -39,7 +42,13 @@ def test_a_video_is_judged_by_what_its_prompt_asks_for():
     right = scores.measured(frames, scene.caption())
     assert all(right[name] == 1 for name in ("shape", "colour", "direction", "background", "all"))
     other = scores.measured(frames, "A green circle moves up over a blue background.")
-    assert [other[name] for name in ("shape", "colour", "direction", "background", "all")] == [0, 0, 0, 1, 0]
+    assert [other[name] for name in ("shape", "colour", "direction", "background", "all")] == [
+        0,
+        0,
+        0,
+        1,
+        0,
+    ]
     assert set(scores.measured(frames, "a rabbit")) == {"motion", "saturation"}
     assert scores.motion_of(frames) > 0.01 and scores.motion_of(frames[:1].repeat(9, axis=0)) == 0
 
@@ -47,13 +56,17 @@ def test_a_video_is_judged_by_what_its_prompt_asks_for():
 def test_what_is_written_can_be_read(tmp_path):
     base, tuned = scored("taught", [0, 0, 1]), scored("taught", [1, 1, 1])
     found = scores.comparisons(base, tuned)
-    scores.write(tmp_path, {"base": base, "result": tuned}, {"result": found}, {"heldout_loss": 0.5})
+    scores.write(
+        tmp_path, {"base": base, "result": tuned}, {"result": found}, {"heldout_loss": 0.5}
+    )
     rows = list(csv.DictReader((tmp_path / "evaluation.csv").open()))
     assert len(rows) == 6 and {row["variant"] for row in rows} == {"base", "result"}
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["heldout_loss"] == 0.5 and written["comparisons"]["result"][0]["tuned"] == 1
     assert "taught  colour" in scores.table(found)
-    assert scores.in_words(found) == "" and scores.for_summary(found) == {}, "without the other kind"
+    assert scores.in_words(found) == "" and scores.for_summary(found) == {}, (
+        "without the other kind"
+    )
     both = scores.comparisons([*base, *scored("other", [1, 1])], [*tuned, *scored("other", [1, 0])])
     assert "100% of 3 videos show it (base model 33%)" in scores.in_words(both)
     assert scores.for_summary(both)["score_other"] == 0.5

@@ -7,7 +7,7 @@ import torch
 from families import model_of
 
 from cogvx.model import blocks, lora, nano
-from cogvx.training.options import Memory, Recompute, Storage
+from cogvx.options.memory import Memory, Recompute, Storage
 
 CPU = torch.device("cpu")
 PLAIN = Memory(
@@ -24,13 +24,17 @@ def answer_and_gradients(folder, compose, kind, memory: Memory | None, dtype=tor
         compose("lora.rank=4").lora.attach(transformer, seed=0)
         with torch.no_grad():
             for number, parameter in enumerate(lora.trainable(transformer)):
-                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+                parameter += 0.1 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(number)
+                )
     else:
         transformer.requires_grad_(True)
     if memory is not None:
         blocks.arrange(transformer, memory, recompute=True, device=CPU)
     latents = torch.randn((2, 4, 16, 12, 16), generator=torch.Generator().manual_seed(0))
-    embeds = torch.randn((2, nano.TEXT_TOKENS, nano.TEXT_WIDTH), generator=torch.Generator().manual_seed(1))
+    embeds = torch.randn(
+        (2, nano.TEXT_TOKENS, nano.TEXT_WIDTH), generator=torch.Generator().manual_seed(1)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
         answer = model.predict_velocity(latents, None, embeds, torch.tensor([100, 700]))
         answer.float().square().mean().backward()
@@ -55,7 +59,9 @@ EXACT = {
 @pytest.mark.parametrize("kind", ["LoRA", "full"])
 @pytest.mark.parametrize("family", ["2b", "1_5_5b"])
 @pytest.mark.parametrize("name", EXACT)
-def test_what_only_moves_or_repeats_work_changes_nothing(name, family, kind, dtype, family_folder, compose):
+def test_what_only_moves_or_repeats_work_changes_nothing(
+    name, family, kind, dtype, family_folder, compose
+):
     memory = dataclasses.replace(PLAIN, **EXACT[name])
     if kind == "full" and memory.stream_weights:
         return  # nothing is frozen; refused at the door
@@ -70,7 +76,9 @@ def test_what_only_moves_or_repeats_work_changes_nothing(name, family, kind, dty
 
 
 # Relative error of the answer, measured on random weights; facts of other projects: fp8 0.010, int8 0.007, nf4 0.024 of a linear.
-@pytest.mark.parametrize(("storage", "most"), [(Storage.fp8, 0.03), (Storage.int8, 0.01), (Storage.nf4, 0.10)])
+@pytest.mark.parametrize(
+    ("storage", "most"), [(Storage.fp8, 0.03), (Storage.int8, 0.01), (Storage.nf4, 0.10)]
+)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_smaller_forms_stay_within_their_error(storage, most, streamed, family_folder, compose):
     plain = answer_and_gradients(family_folder("5b"), compose, "LoRA", None)
@@ -79,7 +87,8 @@ def test_smaller_forms_stay_within_their_error(storage, most, streamed, family_f
     errors = [relative(found[0], plain[0]), relative(found[2], plain[2])]
     assert min(errors) > 1e-4 and max(errors) < most, errors
     cosines = [
-        torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(found[1], plain[1], strict=True)
+        torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+        for a, b in zip(found[1], plain[1], strict=True)
     ]
     assert min(cosines) > 1 - 2 * most
 
@@ -103,10 +112,22 @@ def test_the_frozen_weights_are_given_up_and_come_back_block_by_block(family_fol
     model = model_of(family_folder("5b"))
     compose("lora.rank=4").lora.attach(model.transformer, seed=0)
     frozen = [p for p in model.transformer.transformer_blocks.parameters() if not p.requires_grad]
-    blocks.arrange(model.transformer, dataclasses.replace(PLAIN, stream_weights=True), recompute=True, device=CPU)
+    blocks.arrange(
+        model.transformer,
+        dataclasses.replace(PLAIN, stream_weights=True),
+        recompute=True,
+        device=CPU,
+    )
     assert sum(p.numel() for p in frozen) == 0
     assert all(p.numel() for p in lora.trainable(model.transformer))
     for block in model.transformer.transformer_blocks:
         with pytest.raises(TypeError):
             block(None)  # the weights are put away again even after an error
-    assert sum(p.numel() for p in model.transformer.transformer_blocks.parameters() if not p.requires_grad) == 0
+    assert (
+        sum(
+            p.numel()
+            for p in model.transformer.transformer_blocks.parameters()
+            if not p.requires_grad
+        )
+        == 0
+    )

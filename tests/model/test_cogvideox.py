@@ -7,9 +7,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from cogvx.errors import UserError
 from cogvx.model import nano
-from cogvx.model.checkpoint import Checkpoint
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.geometry import read_geometry, released
+from cogvx.model.pretrained import Checkpoint
 from cogvx.training.step import Batch, Draw, FixedDraw, Sample, training_losses
 
 CPU = torch.device("cpu")
@@ -27,8 +27,13 @@ def model_of(scheduler, dtype=torch.float32, model_class=CogVideoX) -> CogVideoX
 
 def test_noise_and_velocity_are_the_noise_schedulers_at_every_timestep(scheduler):
     model = model_of(scheduler)
-    latents, noise = torch.randn((2, 1000, 1, 1, 1, 4), generator=torch.Generator().manual_seed(0)).unbind()
-    for ours, theirs in ((model.add_noise, scheduler.add_noise), (model.velocity, scheduler.get_velocity)):
+    latents, noise = torch.randn(
+        (2, 1000, 1, 1, 1, 4), generator=torch.Generator().manual_seed(0)
+    ).unbind()
+    for ours, theirs in (
+        (model.add_noise, scheduler.add_noise),
+        (model.velocity, scheduler.get_velocity),
+    ):
         assert torch.allclose(ours(latents, noise, EVERY), theirs(latents, noise, EVERY), atol=1e-6)
 
 
@@ -36,7 +41,10 @@ def weighted_x0_loss(model: CogVideoX, latents, noise, predicted, timesteps):
     """The published form, mean((x0_predicted - x0)^2 / (1 - alphas_cumprod)), as diffusers, CogVideo and finetrainers write it."""
     alpha = model.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1, 1)
     latents, noise = latents.double(), noise.double()
-    x0 = alpha.sqrt() * (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise) - (1 - alpha).sqrt() * predicted
+    x0 = (
+        alpha.sqrt() * (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise)
+        - (1 - alpha).sqrt() * predicted
+    )
     return ((x0 - latents) ** 2 / (1 - alpha)).mean(dim=(1, 2, 3, 4))
 
 
@@ -54,11 +62,16 @@ class Everywhere(FixedDraw):
         return EVERY
 
 
-EVERYWHERE = Everywhere(seed=0, samples=[Sample(0, index, index) for index in range(1000)], device=CPU)
+EVERYWHERE = Everywhere(
+    seed=0, samples=[Sample(0, index, index) for index in range(1000)], device=CPU
+)
 
 
 def moments_of_unit_latents() -> torch.Tensor:
-    means = torch.randn((1000, 16, 2, 2, 2), generator=torch.Generator().manual_seed(0)) / nano.SCALING_FACTOR
+    means = (
+        torch.randn((1000, 16, 2, 2, 2), generator=torch.Generator().manual_seed(0))
+        / nano.SCALING_FACTOR
+    )
     return torch.cat([means, torch.full_like(means, -30)], dim=1)
 
 
@@ -68,7 +81,9 @@ def test_velocity_loss_is_the_weighted_x0_loss(scheduler):
     batch = Batch(moments_of_unit_latents(), torch.zeros(1000, 4, 4))
     latents = model.scale(EVERYWHERE.posterior(batch.latent_moments))
     noise = EVERYWHERE.noise(latents)
-    model.answer = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    model.answer = torch.randn(
+        latents.shape, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
     losses, timesteps = training_losses(model, batch, EVERYWHERE)
     losses.sum().backward()
     published = model.answer.detach().double().requires_grad_()
@@ -110,7 +125,9 @@ def test_the_posterior_sample_is_diffusers():
     sample = draw.posterior(moments)
     eps = (sample - posterior.mean) / posterior.std
     again = Draw(seed=0, samples=[Sample(0, 0, 0)], device=CPU).posterior(torch.zeros_like(moments))
-    assert torch.allclose(eps[posterior.std > 1e-3], again[posterior.std > 1e-3], atol=1e-3, rtol=1e-2)
+    assert torch.allclose(
+        eps[posterior.std > 1e-3], again[posterior.std > 1e-3], atol=1e-3, rtol=1e-2
+    )
 
 
 def test_nano_is_what_its_geometry_says(nano_folder):
@@ -124,17 +141,27 @@ def test_nanos_latents_have_unit_variance(nano_folder, run, cache):
     run("measured", "task=encode")
     found = [load_file(path) for path in (cache / "latents").rglob("*.safetensors")]
     means = torch.cat(
-        [f["latent_moments"][:16].flatten() for f in found if f["latent_moments"].shape[1:] == (3, 16, 16)]
+        [
+            f["latent_moments"][:16].flatten()
+            for f in found
+            if f["latent_moments"].shape[1:] == (3, 16, 16)
+        ]
     )
     assert abs(1 / means.std().item() / nano.SCALING_FACTOR - 1) < 0.15
 
 
 def test_a_random_checkpoint_is_the_same_on_every_writing(tmp_path):
     folders = [nano.write_random(tmp_path / name, nano.NANO) for name in ("a", "b")]
-    files = [path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.suffix in (".model", ".json")]
+    files = [
+        path.relative_to(folders[0])
+        for path in folders[0].rglob("*")
+        if path.suffix in (".model", ".json")
+    ]
     assert len(files) >= 7
     assert all((folders[0] / f).read_bytes() == (folders[1] / f).read_bytes() for f in files)
-    ours, theirs = (Checkpoint(folder, CPU, torch.float32).transformer().state_dict() for folder in folders)
+    ours, theirs = (
+        Checkpoint(folder, CPU, torch.float32).transformer().state_dict() for folder in folders
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -144,7 +171,10 @@ def test_a_blank_nano_for_images_is_nano_and_does_not_look_at_them(nano_folder, 
     embeds, timestep = torch.randn(1, nano.TEXT_TOKENS, nano.TEXT_WIDTH), torch.tensor([500])
     condition = blank.image_condition(torch.randn(1, 16, 1, 16, 16), frames=3)
     with torch.no_grad():
-        answers = [m.predict_velocity(latents, c, embeds, timestep) for m, c in ((blank, condition), (plain, None))]
+        answers = [
+            m.predict_velocity(latents, c, embeds, timestep)
+            for m, c in ((blank, condition), (plain, None))
+        ]
     assert torch.allclose(*answers, atol=1e-5)
 
 
@@ -179,5 +209,7 @@ def test_a_damaged_weights_file_is_named(nano_folder, tmp_path):
 
 
 def test_an_unknown_hub_id_says_name_and_network(compose):
-    with pytest.raises(UserError, match=r"no public model of that name, or this machine has no network"):
+    with pytest.raises(
+        UserError, match=r"no public model of that name, or this machine has no network"
+    ):
         compose("model=2b", "model.path=nobody/nothing-here").model.prepare()

@@ -18,21 +18,30 @@ CASES = [(9, 48, 64), (13, 48, 64), (17, 64, 48), (5, 32, 80), (1, 48, 48)]
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("frames", "height", "width"), CASES)
-def test_training_passes_what_the_pipeline_passes(family, frames, height, width, family_folder, compose):
+def test_training_passes_what_the_pipeline_passes(
+    family, frames, height, width, family_folder, compose
+):
     if tiny(family).geometry.size_problems(height, width):
         height, width = 48, 64
-    found = differences_from_the_pipeline(family_folder(family), family, compose, frames, height, width)
+    found = differences_from_the_pipeline(
+        family_folder(family), family, compose, frames, height, width
+    )
     assert found == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("latent_frames", [1, 2, 3, 4])
 def test_scaling_and_padding_are_undone_by_the_pipeline(family, latent_frames, family_folder):
-    pipeline, model = pipeline_class(family).from_pretrained(family_folder(family)), model_of(family_folder(family))
+    pipeline, model = (
+        pipeline_class(family).from_pretrained(family_folder(family)),
+        model_of(family_folder(family)),
+    )
     latents = torch.randn((1, 16, latent_frames, 8, 8), generator=torch.Generator().manual_seed(0))
     scaled, padding = model.scale(latents), model.geometry.padding(latent_frames)
     assert padding == (latent_frames % 2 if family.startswith("1_5") else 0)
-    assert all(torch.equal(scaled[:, 0], scaled[:, index]) for index in range(padding + 1)), "the first frame's copies"
+    assert all(torch.equal(scaled[:, 0], scaled[:, index]) for index in range(padding + 1)), (
+        "the first frame's copies"
+    )
     with torch.no_grad():
         decoded = pipeline.decode_latents(scaled[:, padding:])  # it drops them from the front too
         assert torch.allclose(decoded, pipeline.vae.decode(latents).sample, atol=1e-5)
@@ -45,7 +54,13 @@ def test_the_noise_schedule_is_the_familys(family, family_folder):
     assert model.alphas_cumprod[999] == 0
 
 
-PUBLISHED = {"2b": 1.694, "5b": 5.570, "5b_i2v": 5.570, "1_5_5b": 5.571, "1_5_5b_i2v": 5.572}  # 10^9 parameters
+PUBLISHED = {
+    "2b": 1.694,
+    "5b": 5.570,
+    "5b_i2v": 5.570,
+    "1_5_5b": 5.571,
+    "1_5_5b_i2v": 5.572,
+}  # 10^9 parameters
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,19 +110,27 @@ def test_what_a_family_cannot_do_is_refused_at_the_door(compose, overrides, said
     assert said in refusal(compose, *overrides)
 
 
-def test_a_local_checkpoint_of_the_other_kind_is_refused_before_weights(compose, family_folder, tmp_path):
+def test_a_local_checkpoint_of_the_other_kind_is_refused_before_weights(
+    compose, family_folder, tmp_path
+):
     size = ["data.height=48", "data.width=64", "data.max_num_frames=9"]
-    shutil.copytree(family_folder("5b"), tmp_path / "5b", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        family_folder("5b"), tmp_path / "5b", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     said = refusal(compose, "model=5b_i2v", f"model.path={tmp_path / '5b'}", *size)
     assert "this is a text-to-video checkpoint" in said
 
 
 def test_bf16_weights_of_any_name_are_refused_in_fp16(compose, family_folder, tmp_path):
-    transformer = CogVideoXTransformer3DModel.from_pretrained(family_folder("5b"), subfolder="transformer")
+    transformer = CogVideoXTransformer3DModel.from_pretrained(
+        family_folder("5b"), subfolder="transformer"
+    )
     shutil.copytree(family_folder("5b"), tmp_path / "mine")
     transformer.to(torch.bfloat16).save_pretrained(tmp_path / "mine" / "transformer")
     size = ["data.height=48", "data.width=64", "data.max_num_frames=9"]
-    said = refusal(compose, "model=5b", f"model.path={tmp_path / 'mine'}", *size, "train.mixed_precision=fp16")
+    said = refusal(
+        compose, "model=5b", f"model.path={tmp_path / 'mine'}", *size, "train.mixed_precision=fp16"
+    )
     assert "overflows in fp16" in said
 
 
@@ -118,7 +141,9 @@ def test_a_setting_that_diffusers_does_not_know_is_refused(compose, family_folde
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_new_trick": True}))
     size = ["data.height=48", "data.width=64", "data.max_num_frames=9", "train.mixed_precision=no"]
     config = compose("model=2b", f"model.path={tmp_path / 'new'}", *size)
-    with pytest.raises(UserError, match=r"sets use_new_trick, which diffusers [\d.]+ does not know"):
+    with pytest.raises(
+        UserError, match=r"sets use_new_trick, which diffusers [\d.]+ does not know"
+    ):
         config.model.prepare(**config.asked_of_model())
 
 

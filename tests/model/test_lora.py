@@ -6,7 +6,7 @@ from diffusers import CogVideoXPipeline
 
 from cogvx.errors import UserError
 from cogvx.model import lora, nano
-from cogvx.model.checkpoint import Checkpoint
+from cogvx.model.pretrained import Checkpoint
 
 INPUTS = {
     "hidden_states": torch.randn((1, 3, 16, 16, 16), generator=torch.Generator().manual_seed(0)),
@@ -43,10 +43,13 @@ def trained(nano_folder, rank, alpha, **others):
 
 
 @pytest.mark.parametrize(
-    "variant", [{}, {"use_rslora": True}, {"use_dora": True}, {"use_rslora": True, "use_dora": True}]
+    "variant",
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"use_rslora": True, "use_dora": True}],
 )
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (8, 4), (4, 16), (16, 1)])
-def test_plain_diffusers_loads_it_at_the_trained_strength(nano_folder, tmp_path, rank, alpha, variant):
+def test_plain_diffusers_loads_it_at_the_trained_strength(
+    nano_folder, tmp_path, rank, alpha, variant
+):
     transformer = trained(nano_folder, rank, alpha, **variant)
     lora.save(transformer, tmp_path)
     pipeline = CogVideoXPipeline.from_pretrained(nano_folder)
@@ -60,7 +63,9 @@ def test_what_is_trained_is_the_adapter_in_fp32(nano_folder):
     transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.bfloat16).transformer()
     settings(4, 4).attach(transformer, seed=0)
     names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-    assert len(names) == 6 * 4 * 2 and all("lora_" in name for name in names)  # blocks x modules x (A, B)
+    assert len(names) == 6 * 4 * 2 and all(
+        "lora_" in name for name in names
+    )  # blocks x modules x (A, B)
     assert {parameter.dtype for parameter in lora.trainable(transformer)} == {torch.float32}
 
 
@@ -107,7 +112,9 @@ def test_a_target_that_matches_nothing_is_named(nano_folder):
 
 
 def test_targets_as_a_regular_expression(nano_folder, tmp_path):
-    transformer = trained(nano_folder, 4, 4, target_modules=r"transformer_blocks\.[01]\.(ff\.net\.2|attn1\.to_q)")
+    transformer = trained(
+        nano_folder, 4, 4, target_modules=r"transformer_blocks\.[01]\.(ff\.net\.2|attn1\.to_q)"
+    )
     assert lora.count_modules(lora.state(transformer)) == 4
     lora.save(transformer, tmp_path)
     assert lora.differences(transformer, tmp_path, values=True) == []
@@ -169,7 +176,9 @@ def test_a_file_for_some_of_the_modules_starts_those(nano_folder, tmp_path):
     source = trained(nano_folder, 4, 2, target_modules=["to_q"])
     lora.save(source, tmp_path)
     transformer, said = begun(nano_folder, tmp_path / lora.WEIGHTS, 4, 2)
-    assert said.startswith("6 of 24 modules") and torch.allclose(output(transformer), output(source), atol=1e-5)
+    assert said.startswith("6 of 24 modules") and torch.allclose(
+        output(transformer), output(source), atol=1e-5
+    )
 
 
 def test_a_file_without_settings_is_taken_as_diffusers_takes_it(nano_folder, tmp_path):
@@ -190,8 +199,12 @@ def test_a_file_that_does_not_fit_is_refused_with_the_reason(nano_folder, tmp_pa
     lora.save(trained(nano_folder, 4, 2), tmp_path)
     tensors = load_file(tmp_path / lora.WEIGHTS)
     files = {
-        "prefix": {name.replace("transformer.", "base_model.model."): t for name, t in tensors.items()},
-        "base": {name: torch.zeros(4, 96) if "lora_A" in name else t for name, t in tensors.items()},
+        "prefix": {
+            name.replace("transformer.", "base_model.model."): t for name, t in tensors.items()
+        },
+        "base": {
+            name: torch.zeros(4, 96) if "lora_A" in name else t for name, t in tensors.items()
+        },
     }
     for name, changed in files.items():
         save_file({k: t.contiguous() for k, t in changed.items()}, tmp_path / f"{name}.safetensors")
@@ -199,14 +212,24 @@ def test_a_file_that_does_not_fit_is_refused_with_the_reason(nano_folder, tmp_pa
     for name, said, overrides in (
         ("prefix", "none of its tensors is named transformer", {}),
         ("base", r"is \[4, 96\] and here \[4, 128\]: another base model", {}),
-        (lora.WEIGHTS.removesuffix(".safetensors"), "has rank 4: set lora.rank=4 or higher", {"rank": 2}),
+        (
+            lora.WEIGHTS.removesuffix(".safetensors"),
+            "has rank 4: set lora.rank=4 or higher",
+            {"rank": 2},
+        ),
         (
             lora.WEIGHTS.removesuffix(".safetensors"),
             "none of the layers of lora.target_modules",
             {"target_modules": ["to_q"]},
         ),
-        (lora.WEIGHTS.removesuffix(".safetensors"), "it is no DoRA: lora.use_dora=false", {"use_dora": True}),
+        (
+            lora.WEIGHTS.removesuffix(".safetensors"),
+            "it is no DoRA: lora.use_dora=false",
+            {"use_dora": True},
+        ),
         ("broken", "cannot be read as a LoRA", {}),
     ):
         with pytest.raises(UserError, match=said):
-            begun(nano_folder, tmp_path / f"{name}.safetensors", **{"rank": 4, "alpha": 2} | overrides)
+            begun(
+                nano_folder, tmp_path / f"{name}.safetensors", **{"rank": 4, "alpha": 2} | overrides
+            )

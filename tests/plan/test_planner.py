@@ -17,7 +17,7 @@ import calibration  # noqa: E402
 
 SMALL = ["data.max_num_frames=9", "data.height=64", "data.width=64", "data.fps=8"]
 CASES = [
-    [], ["lora=null"], ["train.gradient_checkpointing=true"], ["memory=balanced"], ["memory=low"], ["memory=minimal"],
+    [], ["lora=null"], ["memory.gradient_checkpointing=true"], ["memory=balanced"], ["memory=low"], ["memory=minimal"],
     ["train.mixed_precision=bf16"], ["lora=null", "memory=balanced"],
     ["lora=null", "memory=balanced", "memory.offload_optimizer=true"], ["optimizer=schedule_free"],
 ]  # fmt: skip
@@ -38,7 +38,9 @@ def sizes(recorder) -> list[tuple]:
 
 
 def recorded(compose, nano_folder, overrides, wanted, **how):
-    config = compose("model=2b", f"model.path='{nano_folder}'", "train.mixed_precision=no", *SMALL, *overrides)
+    config = compose(
+        "model=2b", f"model.path='{nano_folder}'", "train.mixed_precision=no", *SMALL, *overrides
+    )
     return phases.run_phases(config, wanted, **how)
 
 
@@ -47,7 +49,9 @@ def recorded(compose, nano_folder, overrides, wanted, **how):
 def test_without_contents_as_with(compose, nano_folder, overrides):
     """Every allocation and release of a training step, in order and in bytes, is the one that real tensors make; so is its work."""
     fake = recorded(compose, nano_folder, overrides, ["held-out loss", "train"], as_cuda=False)
-    real = recorded(compose, nano_folder, overrides, ["held-out loss", "train"], as_cuda=False, fake=False)
+    real = recorded(
+        compose, nano_folder, overrides, ["held-out loss", "train"], as_cuda=False, fake=False
+    )
     assert len(fake.events) > 1000
     assert sizes(fake) == sizes(real)
     assert dict(fake.most) == dict(real.most)
@@ -64,14 +68,16 @@ def test_the_count_is_the_profilers(compose, nano_folder, tmp_path):
         real = recorded(compose, nano_folder, ["lora=null"], ["train"], as_cuda=False, fake=False)
     measured.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    totals = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    totals = [
+        event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"
+    ]
     assert len(totals) > 1000
     assert 0.98 < real.most[None] / (max(totals) - totals[0]) < 1.02
 
 
 def test_attention_is_planned_as_cuda_runs_it(compose):
     """The math path would hold 17,776 x 17,776 scores: 59 GiB for this step."""
-    config = compose("model=2b", "train.gradient_checkpointing=true", "train.mixed_precision=bf16")
+    config = compose("model=2b", "memory.gradient_checkpointing=true", "train.mixed_precision=bf16")
     recorder = phases.run_phases(config, ["train"], layers=2)
     assert replay(recorder.events)["train"].allocated < 6 * GIB
 
@@ -95,12 +101,21 @@ def test_published_figures_are_met():
     assert len(rows) == 4 and max(calibration.errors_of(rows, found)) <= 0.05
     table = calibration.TABLE.read_text(encoding="utf-8")
     for line in calibration.lines_of(rows, found)[2:]:
-        assert line in table, "tests/golden/calibration.md is of another version: run tests/benchmarks/calibration.py"
+        assert line in table, (
+            "tests/golden/calibration.md is of another version: run tests/benchmarks/calibration.py"
+        )
 
 
 @pytest.mark.slow
 def test_a_plan_prints_what_is_asked_and_leaves_it_in_the_folder(run, nano_folder, capfd):
-    folder = run("a", "task=plan", "model=2b", f"model.path='{nano_folder}'", *SMALL, "plan.card=rtx3060_12gb")
+    folder = run(
+        "a",
+        "task=plan",
+        "model=2b",
+        f"model.path='{nano_folder}'",
+        *SMALL,
+        "task.card=rtx3060_12gb",
+    )
     said = capfd.readouterr().out
     for phase in phases.PHASES:
         assert said.count(f"\n{phase}") == 1
@@ -112,15 +127,15 @@ def test_a_plan_prints_what_is_asked_and_leaves_it_in_the_folder(run, nano_folde
 
 @pytest.mark.slow
 def test_what_does_not_fit_comes_with_what_would(run, capfd):
-    run("a", "task=plan", "model=2b", "plan.card=rtx4060_8gb", "lora.rank=64")
+    run("a", "task=plan", "model=2b", "task.card=rtx4060_8gb", "lora.rank=64")
     said = capfd.readouterr().out
     assert "rtx4060_8gb has 7.4 free: does NOT fit" in said
     assert "try     memory=" in said
 
 
 def test_an_unknown_card_and_an_unknown_model_are_named(run, compose, capfd):
-    with pytest.raises(Exception, match=r"plan.card=rtx4091 is not known; did you mean"):
-        compose("plan.card=rtx4091")
+    with pytest.raises(Exception, match=r"task.card=rtx4091 is not known; did you mean"):
+        compose("task.card=rtx4091")
     run("a", "task=plan", "model=2b", "model.path=nobody/nothing", expect=2)
     assert "neither here nor one of the released checkpoints" in capfd.readouterr().err
 
@@ -142,7 +157,7 @@ def test_what_is_planned_is_measured_where_it_can_be_counted(run, nano_folder, c
         f"model.path='{nano_folder}'",
         *SMALL,
         "train.mixed_precision=no",
-        "plan.measure=true",
+        "task.measure=true",
     )
     rows = json.loads((folder / "plan.json").read_text())["measured"]["phases"]
     assert list(rows) == phases.PHASES and "measured on this CPU" in capfd.readouterr().out
@@ -151,8 +166,10 @@ def test_what_is_planned_is_measured_where_it_can_be_counted(run, nano_folder, c
 
 
 @pytest.mark.slow
-def test_of_all_gradients_one_is_there_at_a_time_when_steps_are_taken_in_the_backward_pass(compose, nano_folder):
-    settings = ["lora=null", "train.max_grad_norm=null", "train.gradient_checkpointing=true"]
+def test_of_all_gradients_one_is_there_at_a_time_when_steps_are_taken_in_the_backward_pass(
+    compose, nano_folder
+):
+    settings = ["lora=null", "train.max_grad_norm=null", "memory.gradient_checkpointing=true"]
     at_peak = []
     for in_backward in ("false", "true"):
         more = [*settings, f"memory.step_in_backward={in_backward}"]

@@ -40,7 +40,9 @@ def test_every_recipes_step_can_be_taken(path, compose):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "path", [path for path in RECIPES if STATED.search(path.read_text(encoding="utf-8"))], ids=lambda path: path.stem
+    "path",
+    [path for path in RECIPES if STATED.search(path.read_text(encoding="utf-8"))],
+    ids=lambda path: path.stem,
 )
 def test_a_recipe_takes_the_memory_that_it_states(path, compose):
     config = compose(f"experiment={path.stem}", "data.instance_data_root=/clips")

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cogvx import grid
 from cogvx.errors import UserError
-from cogvx.runs import engines, record
-from cogvx.runs.sweep import State, Sweep
+from cogvx.files import read_json_lines
+from cogvx.records import record
+from cogvx.records.sweep import State, Sweep
+from cogvx.runs import engines, grid
 
 PROJECT = Path(__file__).parent.parent.parent
 QUICK = [
@@ -37,19 +38,28 @@ def is_installed(plugin: str) -> bool:
 
 
 def slurm_is_up() -> bool:
-    return shutil.which("sinfo") is not None and subprocess.run(["sinfo"], capture_output=True).returncode == 0
+    return (
+        shutil.which("sinfo") is not None
+        and subprocess.run(["sinfo"], capture_output=True).returncode == 0
+    )
 
 
 SUBMITIT, RAY = is_installed("hydra_submitit_launcher"), is_installed("hydra_ray_launcher")
-with_submitit = pytest.mark.skipif(not SUBMITIT, reason="pip install -r sweeps/requirements-slurm.txt")
+with_submitit = pytest.mark.skipif(
+    not SUBMITIT, reason="pip install -r sweeps/requirements-slurm.txt"
+)
 with_ray = pytest.mark.skipif(not RAY, reason="pip install -r sweeps/requirements-ray.txt")
-with_slurm = pytest.mark.skipif(not slurm_is_up(), reason="no Slurm answers here: tests/slurm_loopback.sh starts one")
+with_slurm = pytest.mark.skipif(
+    not slurm_is_up(), reason="no Slurm answers here: tests/slurm_loopback.sh starts one"
+)
 
 
 @pytest.fixture
 def frozen(tmp_path):
     """A sweep of two ranks, frozen and not started."""
-    made, jobs, _ = grid.sweep_of(["lora.rank=4,8", f"output_dir={tmp_path / 'sweep'}"], grid.Place())
+    made, jobs, _ = grid.sweep_of(
+        ["lora.rank=4,8", f"output_dir={tmp_path / 'sweep'}"], grid.Place()
+    )
     made.freeze(jobs, ["launch.py"])
     return made
 
@@ -62,7 +72,9 @@ def start(cache, tmp_path):
 
     def start(*more: str) -> subprocess.Popen:
         command = [sys.executable, str(PROJECT / "launch.py"), "-m", *settings, *more]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
         return started[-1]
 
     yield start
@@ -99,7 +111,10 @@ def test_an_engine_that_gives_up_and_a_job_that_it_lost_end_in_words(frozen, cap
     assert json.loads((frozen.folder / "rank-8" / "summary.json").read_text())["reason"].startswith(
         "RuntimeError: no machine is left and more;"
     )
-    assert "rank-4 was not started: RuntimeError: no machine is left and more;" in capsys.readouterr().err
+    assert (
+        "rank-4 was not started: RuntimeError: no machine is left and more;"
+        in capsys.readouterr().err
+    )
 
 
 def test_nothing_but_its_folder_is_composed_for_a_job_again():
@@ -111,18 +126,24 @@ def test_nothing_but_its_folder_is_composed_for_a_job_again():
 
 @pytest.mark.parametrize("option", ["ray", "submitit_slurm", "submitit_local"])
 def test_a_plugin_that_is_missing_is_named_with_what_installs_it(option):
-    with pytest.raises(UserError, match=rf"hydra/launcher={option} needs .* pip install -r sweeps/requirements-"):
+    with pytest.raises(
+        UserError, match=rf"hydra/launcher={option} needs .* pip install -r sweeps/requirements-"
+    ):
         engines.require_plugin(f"hydra/launcher/{option}")
     assert all((PROJECT / file).is_file() for file in engines.PLUGINS.values())
 
 
 @pytest.mark.parametrize(
-    ("option", "plugin", "there"), [("slurm", "submitit_slurm", SUBMITIT), ("ray_cluster", "ray", RAY)]
+    ("option", "plugin", "there"),
+    [("slurm", "submitit_slurm", SUBMITIT), ("ray_cluster", "ray", RAY)],
 )
 def test_our_own_options_compose_or_say_what_is_missing(launch, tmp_path, option, plugin, there):
     if there:
         _, _, base = grid.sweep_of(["lora.rank=4,8", f"hydra/launcher={option}"], grid.Place())
-        assert engines.are_asked(base) and engines.launcher(Sweep(tmp_path, None, []), base) is not None
+        assert (
+            engines.are_asked(base)
+            and engines.launcher(Sweep(tmp_path, None, []), base) is not None
+        )
     else:
         ran = launch("-m", "lora.rank=4,8", f"hydra/launcher={option}", cwd=tmp_path)
         assert ran.returncode == 2 and f"hydra/launcher={plugin} needs a plugin" in ran.stderr
@@ -131,24 +152,43 @@ def test_our_own_options_compose_or_say_what_is_missing(launch, tmp_path, option
 
 def test_a_launcher_that_is_none_is_refused_before_there_is_a_folder(launch, tmp_path):
     ran = launch("-m", "lora.rank=4,8", "hydra.launcher._target_=os.getcwd", cwd=tmp_path)
-    assert ran.returncode == 2 and "os.getcwd cannot be used" in ran.stderr and "Traceback" not in ran.stderr
+    assert (
+        ran.returncode == 2
+        and "os.getcwd cannot be used" in ran.stderr
+        and "Traceback" not in ran.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 @with_submitit
 def test_a_sweep_in_processes_of_submitit(launch, cache, tmp_path):
-    settings = ["lora.rank=1,2", "train.max_train_steps=4", *QUICK, f"data.cache_dir={cache}", f"output_dir={tmp_path}"]
+    settings = [
+        "lora.rank=1,2",
+        "train.max_train_steps=4",
+        *QUICK,
+        f"data.cache_dir={cache}",
+        f"output_dir={tmp_path}",
+    ]
     ran = launch("-m", *settings, "hydra/launcher=submitit_local")
     assert ran.returncode == 0, ran.stderr
     assert states(tmp_path) == {"rank-1": "done", "rank-2": "done"}
-    assert "report  " in (tmp_path / "rank-1" / "log.txt").read_text() and "report  " not in ran.stdout
+    assert (
+        "report  " in (tmp_path / "rank-1" / "log.txt").read_text() and "report  " not in ran.stdout
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "engine", ["basic", pytest.param("submitit_local", marks=with_submitit), pytest.param("ray", marks=with_ray)]
+    "engine",
+    [
+        "basic",
+        pytest.param("submitit_local", marks=with_submitit),
+        pytest.param("ray", marks=with_ray),
+    ],
 )
-def test_a_killed_job_costs_the_others_nothing_and_the_same_command_completes_it(start, tmp_path, engine):
+def test_a_killed_job_costs_the_others_nothing_and_the_same_command_completes_it(
+    start, tmp_path, engine
+):
     sweep = start("lora.rank=1,2", f"hydra/launcher={engine}")
     os.kill(process_of(tmp_path / "rank-1", sweep), signal.SIGKILL)
     said, complaints = sweep.communicate(timeout=240)
@@ -174,7 +214,10 @@ def test_slurm_puts_a_job_back_into_the_queue_and_it_goes_on_from_its_checkpoint
     os.kill(process_of(tmp_path / "rank-2", sweep), signal.SIGKILL)
     process_of(tmp_path / "rank-4", sweep)
     slurm("scancel", f"{array}_2")
-    wait_until(lambda: "PENDING" in slurm("squeue", "--noheader", f"--jobs={array}_0", "--format=%T"), sweep)
+    wait_until(
+        lambda: "PENDING" in slurm("squeue", "--noheader", f"--jobs={array}_0", "--format=%T"),
+        sweep,
+    )
     slurm("scontrol", "update", f"jobid={array}_0", "starttime=now")  # Slurm would wait two minutes
     _, complaints = sweep.communicate(timeout=400)
     assert sweep.returncode == 1, complaints
@@ -205,12 +248,15 @@ def wait_until(true: Callable, sweep: subprocess.Popen) -> None:
 
 
 def states(folder: Path) -> dict[str, str]:
-    return {p.parent.name: json.loads(p.read_text())["status"] for p in sorted(folder.glob("rank-*/summary.json"))}
+    return {
+        p.parent.name: json.loads(p.read_text())["status"]
+        for p in sorted(folder.glob("rank-*/summary.json"))
+    }
 
 
 def assert_resumed(job: Path) -> None:
     assert (job / "log.txt").read_text().count("resume  ") == 1
-    steps = [line["step"] for line in record.read_lines(job / "metrics.jsonl") if "loss" in line]
+    steps = [line["step"] for line in read_json_lines(job / "metrics.jsonl") if "loss" in line]
     assert steps == list(range(10, 151, 10)), "every step once"
 
 

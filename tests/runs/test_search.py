@@ -6,10 +6,11 @@ import statistics
 
 import pytest
 
-from cogvx import grid
-from cogvx.runs import record
+from cogvx.files import read_json_lines
+from cogvx.records import record
+from cogvx.records.sweep import State
+from cogvx.runs import grid
 from cogvx.runs.pool import OnFail, Pool
-from cogvx.runs.sweep import State
 
 STEPS, POOL = 100, Pool(jobs=1, gpus_per_job=1, on_fail=OnFail.go_on, retry_failed=False)
 SPACE = ["lora.rank=choice(4,16,64)", "optimizer.learning_rate=interval(1e-5,1e-1)"]
@@ -43,13 +44,20 @@ class Play:
         folder = self.sweep.folder / job.name
         record.note(folder, steps=STEPS)
         (folder / record.SUMMARY).unlink(missing_ok=True)
-        lines = record.read_lines(folder / "metrics.jsonl")
+        lines = read_json_lines(folder / "metrics.jsonl")
         for step in range(lines[-1]["step"] + 10 if lines else 10, STEPS + 1, 10):
             with (folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "loss": 1.0, "heldout_loss": loss_of(job.values, step)}) + "\n")
+                file.write(
+                    json.dumps(
+                        {"step": step, "loss": 1.0, "heldout_loss": loss_of(job.values, step)}
+                    )
+                    + "\n"
+                )
             if step < STEPS and self.search.to_pause():
                 return record.finish(folder, {"status": "interrupted", "step": step})
-        record.finish(folder, {"status": "done", "step": STEPS, "objective": loss_of(job.values, STEPS)})
+        record.finish(
+            folder, {"status": "done", "step": STEPS, "objective": loss_of(job.values, STEPS)}
+        )
 
     def states(self) -> dict[str, State]:
         return {job.name: self.sweep.progress(job).state for job in self.sweep.jobs()}
@@ -67,8 +75,12 @@ def test_a_search_finds_what_is_best_and_ends_at_n_trials(tmp_path):
     assert best["rank"] == 16 and 3e-4 < best["learning_rate"] < 3e-3
     proposed = [job.values for job in play.sweep.jobs()[8:]]
     rates = [10 ** (-5 + 4 * i / 99) for i in range(100)]
-    chance = statistics.median(loss_of({"rank": r, "learning_rate": lr}, STEPS) for r in (4, 16, 64) for lr in rates)
-    assert statistics.median(loss_of(values, STEPS) for values in proposed) < chance - 0.01, "it keeps to what is good"
+    chance = statistics.median(
+        loss_of({"rank": r, "learning_rate": lr}, STEPS) for r in (4, 16, 64) for lr in rates
+    )
+    assert statistics.median(loss_of(values, STEPS) for values in proposed) < chance - 0.01, (
+        "it keeps to what is good"
+    )
     assert sum(values["rank"] == 16 for values in proposed) > len(proposed) / 2
 
 
@@ -87,21 +99,34 @@ def test_jobs_that_fall_behind_are_paused_and_the_best_is_still_found(tmp_path):
 
 
 def test_a_paused_job_goes_on_when_later_results_put_it_among_the_best(tmp_path):
-    play = Play(tmp_path, "hydra.sweeper.n_trials=3", "hydra.sweeper.at_least=2", "hydra.sweeper.rungs=[0.5]")
+    play = Play(
+        tmp_path,
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.at_least=2",
+        "hydra.sweeper.rungs=[0.5]",
+    )
     for rank, state in ((16, State.done), (4, State.pruned)):
         job = frozen(play, rank)
         play.search.unfinished.append(job)
         play.run(most=1)
         assert play.states()[job.name] is state
     paused = job
-    for number in range(4):  # worse ones reach the rung: the share that goes on has room for the paused one now
+    for number in range(
+        4
+    ):  # worse ones reach the rung: the share that goes on has room for the paused one now
         worse = play.sweep.folder / frozen(play, 32 + number).name
         record.note(worse, steps=STEPS)
-        (worse / "metrics.jsonl").write_text(json.dumps({"step": 50, "heldout_loss": 1.0 + number}) + "\n")
+        (worse / "metrics.jsonl").write_text(
+            json.dumps({"step": 50, "heldout_loss": 1.0 + number}) + "\n"
+        )
         record.finish(worse, {"status": "pruned"})
-    assert play.run() == [paused.name], "nothing else is promoted, and there are more jobs than n_trials"
+    assert play.run() == [paused.name], (
+        "nothing else is promoted, and there are more jobs than n_trials"
+    )
     assert play.states()[paused.name] is State.done
-    steps = [line["step"] for line in record.read_lines(play.sweep.folder / paused.name / "metrics.jsonl")]
+    steps = [
+        line["step"] for line in read_json_lines(play.sweep.folder / paused.name / "metrics.jsonl")
+    ]
     assert steps == list(range(10, STEPS + 1, 10)), "from where it was paused"
 
 
@@ -127,6 +152,8 @@ def test_a_killed_job_of_a_search_goes_on_before_new_ones(tmp_path):
 
 
 def test_a_space_that_is_used_up_ends_the_search(tmp_path, capsys):
-    play = Play(tmp_path, "hydra.sweeper.n_trials=9", "optimizer.learning_rate=1e-3,1e-4", "lora.rank=4,16")
+    play = Play(
+        tmp_path, "hydra.sweeper.n_trials=9", "optimizer.learning_rate=1e-3,1e-4", "lora.rank=4,16"
+    )
     assert len(play.run()) == 4
     assert "all that came up have been tried" in capsys.readouterr().out

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from cogvx import config as configuration
-from cogvx import grid
 from cogvx.errors import UserError
-from cogvx.runs import comparison, pool, record
-from cogvx.runs.sweep import State, Sweep, progress_of
+from cogvx.records import comparison, record
+from cogvx.records.sweep import State, Sweep, progress_of
+from cogvx.runs import grid, pool
 
 PROJECT = Path(__file__).parent.parent.parent
 SWEEPS = sorted((PROJECT / "sweeps").glob("*.yaml"))
@@ -48,15 +48,28 @@ def test_the_same_command_finds_the_same_folder_and_another_base_another():
     same = [sweep("lora.rank=4,16")[0].folder, sweep("lora.rank=4,16,64")[0].folder]
     assert same[0] == same[1], "more values complete the sweep that is there"
     assert sweep("lora.rank=4,16", "seed=7")[0].folder != same[0]
-    assert sweep("lora.rank=4,16", "model=2b", "data.instance_data_root=/clips")[0].folder != same[0]
+    assert (
+        sweep("lora.rank=4,16", "model=2b", "data.instance_data_root=/clips")[0].folder != same[0]
+    )
 
 
 def test_two_spellings_of_a_value_are_one_job():
-    assert list(sweep("optimizer.learning_rate=1e-3,0.001,1e-4")[1]) == ["learning_rate-0.001", "learning_rate-0.0001"]
+    assert list(sweep("optimizer.learning_rate=1e-3,0.001,1e-4")[1]) == [
+        "learning_rate-0.001",
+        "learning_rate-0.0001",
+    ]
 
 
 def test_odd_values_are_taken_as_typed_and_none_shares_a_folder():
-    prompts = ["ein Häschen, läuft", "«兎» in\nsnow", '"red", it\'s', "..", "", "a" * 300 + "1", "a" * 300 + "2"]
+    prompts = [
+        "ein Häschen, läuft",
+        "«兎» in\nsnow",
+        '"red", it\'s',
+        "..",
+        "",
+        "a" * 300 + "1",
+        "a" * 300 + "2",
+    ]
     typed = ",".join("'" + prompt.replace("'", "\\'") + "'" for prompt in prompts)
     _, jobs = sweep(f"validation.validation_prompt={typed}")
     assert [config.validation.validation_prompt for config in jobs.values()] == prompts
@@ -92,10 +105,17 @@ def test_each_optimizer_is_tried_at_its_own_rates():
     rates = {}
     for config in jobs.values():
         rates.setdefault(config.choices["optimizer"], []).append(config.optimizer.learning_rate)
-    assert len(jobs) == 12 and rates["prodigy"] == [0.5, 1.0] and rates["adamw"] == [1e-4, 5e-4, 1e-3]
+    assert (
+        len(jobs) == 12 and rates["prodigy"] == [0.5, 1.0] and rates["adamw"] == [1e-4, 5e-4, 1e-3]
+    )
     part, prodigys = sweep("+sweeps=optimizers", "optimizer=prodigy", place=BY_NAME)
     assert part.folder == made.folder and len(prodigys) == 2 and set(prodigys) < set(jobs)
-    _, two = sweep("+sweeps=optimizers", "optimizer=prodigy,muon", "optimizer.learning_rate=0.001,1.0", place=BY_NAME)
+    _, two = sweep(
+        "+sweeps=optimizers",
+        "optimizer=prodigy,muon",
+        "optimizer.learning_rate=0.001,1.0",
+        place=BY_NAME,
+    )
     assert sorted(c.choices["optimizer"] for c in two.values()) == ["muon", "prodigy"]
     with pytest.raises(UserError, match=r"none of the sweep's grids has optimizer=adam:"):
         sweep("+sweeps=optimizers", "optimizer=adam", place=BY_NAME)
@@ -107,7 +127,10 @@ def test_each_optimizer_is_tried_at_its_own_rates():
         (["-m", "lora.rank=4,0"], "lora.rank=0: must be 1 or more"),
         (["-m", "lora.rank=4,x"], "could not be converted to Integer"),
         (["-m", "seed=1"], "nothing is swept"),
-        (["-m", "lora.rank=1,2", "hydra.launcher.jobs=0"], "hydra.launcher.jobs=0: must be 1 or more"),
+        (
+            ["-m", "lora.rank=1,2", "hydra.launcher.jobs=0"],
+            "hydra.launcher.jobs=0: must be 1 or more",
+        ),
         (["-m", "lora.rank=1,2", "hydra.launcher.on_fail=carry_on"], "expected one of go_on, stop"),
         (["-m", "lora.rank=1,2", "hydra.sweep.dir=x"], "the folder of a sweep is output_dir"),
         (["-m", "output_dir=a,b"], "output_dir says how a sweep runs, not what its jobs are"),
@@ -118,9 +141,18 @@ def test_each_optimizer_is_tried_at_its_own_rates():
         (["sweep=rank_alpha_lt"], "did you mean rank_alpha_lr"),
         (["sweep=rank_alpha_lr", "train.resume=x"], "give one of them"),
         (["-m", "optimizer.learning_rate=interval(1e-5,1e-3)"], "hydra/sweeper=optuna"),
-        (["-m", "hydra/sweeper=optuna", "lora.rank=choice(0,4)", "seed=range(1,3)"], "lora.rank=0: must be 1 or more"),
-        (["-m", "hydra/sweeper=optuna", "optimizer.learning_rate=interval(0,1)"], "on a log scale from above 0"),
-        (["-m", "hydra/sweeper=optuna", "lora.rank=1,2", "hydra.sweeper.keep=2"], "hydra.sweeper.keep=2: must be"),
+        (
+            ["-m", "hydra/sweeper=optuna", "lora.rank=choice(0,4)", "seed=range(1,3)"],
+            "lora.rank=0: must be 1 or more",
+        ),
+        (
+            ["-m", "hydra/sweeper=optuna", "optimizer.learning_rate=interval(0,1)"],
+            "on a log scale from above 0",
+        ),
+        (
+            ["-m", "hydra/sweeper=optuna", "lora.rank=1,2", "hydra.sweeper.keep=2"],
+            "hydra.sweeper.keep=2: must be",
+        ),
         (["-m", "hydra/sweeper=optuna", "lora.rank=1,2", "hydra.sweeper.n_trails=2"], "n_trails"),
     ],
 )
@@ -133,7 +165,9 @@ def test_a_mistake_anywhere_stops_a_sweep_before_it_has_a_folder(launch, tmp_pat
 @pytest.fixture
 def frozen(tmp_path):
     """A sweep of three ranks, frozen and not started."""
-    made, jobs, _ = grid.sweep_of(["lora.rank=4,8,16", f"output_dir={tmp_path / 'sweep'}"], grid.Place())
+    made, jobs, _ = grid.sweep_of(
+        ["lora.rank=4,8,16", f"output_dir={tmp_path / 'sweep'}"], grid.Place()
+    )
     made.freeze(jobs, ["launch.py"])
     return made
 
@@ -146,7 +180,9 @@ def finish(frozen: Sweep, name: str, **summary) -> None:
 def test_a_frozen_job_keeps_its_configuration_and_refuses_another(frozen):
     recorded = configuration.read(frozen.folder / "rank-8" / "config.yaml")
     assert (recorded.lora.rank, recorded.lora.lora_alpha) == (8, 8)
-    _, jobs, _ = grid.sweep_of(["lora.rank=4,8,16", "seed=7", f"output_dir={frozen.folder}"], grid.Place())
+    _, jobs, _ = grid.sweep_of(
+        ["lora.rank=4,8,16", "seed=7", f"output_dir={frozen.folder}"], grid.Place()
+    )
     with pytest.raises(UserError, match="seed: 42 -> 7"):
         frozen.freeze(jobs, ["launch.py"])
 
@@ -161,9 +197,14 @@ def test_the_leaderboard_has_every_job_the_lowest_loss_first_and_says_what_is_a_
     assert [(r["place"], r["tie"], r["rank"], r["state"]) for r in rows] == [
         ("1", "", "8", "done"), ("2", "True", "4", "done"), ("", "", "16", "out of memory"),
     ]  # fmt: skip
-    assert [float(r["lora.lora_alpha"]) for r in rows] == [8, 4, 16], "what follows from a swept key varies too"
+    assert [float(r["lora.lora_alpha"]) for r in rows] == [8, 4, 16], (
+        "what follows from a swept key varies too"
+    )
     said = capsys.readouterr().out
-    assert "1 more within the noise of the measurement" in said and "out of memory rank-16: too large" in said
+    assert (
+        "1 more within the noise of the measurement" in said
+        and "out of memory rank-16: too large" in said
+    )
 
 
 def test_the_state_of_a_job_is_read_from_its_folder(frozen):
@@ -182,11 +223,15 @@ def test_the_state_of_a_job_is_read_from_its_folder(frozen):
     assert "exit code 1" in json.loads((folder / record.SUMMARY).read_text())["reason"]
 
 
-@pytest.mark.parametrize(("retry", "again"), [(False, {"rank-8", "rank-16"}), (True, {"rank-4", "rank-8", "rank-16"})])
+@pytest.mark.parametrize(
+    ("retry", "again"), [(False, {"rank-8", "rank-16"}), (True, {"rank-4", "rank-8", "rank-16"})]
+)
 def test_killed_jobs_go_on_and_failed_ones_when_asked(frozen, retry, again):
     finish(frozen, "rank-4", status="failed", reason="a mistake")
     finish(frozen, "rank-8", status="killed", reason="kill -9")
-    assert {job.name for job in frozen.jobs() if pool.is_to_run(frozen, job, retry_failed=retry)} == again
+    assert {
+        job.name for job in frozen.jobs() if pool.is_to_run(frozen, job, retry_failed=retry)
+    } == again
 
 
 def test_a_job_that_an_earlier_start_still_runs_is_waited_for(frozen, monkeypatch, capsys):
@@ -194,7 +239,10 @@ def test_a_job_that_an_earlier_start_still_runs_is_waited_for(frozen, monkeypatc
     held.__enter__()
     monkeypatch.setattr(pool.time, "sleep", lambda seconds: held.__exit__(None, None, None))
     pool.wait_for_earlier(frozen)
-    assert "waits for what already runs in folders of its jobs: rank-8 (process" in capsys.readouterr().out
+    assert (
+        "waits for what already runs in folders of its jobs: rank-8 (process"
+        in capsys.readouterr().out
+    )
     assert progress_of(frozen.folder / "rank-8").state is State.pending
 
 
@@ -208,7 +256,9 @@ def test_a_sweep_that_runs_already_is_named(launch, tmp_path):
 def test_a_place_that_cannot_be_written_is_named(launch, tmp_path):
     (tmp_path / "file").touch()
     ran = launch("-m", "lora.rank=1,2", f"output_dir='{tmp_path / 'file' / 'sweep'}'")
-    assert ran.returncode == 2 and "cannot be written" in ran.stderr and "Traceback" not in ran.stderr
+    assert (
+        ran.returncode == 2 and "cannot be written" in ran.stderr and "Traceback" not in ran.stderr
+    )
 
 
 def test_starts_of_the_same_moment_have_folders_of_their_own(monkeypatch, tmp_path, compose):

@@ -8,11 +8,17 @@ from diffusers import AutoencoderKLCogVideoX
 
 from cogvx.data.cache import filled
 from cogvx.errors import UserError
-from cogvx.model.checkpoint import Checkpoint
-from cogvx.runs import record
+from cogvx.files import read_json_lines
+from cogvx.model.pretrained import Checkpoint
 from cogvx.training import autoencoder
 
-QUICK = ["task=nano_vae", "task.steps=4", "task.batch=4", "task.share_of_whole_frames=0.5", "task.bf16=false"]
+QUICK = [
+    "task=nano_vae",
+    "task.steps=4",
+    "task.batch=4",
+    "task.share_of_whole_frames=0.5",
+    "task.bf16=false",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +36,15 @@ def test_it_leaves_parts_of_a_checkpoint(run, capfd):
     folder = run("a", *QUICK)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "done" and summary["psnr"] > 3
-    assert not (folder / autoencoder.STATE).exists() and "dB on 2 clips held out" in capfd.readouterr().out
+    assert (
+        not (folder / autoencoder.STATE).exists()
+        and "dB on 2 clips held out" in capfd.readouterr().out
+    )
     tokenizer, encoder = Checkpoint(folder, torch.device("cpu"), torch.float32).text_encoder()
-    assert tokenizer.tokenize("A red circle") == ["▁A", "▁red", "▁circle"] and encoder.config.d_model == 64
+    assert (
+        tokenizer.tokenize("A red circle") == ["▁A", "▁red", "▁circle"]
+        and encoder.config.d_model == 64
+    )
     config = AutoencoderKLCogVideoX.load_config(folder / "vae")
     assert config["scaling_factor"] == pytest.approx(1 / summary["latent_std"], abs=1e-3)
 
@@ -54,7 +66,7 @@ def test_stopping_and_resuming_changes_nothing(run, monkeypatch):
     resumed = run("stopped", *QUICK)
     ours, theirs = weights(whole), weights(resumed)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert [line["step"] for line in record.read_lines(resumed / "metrics.jsonl")] == [4], (
+    assert [line["step"] for line in read_json_lines(resumed / "metrics.jsonl")] == [4], (
         "the line of step 2 was not written yet"
     )
 
@@ -67,7 +79,12 @@ def test_a_damaged_state_is_named(run, tmp_path, capfd):
 
 def test_clips_are_functions_of_seed_step_and_place():
     first, again = autoencoder.clip(42, 7, 1, 32), autoencoder.clip(42, 7, 1, 32)
-    assert first.shape == (3, 9, 32, 32) and torch.equal(first, again) and first.min() >= -1 and first.max() <= 1
+    assert (
+        first.shape == (3, 9, 32, 32)
+        and torch.equal(first, again)
+        and first.min() >= -1
+        and first.max() <= 1
+    )
     assert not torch.equal(first, autoencoder.clip(42, 8, 1, 32))
 
 

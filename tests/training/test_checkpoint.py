@@ -7,25 +7,32 @@ import torch
 
 from cogvx.errors import UserError
 from cogvx.model import lora
-from cogvx.model.checkpoint import Checkpoint
+from cogvx.model.pretrained import Checkpoint
 from cogvx.training import checkpoint as checkpoints
 
 
 @pytest.fixture(scope="module")
 def state(nano_folder):
     transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
-    lora.Lora(4, 2, ["to_q"], use_rslora=False, use_dora=False, init_from=None).attach(transformer, seed=0)
+    lora.Lora(4, 2, ["to_q"], use_rslora=False, use_dora=False, init_from=None).attach(
+        transformer, seed=0
+    )
     return state_of(transformer, torch.optim.AdamW(lora.trainable(transformer)))
 
 
 def state_of(transformer, optimizer):
-    return checkpoints.TrainingState(transformer, lora, lora.trainable(transformer), optimizer, None, None)
+    return checkpoints.TrainingState(
+        transformer, lora, lora.trainable(transformer), optimizer, None, None
+    )
 
 
 def test_the_oldest_go_only_after_the_newest_is_there(state, tmp_path):
     for step in (1, 2, 3, 4):
         checkpoints.write(tmp_path, state, step, [], limit=2)
-    assert [path.name for path in checkpoints.all_complete(tmp_path)] == ["step_000003", "step_000004"]
+    assert [path.name for path in checkpoints.all_complete(tmp_path)] == [
+        "step_000003",
+        "step_000004",
+    ]
     assert checkpoints.newest(tmp_path).name == "step_000004"
 
 
@@ -35,7 +42,9 @@ def test_no_limit_keeps_all(state, tmp_path):
     assert len(checkpoints.all_complete(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("damage", ["no manifest", "half a manifest", "a file cut short", "a file missing"])
+@pytest.mark.parametrize(
+    "damage", ["no manifest", "half a manifest", "a file cut short", "a file missing"]
+)
 def test_what_is_not_whole_is_passed_over(state, tmp_path, damage):
     checkpoints.write(tmp_path, state, 1, [], limit=None)
     newest = checkpoints.write(tmp_path, state, 2, [], limit=None)
@@ -61,9 +70,13 @@ def test_a_folder_without_a_whole_checkpoint_is_named(tmp_path):
         checkpoints.newest(tmp_path / "nowhere")
 
 
-def test_a_failed_write_leaves_the_older_checkpoint_and_says_how_to_go_on(state, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_older_checkpoint_and_says_how_to_go_on(
+    state, tmp_path, monkeypatch
+):
     checkpoints.write(tmp_path, state, 1, [], limit=1)
-    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(UserError, match=r"No space left on device.*train.resume="):
         checkpoints.write(tmp_path, state, 2, [], limit=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
@@ -72,10 +85,15 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_says_how_to_go_on(state,
 def test_a_resumed_optimizer_has_the_settings_asked_for(state, tmp_path):
     folder = checkpoints.write(tmp_path, state, 3, [], limit=None)
     parameters = lora.trainable(state.transformer)
-    other = state_of(state.transformer, torch.optim.AdamW(parameters, betas=(0.8, 0.9), weight_decay=0.5))
+    other = state_of(
+        state.transformer, torch.optim.AdamW(parameters, betas=(0.8, 0.9), weight_decay=0.5)
+    )
     other.load(folder)
     assert checkpoints.manifest(folder)["step"] == 3
-    assert (other.optimizer.param_groups[0]["betas"], other.optimizer.param_groups[0]["weight_decay"]) == (
+    assert (
+        other.optimizer.param_groups[0]["betas"],
+        other.optimizer.param_groups[0]["weight_decay"],
+    ) == (
         (0.8, 0.9),
         0.5,
     )
@@ -96,7 +114,10 @@ def test_the_rehearsal_leaves_nothing_and_finds_what_cannot_be_saved(state, tmp_
         tensors, _ = lora.read(folder)
         from safetensors.torch import save_file
 
-        save_file({f"transformer.{name}": tensor for name, tensor in tensors.items()}, folder / lora.WEIGHTS)
+        save_file(
+            {f"transformer.{name}": tensor for name, tensor in tensors.items()},
+            folder / lora.WEIGHTS,
+        )
 
     monkeypatch.setattr(lora, "save", save_without_alpha)
     with pytest.raises(UserError, match="trained with lora_alpha=None, not 2"):
@@ -109,10 +130,17 @@ def test_the_rehearsal_looks_at_the_free_space(state, tmp_path, monkeypatch):
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
-    with pytest.raises(UserError, match=r"MiB free; 3 checkpoint\(s\) of this run and its result need up to"):
+    with pytest.raises(
+        UserError, match=r"MiB free; 3 checkpoint\(s\) of this run and its result need up to"
+    ):
         checkpoints.rehearse(tmp_path, state, kept=3)
 
 
 def test_the_manifest_names_step_and_files(state, tmp_path):
-    manifest = json.loads((checkpoints.write(tmp_path, state, 12, [], limit=None) / checkpoints.MANIFEST).read_text())
-    assert manifest["step"] == 12 and set(manifest["files"]) == {lora.WEIGHTS, checkpoints.OPTIMIZER}
+    manifest = json.loads(
+        (checkpoints.write(tmp_path, state, 12, [], limit=None) / checkpoints.MANIFEST).read_text()
+    )
+    assert manifest["step"] == 12 and set(manifest["files"]) == {
+        lora.WEIGHTS,
+        checkpoints.OPTIMIZER,
+    }

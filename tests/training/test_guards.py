@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from cogvx.files import read_json_lines
 from cogvx.model import lora
-from cogvx.model.checkpoint import Checkpoint
-from cogvx.runs import record
+from cogvx.model.pretrained import Checkpoint
+from cogvx.options.optimizers import set_learning_rate
 from cogvx.training import guards, trainer
-from cogvx.training.optimizers import set_learning_rate
 
 SHORT = [
     "train.max_train_steps=12",
@@ -36,7 +36,7 @@ def spoil(monkeypatch):
 
 
 def lines(folder, name):
-    return [line for line in record.read_lines(folder / "metrics.jsonl") if name in line]
+    return [line for line in read_json_lines(folder / "metrics.jsonl") if name in line]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -71,7 +71,11 @@ def test_too_many_in_a_row_stop_the_run_and_keep_what_was_before(run, spoil, cap
     spoil(set(range(5, 12)))
     folder = run("a", *SHORT, "train.max_skipped_steps=3", expect=2)
     said = capfd.readouterr().err
-    assert "3 steps in a row had no finite gradient" in said and "at timestep" in said and "Traceback" not in said
+    assert (
+        "3 steps in a row had no finite gradient" in said
+        and "at timestep" in said
+        and "Traceback" not in said
+    )
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
 
 
@@ -80,11 +84,17 @@ def test_too_many_in_a_row_stop_the_run_and_keep_what_was_before(run, spoil, cap
 )  # fmt: skip
 def test_weights_that_are_not_finite_are_not_kept(run, capfd, monkeypatch, held_out, said):
     monkeypatch.setattr(
-        trainer, "set_learning_rate", lambda optimizer, rate: set_learning_rate(optimizer, float("inf"))
+        trainer,
+        "set_learning_rate",
+        lambda optimizer, rate: set_learning_rate(optimizer, float("inf")),
     )
     folder = run("a", *SHORT, f"data.validation_fraction={held_out}", expect=2)
     found = capfd.readouterr().err
-    assert said in found and "optimizer.learning_rate=0.0005 too high" in found and "Traceback" not in found
+    assert (
+        said in found
+        and "optimizer.learning_rate=0.0005 too high" in found
+        and "Traceback" not in found
+    )
     assert not list((folder / "checkpoints").iterdir())
 
 
@@ -94,7 +104,10 @@ def test_the_highest_loss_is_traced_to_its_clip_and_timestep(run, spoil):
     logged = lines(folder, "highest_loss")
     worst = max(logged, key=lambda line: line["highest_loss"])
     assert worst["step"] == 9 and worst["highest_loss"] > 10 * logged[0]["highest_loss"]
-    assert worst["highest_loss_clip"].startswith("videos.txt:") and 0 <= worst["highest_loss_timestep"] < 1000
+    assert (
+        worst["highest_loss_clip"].startswith("videos.txt:")
+        and 0 <= worst["highest_loss_timestep"] < 1000
+    )
 
 
 def test_the_audit_counts_every_weight_and_insists_on_fp32(nano_folder, compose):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from cogvx.files import read_json_lines
 from cogvx.model import full, lora
-from cogvx.runs import record
 
 SETTINGS = [
     "lora=null", "memory=balanced", "optimizer.learning_rate=3e-4", "train.ema_decay=0.5", "train.max_train_steps=8",
@@ -18,7 +18,7 @@ def saved(folder) -> dict:
 
 
 def losses(folder, name="heldout_loss"):
-    return [line[name] for line in record.read_lines(folder / "metrics.jsonl") if name in line]
+    return [line[name] for line in read_json_lines(folder / "metrics.jsonl") if name in line]
 
 
 @pytest.mark.slow
@@ -57,4 +57,6 @@ def test_small_updates_survive_in_bf16(run):
     assert late[name].dtype == torch.float32 and saved(folder)[name].dtype == torch.bfloat16
     moved = (late[name] - early[name]).abs()
     assert (moved > 0).float().mean() > 0.9 and moved.max() < 1e-5
-    assert (late[name].bfloat16() == early[name].bfloat16()).float().mean() > 0.9, "in bf16 hardly any would have moved"
+    assert (late[name].bfloat16() == early[name].bfloat16()).float().mean() > 0.9, (
+        "in bf16 hardly any would have moved"
+    )

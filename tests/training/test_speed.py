@@ -10,18 +10,19 @@ from families import model_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from cogvx.errors import UserError
+from cogvx.files import read_json, read_json_lines
 from cogvx.model import attention, blocks, full, lora, nano
-from cogvx.plan.cards import CARDS, named
+from cogvx.options.cards import CARDS, named
+from cogvx.options.train import Attention
 from cogvx.plan.clock import Expectation
-from cogvx.runs import record
+from cogvx.records import record
 from cogvx.training import guards, prepare, trainer
-from cogvx.training.options import Attention
 
 SHORT = ["train.max_train_steps=12", "train.logging_steps=6", "validation.heldout_steps=12"]
 
 
 def losses(folder) -> list:
-    return [line["loss"] for line in record.read_lines(folder / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "loss" in line]
 
 
 class Reads(TorchDispatchMode):
@@ -46,8 +47,11 @@ class Reads(TorchDispatchMode):
     ("settings", "waits"),
     [
         ([], False),
-        (["optimizer=adam", "train.gradient_accumulation_steps=2", "train.max_grad_norm=null"], False),
-        (["lora=null", "train.gradient_checkpointing=true"], False),
+        (
+            ["optimizer=adam", "train.gradient_accumulation_steps=2", "train.max_grad_norm=null"],
+            False,
+        ),
+        (["lora=null", "memory.gradient_checkpointing=true"], False),
         (["model=nano_i2v", "train.min_snr_gamma=5"], False),
         (["optimizer=prodigy"], True),  # it cannot leave out a step by itself
     ],
@@ -59,7 +63,9 @@ def test_a_step_reads_nothing_from_the_device(run, monkeypatch, settings, waits)
         with Reads() as reads, pytest.MonkeyPatch.context() as within:
             for name in ("tolist", "cpu", "numpy"):  # which the mode does not see
                 real = getattr(torch.Tensor, name)
-                within.setattr(torch.Tensor, name, lambda *given, real=real: (found.append(1), real(*given))[1])
+                within.setattr(
+                    torch.Tensor, name, lambda *given, real=real: (found.append(1), real(*given))[1]
+                )
             rate = step(self)
         found.append(reads.count)
         return rate
@@ -81,19 +87,32 @@ def test_a_step_reads_nothing_from_the_device(run, monkeypatch, settings, waits)
 
 @pytest.mark.slow
 def test_every_kernel_of_attention_gives_the_same_and_is_named(run, capfd):
-    folders = {kind: run(kind, *SHORT, f"train.attention={kind}") for kind in ("auto", "flash", "math")}
+    folders = {
+        kind: run(kind, *SHORT, f"train.attention={kind}") for kind in ("auto", "flash", "math")
+    }
     said = capfd.readouterr().out
-    assert said.count("speed   attention by flash") == 2 and said.count("speed   attention by math") == 1
+    assert (
+        said.count("speed   attention by flash") == 2
+        and said.count("speed   attention by math") == 1
+    )
     assert losses(folders["auto"]) == losses(folders["flash"])
     assert losses(folders["flash"]) != losses(folders["math"]), "another kernel rounds otherwise"
-    assert all(abs(a - b) < 1e-5 for a, b in zip(losses(folders["flash"]), losses(folders["math"]), strict=True))
-    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled(), "put back afterwards"
+    assert all(
+        abs(a - b) < 1e-5
+        for a, b in zip(losses(folders["flash"]), losses(folders["math"]), strict=True)
+    )
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled(), (
+        "put back afterwards"
+    )
 
 
 def test_a_kernel_that_is_not_there_is_refused_in_words(run, capfd):
     run("a", *SHORT, "train.attention=cudnn", expect=2)
     assert "train.attention: no such kernel on cpu" in capfd.readouterr().err
-    with attention.using(Attention.efficient), pytest.raises(UserError, match="auto takes the fastest"):
+    with (
+        attention.using(Attention.efficient),
+        pytest.raises(UserError, match="auto takes the fastest"),
+    ):
         attention.in_use(2, 32, torch.device("cpu"), torch.float32)
 
 
@@ -108,7 +127,9 @@ def test_the_sine_table_of_another_size_is_computed_once(family_folder, compose)
     latents = torch.randn(1, 3, 16, 10, 14)  # not the checkpoint's 12 x 16
     for _ in range(3):
         answers = [
-            m.predict_velocity(latents, None, torch.ones(1, nano.TEXT_TOKENS, nano.TEXT_WIDTH), torch.tensor([5]))
+            m.predict_velocity(
+                latents, None, torch.ones(1, nano.TEXT_TOKENS, nano.TEXT_WIDTH), torch.tensor([5])
+            )
             for m in (plain, ours)
         ]
         assert torch.equal(*answers)
@@ -135,7 +156,12 @@ def test_nothing_in_a_run_puts_a_weight_into_words(run, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    [[], ["train.gradient_checkpointing=true"], ["memory=minimal", "memory.feed_forward_chunks=1"], ["lora=null"]],
+    [
+        [],
+        ["memory.gradient_checkpointing=true"],
+        ["memory=minimal", "memory.feed_forward_chunks=1"],
+        ["lora=null"],
+    ],
 )
 def test_compiled_blocks_train_as_others_do(run, stopped, kind):
     torch._dynamo.utils.counters.clear()
@@ -151,10 +177,23 @@ def test_compiled_blocks_train_as_others_do(run, stopped, kind):
 
 @pytest.mark.slow
 def test_a_missing_compiler_is_said_in_words(launch, cache, tmp_path):
-    here = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    few = ["validation.num_validation_videos=0", "validation.scored_prompts=0", "scheduler.lr_warmup_steps=0"]
+    here = {
+        **os.environ,
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+    }
+    few = [
+        "validation.num_validation_videos=0",
+        "validation.scored_prompts=0",
+        "scheduler.lr_warmup_steps=0",
+    ]
     ran = launch(
-        f"data.cache_dir={cache}", f"output_dir={tmp_path / 'a'}", *SHORT, *few, "train.compile=true", env=here
+        f"data.cache_dir={cache}",
+        f"output_dir={tmp_path / 'a'}",
+        *SHORT,
+        *few,
+        "train.compile=true",
+        env=here,
     )
     assert ran.returncode == 2 and "Traceback" not in ran.stderr
     assert "torch cannot compile here" in ran.stderr and "train.compile=false" in ran.stderr
@@ -162,15 +201,24 @@ def test_a_missing_compiler_is_said_in_words(launch, cache, tmp_path):
 
 # -- the optimizer in the backward pass --------------------------------------------------------------------------------
 
-FULL = ["lora=null", "optimizer.learning_rate=1e-4", "train.max_grad_norm=null", "train.checkpointing_steps=6"]
+FULL = [
+    "lora=null",
+    "optimizer.learning_rate=1e-4",
+    "train.max_grad_norm=null",
+    "train.checkpointing_steps=6",
+]
 
 
 @pytest.mark.slow
 def test_stepping_in_the_backward_pass_changes_nothing(run, stopped):
-    plain, ours = run("plain", *SHORT, *FULL), run("ours", *SHORT, *FULL, "memory.step_in_backward=true")
+    plain, ours = (
+        run("plain", *SHORT, *FULL),
+        run("ours", *SHORT, *FULL, "memory.step_in_backward=true"),
+    )
     assert lora.compare(dict(full.saved(plain)), dict(full.saved(ours)), values=True) == []
     norms = [
-        [m["grad_norm"] for m in record.read_lines(f / "metrics.jsonl") if "grad_norm" in m] for f in (plain, ours)
+        [m["grad_norm"] for m in read_json_lines(f / "metrics.jsonl") if "grad_norm" in m]
+        for f in (plain, ours)
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     stopped("resumed", ours, 6)
@@ -187,7 +235,12 @@ def test_a_loss_that_is_not_finite_changes_no_weight_in_the_backward_pass_either
         return losses * (float("nan") if next(count) else 1.0), timesteps
 
     monkeypatch.setattr(trainer, "training_losses", spoilt)
-    settings = [*FULL, "memory.step_in_backward=true", "data.validation_fraction=0", "scheduler.lr_warmup_steps=0"]
+    settings = [
+        *FULL,
+        "memory.step_in_backward=true",
+        "data.validation_fraction=0",
+        "scheduler.lr_warmup_steps=0",
+    ]
     folder = run("a", *settings, "train.max_train_steps=6")
     count = iter(range(100))
     one = run("b", *settings, "train.max_train_steps=1")
@@ -198,8 +251,14 @@ def test_a_loss_that_is_not_finite_changes_no_weight_in_the_backward_pass_either
     ("settings", "said"),
     [
         ([], "needs lora=null, train.max_grad_norm=null"),
-        (["lora=null", "optimizer=schedule_free"], "needs optimizer=adam or adamw, train.max_grad_norm=null"),
-        ([*FULL[:3], "train.gradient_accumulation_steps=2"], "needs train.gradient_accumulation_steps=1"),
+        (
+            ["lora=null", "optimizer=schedule_free"],
+            "needs optimizer=adam or adamw, train.max_grad_norm=null",
+        ),
+        (
+            [*FULL[:3], "train.gradient_accumulation_steps=2"],
+            "needs train.gradient_accumulation_steps=1",
+        ),
     ],
 )
 def test_what_needs_all_gradients_at_once_is_refused(compose, settings, said):
@@ -212,10 +271,16 @@ def test_what_needs_all_gradients_at_once_is_refused(compose, settings, said):
 
 def test_slow_steps_are_said_once_with_their_cause(run, monkeypatch, capfd):
     assert guards.slow(1.9, 0.0, 1.0) is None and guards.slow(100.0, 0.0, None) is None
-    assert "a step takes 2.1 s where the plan for this card says 1.0 s" in guards.slow(2.1, 0.1, 1.0)
-    assert "1.5 s of it wait for data: put data.cache_dir on a local disk" in guards.slow(2.1, 1.5, 1.0)
+    assert "a step takes 2.1 s where the plan for this card says 1.0 s" in guards.slow(
+        2.1, 0.1, 1.0
+    )
+    assert "1.5 s of it wait for data: put data.cache_dir on a local disk" in guards.slow(
+        2.1, 1.5, 1.0
+    )
     train = trainer.train
-    monkeypatch.setattr(trainer, "train", lambda config, folder, expected: train(config, folder, lambda: 1e-6))
+    monkeypatch.setattr(
+        trainer, "train", lambda config, folder, expected: train(config, folder, lambda: 1e-6)
+    )
     run("a", *SHORT, "train.logging_steps=2")
     assert capfd.readouterr().out.count("warning a step takes") == 1
 
@@ -247,15 +312,25 @@ def test_the_expectation_is_the_plans(compose, nano_folder, tmp_path):
     from cogvx.plan.planner import step_seconds
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    small = ["data.max_num_frames=9", "data.height=64", "data.width=64", "data.fps=8", "train.mixed_precision=bf16"]
-    config = compose("model=2b", f"model.path='{nano_folder}'", *small, f"output_dir='{tmp_path / 'run'}'")
+    small = [
+        "data.max_num_frames=9",
+        "data.height=64",
+        "data.width=64",
+        "data.fps=8",
+        "train.mixed_precision=bf16",
+    ]
+    config = compose(
+        "model=2b", f"model.path='{nano_folder}'", *small, f"output_dir='{tmp_path / 'run'}'"
+    )
     folder = record.open_folder(config)
     with Expectation(folder, "rtx4090_24gb") as expected:
         deadline = time.monotonic() + 120
         while expected() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         assert expected() == pytest.approx(step_seconds(config, CARDS["rtx4090_24gb"]), rel=1e-6)
-    assert record.read_json(folder / record.ENVIRONMENT)["planned_seconds_per_step"] == round(expected(), 3)
+    assert read_json(folder / record.ENVIRONMENT)["planned_seconds_per_step"] == round(
+        expected(), 3
+    )
     with Expectation(folder, None) as unknown:
         assert unknown() is None
 
@@ -275,6 +350,9 @@ def test_a_profile_says_where_the_time_of_some_steps_went(run, capfd):
     folder = run("a", *SHORT, "train.profile_steps=2")
     assert "operations.txt says where the time of 2 steps went" in capfd.readouterr().out
     assert "aten::addmm" in (folder / "profile" / "operations.txt").read_text()
-    names = {event.get("name") for event in json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]}
+    names = {
+        event.get("name")
+        for event in json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]
+    }
     assert "aten::scaled_dot_product_attention" in names
     assert losses(folder) == losses(run("b", *SHORT))

@@ -2,7 +2,7 @@
 
 import torch
 
-from cogvx.training.options import Timesteps, TimestepSampling
+from cogvx.options.train import Timesteps, TimestepSampling
 from cogvx.training.step import Draw, Sample, sample_order
 
 CPU = torch.device("cpu")
@@ -25,8 +25,12 @@ def test_a_sample_draws_the_same_in_any_batch():
     together = Draw(0, [one, other], **settings)
     apart = [Draw(0, [one], **settings), Draw(0, [other], **settings)]
     latents = torch.empty(2, *SHAPE[1:])
-    assert torch.equal(together.noise(latents), torch.cat([draw.noise(latents[:1]) for draw in apart]))
-    assert torch.equal(together.timesteps(1000), torch.cat([draw.timesteps(1000) for draw in apart]))
+    assert torch.equal(
+        together.noise(latents), torch.cat([draw.noise(latents[:1]) for draw in apart])
+    )
+    assert torch.equal(
+        together.timesteps(1000), torch.cat([draw.timesteps(1000) for draw in apart])
+    )
     assert together.drops_caption() == [draw.drops_caption()[0] for draw in apart]
 
 
@@ -48,16 +52,23 @@ def test_no_global_generator_is_read_or_moved():
 
 
 def test_timesteps_are_uniform_and_noise_is_standard_normal():
-    timesteps = torch.cat([Draw(0, [Sample(epoch, 0, epoch)], CPU).timesteps(1000) for epoch in range(4000)])
+    timesteps = torch.cat(
+        [Draw(0, [Sample(epoch, 0, epoch)], CPU).timesteps(1000) for epoch in range(4000)]
+    )
     assert timesteps.min() < 5 and timesteps.max() > 994
     assert abs(timesteps.float().mean() - 499.5) < 15 and abs(timesteps.float().std() - 288.7) < 8
     assert abs(noise().mean()) < 0.05 and abs(noise().std() - 1) < 0.05
 
 
 def test_captions_are_dropped_as_often_as_asked():
-    dropped = [Draw(0, [Sample(epoch, 1, epoch)], CPU, caption_dropout=0.1).drops_caption()[0] for epoch in range(5000)]
+    dropped = [
+        Draw(0, [Sample(epoch, 1, epoch)], CPU, caption_dropout=0.1).drops_caption()[0]
+        for epoch in range(5000)
+    ]
     assert 0.08 < sum(dropped) / len(dropped) < 0.12
-    assert not any(Draw(0, [Sample(epoch, 1, epoch)], CPU).drops_caption()[0] for epoch in range(100))
+    assert not any(
+        Draw(0, [Sample(epoch, 1, epoch)], CPU).drops_caption()[0] for epoch in range(100)
+    )
 
 
 def test_every_epoch_has_every_example_once_in_another_order():
@@ -71,7 +82,9 @@ def test_every_epoch_has_every_example_once_in_another_order():
 
 def timesteps(sampling, count=4000, mean=0.0, std=1.0, start=0):
     settings = TimestepSampling(sampling, mean, std)
-    draws = (Draw(0, [Sample(n // 10, n % 10, n)], CPU, settings) for n in range(start, start + count))
+    draws = (
+        Draw(0, [Sample(n // 10, n % 10, n)], CPU, settings) for n in range(start, start + count)
+    )
     return torch.cat([draw.timesteps(1000) for draw in draws])
 
 
@@ -81,7 +94,9 @@ def test_stratified_timesteps_are_uniform_and_evenly_spread_over_any_batch():
     for start in (0, 17, 1234):
         batch = timesteps(Timesteps.stratified, count=16, start=start).sort().values
         gaps = batch.diff()
-        assert gaps.max() < 130 and gaps.min() > 20, "16 independent timesteps leave gaps of 190 on average"
+        assert gaps.max() < 130 and gaps.min() > 20, (
+            "16 independent timesteps leave gaps of 190 on average"
+        )
 
 
 def test_logit_normal_timesteps_have_the_given_middle_and_width():
@@ -94,12 +109,17 @@ def test_every_noisy_image_is_used_before_one_comes_again():
     used = [Draw(0, [Sample(epoch, 3, 0)], CPU).image_variants(16)[0] for epoch in range(48)]
     rounds = [used[start : start + 16] for start in (0, 16, 32)]
     assert all(sorted(one) == list(range(16)) for one in rounds) and rounds[0] != rounds[1]
-    assert used != [Draw(0, [Sample(epoch, 4, 0)], CPU).image_variants(16)[0] for epoch in range(48)]
+    assert used != [
+        Draw(0, [Sample(epoch, 4, 0)], CPU).image_variants(16)[0] for epoch in range(48)
+    ]
 
 
 def test_images_are_dropped_whole_and_as_often_as_asked():
     moments = torch.cat([torch.ones(1, 4, 1, 2, 2), torch.full((1, 4, 1, 2, 2), -30)], dim=1)
-    means = [Draw(0, [Sample(e, 1, e)], CPU, image_dropout=0.05).image(moments).mean().item() for e in range(3000)]
+    means = [
+        Draw(0, [Sample(e, 1, e)], CPU, image_dropout=0.05).image(moments).mean().item()
+        for e in range(3000)
+    ]
     assert {round(mean) for mean in means} == {0, 1}
     assert 0.035 < means.count(0) / len(means) < 0.065
     assert Draw(0, [Sample(0, 0, 0)], CPU).image(None) is None

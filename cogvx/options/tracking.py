@@ -9,7 +9,9 @@ from pathlib import Path
 from cogvx.errors import UserError
 
 EXIT_CODES = {"done": 0, "interrupted": 255}  # as wandb itself tells Ctrl-C; all else: 1
-PATIENCE = 30  # seconds for wandb's server to answer at the start, and to take what is left at the end
+PATIENCE = (
+    30  # seconds for wandb's server to answer at the start, and to take what is left at the end
+)
 
 
 @dataclass
@@ -19,8 +21,12 @@ class Tracking:
     def require_login(self) -> None:
         """UserError where start() would ask who is there: at the door, not when everything is encoded."""
 
-    def start(self, folder: Path, config: dict[str, object], step: int) -> None:
-        """Called once, before the first log(). `config`: by dotted keys; `step`: the one the run goes on from, else 0."""
+    def start(self, folder: Path, config: dict[str, object], step: int, group: str | None) -> None:
+        """Called once, before the first log().
+
+        config: by dotted keys. step: the one that the run goes on from, else 0. group: the name of
+        the sweep that the run is a job of, else None.
+        """
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Numbers of one step."""
@@ -34,14 +40,16 @@ class Tracking:
 
 @dataclass
 class TensorBoard(Tracking):
-    def start(self, folder: Path, config: dict[str, object], step: int) -> None:
+    def start(self, folder: Path, config: dict[str, object], step: int, group: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         # What was written after the step that the run goes on from is taken back.
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
         self.writer.add_text("config", "```\n" + json.dumps(config, indent=2) + "\n```")
-        given = {name: str(value) if isinstance(value, list) else value for name, value in config.items()}
+        given = {
+            name: str(value) if isinstance(value, list) else value for name, value in config.items()
+        }
         _, started, _ = hparams(given, {})
         self.writer.file_writer.add_summary(started)
 
@@ -53,11 +61,15 @@ class TensorBoard(Tracking):
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        for path in paths:  # a gif among TensorBoard's images moves; add_video() would encode it anew, with moviepy
+        for path in (
+            paths
+        ):  # a gif among TensorBoard's images moves; add_video() would encode it anew, with moviepy
             gif = path.with_suffix(".gif")
             with Image.open(gif) as picture:
                 width, height = picture.size
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.read_bytes())
+            image = Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=gif.read_bytes()
+            )
             summary = Summary(value=[Summary.Value(tag=f"validation/{path.stem}", image=image)])
             self.writer.file_writer.add_summary(summary, step)
 
@@ -67,10 +79,15 @@ class TensorBoard(Tracking):
 
         ended = api_pb2.STATUS_SUCCESS if status == "done" else api_pb2.STATUS_FAILURE
         data = plugin_data_pb2.HParamsPluginData(
-            session_end_info=plugin_data_pb2.SessionEndInfo(status=ended), version=metadata.PLUGIN_DATA_VERSION
+            session_end_info=plugin_data_pb2.SessionEndInfo(status=ended),
+            version=metadata.PLUGIN_DATA_VERSION,
         )
-        plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
-        value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=SummaryMetadata(plugin_data=plugin))
+        plugin = SummaryMetadata.PluginData(
+            plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString()
+        )
+        value = Summary.Value(
+            tag=metadata.SESSION_END_INFO_TAG, metadata=SummaryMetadata(plugin_data=plugin)
+        )
         self.writer.file_writer.add_summary(Summary(value=[value]))
         self.writer.close()
 
@@ -81,7 +98,11 @@ class Wandb(Tracking):
     mode: str
 
     def problems(self) -> list[str]:
-        return [] if self.mode in ("online", "offline") else [f"tracking.mode={self.mode}: must be online or offline"]
+        return (
+            []
+            if self.mode in ("online", "offline")
+            else [f"tracking.mode={self.mode}: must be online or offline"]
+        )
 
     def require_login(self) -> None:
         if self.mode == "offline":
@@ -94,18 +115,15 @@ class Wandb(Tracking):
                 "tracking=wandb and nobody is logged in: log in with  wandb login  (or WANDB_API_KEY), or use tracking.mode=offline"
             )
 
-    def start(self, folder: Path, config: dict[str, object], step: int) -> None:
+    def start(self, folder: Path, config: dict[str, object], step: int, group: str | None) -> None:
         """In a sweep the sweep's folder is the group. A run that goes on is the same run there."""
         import wandb
 
-        from cogvx.runs.sweep import SWEEP
-
-        sweep = folder.parent.name if (folder.parent / SWEEP).is_file() else None
         settings = wandb.Settings(
             silent=True, init_timeout=PATIENCE, finish_timeout=PATIENCE, finish_timeout_raises=True
         )
         run = {
-            "project": self.project, "group": sweep, "name": folder.name, "id": id_of(folder), "resume": "allow", "dir": folder,
+            "project": self.project, "group": group, "name": folder.name, "id": id_of(folder), "resume": "allow", "dir": folder,
             "config": config, "settings": settings,
         }  # fmt: skip
         try:
@@ -113,7 +131,10 @@ class Wandb(Tracking):
         except Exception as error:
             if self.mode == "offline":
                 raise
-            print(f"warning wandb does not answer, so it is written here: {first_line(error)}", flush=True)
+            print(
+                f"warning wandb does not answer, so it is written here: {first_line(error)}",
+                flush=True,
+            )
             wandb.teardown()  # it would not give the id out again
             self.run = wandb.init(**run | {"id": id_of(folder)}, mode="offline")
         if self.run.offline:
@@ -122,7 +143,7 @@ class Wandb(Tracking):
             print(f"wandb   {self.run.url}", flush=True)
 
     def sync(self) -> str:
-        from cogvx.runs.record import shown
+        from cogvx.files import shown
 
         return f"wandb sync {shown(Path(self.run.settings.sync_dir))}"
 

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from cogvx.inference import evaluate
+from cogvx.evaluation import evaluate
 
 FEW = ["task=evaluate", "task.count=2", "validation.num_inference_steps=2"]
 SHORT = ["train.max_train_steps=6", "train.checkpointing_steps=3"]
@@ -22,9 +22,19 @@ def written(folder) -> dict:
 @pytest.mark.slow
 def test_base_result_strengths_and_checkpoints_are_compared(run, capfd):
     trained = run("a", *SHORT)
-    folder = run("e", *FEW, f"task.run={trained}", "task.strengths=[1.0,0.5]", "task.checkpoints=true")
+    folder = run(
+        "e", *FEW, f"task.run={trained}", "task.strengths=[1.0,0.5]", "task.checkpoints=true"
+    )
     found, rows = written(folder), list(csv.DictReader((folder / "evaluation.csv").open()))
-    names = ["base", "step_000003", "step_000003 x 0.5", "step_000006", "step_000006 x 0.5", "result", "result x 0.5"]
+    names = [
+        "base",
+        "step_000003",
+        "step_000003 x 0.5",
+        "step_000006",
+        "step_000006 x 0.5",
+        "result",
+        "result x 0.5",
+    ]
     assert list(found["heldout_loss"]) == names and list(found["comparisons"]) == names[1:]
     assert len(rows) == 7 * 4 and {(row["kind"], row["seed"]) for row in rows} == {
         ("taught", "0"),
@@ -32,10 +42,17 @@ def test_base_result_strengths_and_checkpoints_are_compared(run, capfd):
         ("other", "2"),
         ("other", "3"),
     }
-    assert len(list((folder / "videos").rglob("*.mp4"))) == 28 and (folder / "evaluation.png").is_file()
+    assert (
+        len(list((folder / "videos").rglob("*.mp4"))) == 28
+        and (folder / "evaluation.png").is_file()
+    )
     losses, summary = found["heldout_loss"], json.loads((trained / "summary.json").read_text())
     assert losses["base"] == pytest.approx(summary["heldout_loss_before"], abs=1e-6)
-    assert losses["result"] == losses["step_000006"] == pytest.approx(summary["heldout_loss_after"], abs=1e-6)
+    assert (
+        losses["result"]
+        == losses["step_000006"]
+        == pytest.approx(summary["heldout_loss_after"], abs=1e-6)
+    )
     assert len(set(losses.values())) == 5, "the result is the last checkpoint"
     said = capfd.readouterr().out
     assert "taught  colour" in said and "result  " in said and "score   what it was taught" in said
@@ -67,15 +84,22 @@ def test_prompts_of_ones_own(run, tmp_path):
     (tmp_path / "p.txt").write_text(
         "a rabbit, (hopping)\n\nA red circle moves up over a blue background.\n", encoding="utf-8"
     )
-    found = written(run("e", *FEW, f"task.run={trained}", f"task.prompts_file={tmp_path / 'p.txt'}"))
+    found = written(
+        run("e", *FEW, f"task.run={trained}", f"task.prompts_file={tmp_path / 'p.txt'}")
+    )
     videos = {c["measure"]: c["videos"] for c in found["comparisons"]["result"]}
-    assert videos["motion"] == 2 and videos["shape"] == 1, "judged where the prompt has the world's form"
+    assert videos["motion"] == 2 and videos["shape"] == 1, (
+        "judged where the prompt has the world's form"
+    )
 
 
 def test_a_run_without_a_result_says_so(run, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     run("e", *FEW, f"task.run={tmp_path / 'empty'}", expect=2)
-    assert "has no result (pytorch_lora_weights.safetensors) and no checkpoint" in capfd.readouterr().err
+    assert (
+        "has no result (pytorch_lora_weights.safetensors) and no checkpoint"
+        in capfd.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -100,11 +124,20 @@ def test_a_clip_model_judges_text_and_frames(run, tmp_path):
     ]
     (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=77)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = CLIPTokenizer(
+        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=77
+    )
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     text = {**size, "vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1}
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 16}))
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 16})
+    )
     model.save_pretrained(tmp_path / "clip")
     pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(pictures, tokenizer).save_pretrained(tmp_path / "clip")
@@ -138,7 +171,8 @@ def test_vbench_is_given_the_videos_or_its_absence_is_said(run, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "vbench", types.SimpleNamespace(VBench=VBench))
     folder = run("f", *FEW, f"task.run={trained}", "task.vbench=[motion_smoothness]")
     assert calls == [
-        (str(folder / "videos" / name), ["motion_smoothness"], "custom_input") for name in ("base", "result")
+        (str(folder / "videos" / name), ["motion_smoothness"], "custom_input")
+        for name in ("base", "result")
     ]
 
 
@@ -156,4 +190,8 @@ def test_a_run_is_judged_by_its_record(launch, cache, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "lora:\n  rank: 3" in (tmp_path / "e" / "config.yaml").read_text()
     nowhere = launch(*FEW, f"task.run={tmp_path / 'nowhere'}")
-    assert nowhere.returncode == 2 and "task.run=" in nowhere.stderr and "no run's folder" in nowhere.stderr
+    assert (
+        nowhere.returncode == 2
+        and "task.run=" in nowhere.stderr
+        and "no run's folder" in nowhere.stderr
+    )

@@ -18,7 +18,8 @@ import yaml
 from cogvx import config as configuration
 from cogvx.config import Config
 from cogvx.errors import UserError
-from cogvx.runs import record
+from cogvx.files import read_json, read_json_lines, write_text
+from cogvx.records import record
 
 SWEEP, LEADERBOARD, LOG = "sweep.json", "leaderboard.csv", "log.txt"
 
@@ -60,7 +61,11 @@ class Progress:
         return self.judged[-1]["heldout_loss"] if self.judged else None
 
     def seconds_left(self) -> float | None:
-        return None if self.seconds is None or self.steps is None else (self.steps - self.step) * self.seconds
+        return (
+            None
+            if self.seconds is None or self.steps is None
+            else (self.steps - self.step) * self.seconds
+        )
 
 
 @dataclass(frozen=True)
@@ -73,28 +78,32 @@ class Sweep:
         """Gives every job its folder with its config.yaml, which is all that it runs from. UserError when one of them holds
         another configuration; nothing has been started then."""
         for job, config in jobs:
-            config.output_dir = str(self.folder / job.name)
+            config.output_dir = self.folder / job.name
             record.open_folder(config)
         self.folder.mkdir(parents=True, exist_ok=True)
-        known = record.read_json(self.folder / SWEEP)
+        known = read_json(self.folder / SWEEP)
         told = {
             "name": self.name, "swept": self.swept, "command": command, "started": known.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
             "jobs": known.get("jobs", {}) | {job.name: job.values for job, _ in jobs},
         }  # fmt: skip
-        record.write_whole(self.folder / SWEEP, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.folder / SWEEP, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Sweep:
-        told = record.read_json(folder / SWEEP)
+        told = read_json(folder / SWEEP)
         if "jobs" not in told:
-            raise UserError(f"{folder} is not the folder of a sweep: it has no {SWEEP} that can be read")
+            raise UserError(
+                f"{folder} is not the folder of a sweep: it has no {SWEEP} that can be read"
+            )
         return cls(folder, told["name"], told["swept"])
 
     def jobs(self) -> list[Job]:
-        return [Job(name, values) for name, values in record.read_json(self.folder / SWEEP)["jobs"].items()]
+        return [
+            Job(name, values) for name, values in read_json(self.folder / SWEEP)["jobs"].items()
+        ]
 
     def command(self) -> list[str]:
-        return record.read_json(self.folder / SWEEP)["command"]
+        return read_json(self.folder / SWEEP)["command"]
 
     def progress(self, job: Job) -> Progress:
         return progress_of(self.folder / job.name)
@@ -107,7 +116,9 @@ class Sweep:
 
     def write_leaderboard(self) -> list[dict[str, object]]:
         rows = self.leaderboard()
-        with (self.folder / f"{LEADERBOARD}.partial").open("w", encoding="utf-8", newline="") as file:
+        with (self.folder / f"{LEADERBOARD}.partial").open(
+            "w", encoding="utf-8", newline=""
+        ) as file:
             table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             table.writeheader()
             table.writerows(rows)
@@ -115,7 +126,9 @@ class Sweep:
         return rows
 
 
-def rows_of(runs: dict[str, Path], known: dict[str, dict[str, object]], swept: list[str]) -> list[dict[str, object]]:
+def rows_of(
+    runs: dict[str, Path], known: dict[str, dict[str, object]], swept: list[str]
+) -> list[dict[str, object]]:
     """A leaderboard: a row for every run, the lowest held-out loss first, runs without one last. `known`: of each run, the values
     that `swept` names. `tie`: the best is not better than this by more than the noise that both were measured with."""
     found, rows = varying(runs, known, swept), []
@@ -134,16 +147,26 @@ def rows_of(runs: dict[str, Path], known: dict[str, dict[str, object]], swept: l
     rows.sort(key=lambda row: (row["objective"] is None, row["objective"] or 0.0))
     best = rows[0]["objective"] if rows else None
     return [
-        {"place": None if row["objective"] is None else place, "tie": ties(row, rows[0], best), **row}
+        {
+            "place": None if row["objective"] is None else place,
+            "tie": ties(row, rows[0], best),
+            **row,
+        }
         for place, row in enumerate(rows, 1)
     ]
+
+
+def sweep_of(folder: Path) -> str | None:
+    """The name of the sweep that a run is a job of; None for a run by itself."""
+    return folder.parent.name if (folder.parent / SWEEP).is_file() else None
 
 
 def told_apart(folders: list[Path]) -> list[str]:
     """Their names, with those of the folders above where two have the same."""
     names = [folder.name for folder in folders]
     return [
-        folder.name if names.count(folder.name) == 1 else f"{folder.parent.name}/{folder.name}" for folder in folders
+        folder.name if names.count(folder.name) == 1 else f"{folder.parent.name}/{folder.name}"
+        for folder in folders
     ]
 
 
@@ -159,7 +182,10 @@ def varying(
         if plain.isdisjoint((key, key.partition(".")[0]))  # what an option of a swept group brings goes without saying
         and len({str(values.get(key)) for values in flat.values()}) > 1
     ]  # fmt: skip
-    return {name: {**known.get(name, {}), **{key: flat[name].get(key) for key in others}} for name in runs}
+    return {
+        name: {**known.get(name, {}), **{key: flat[name].get(key) for key in others}}
+        for name in runs
+    }
 
 
 MEASURED = (
@@ -185,8 +211,8 @@ def recorded(folder: Path) -> dict[str, object]:
 
 def progress_of(folder: Path) -> Progress:
     """From what a run has left in its folder so far."""
-    summary, facts = record.read_json(folder / record.SUMMARY), record.read_json(folder / record.ENVIRONMENT)
-    lines = record.read_lines(folder / "metrics.jsonl")
+    summary, facts = read_json(folder / record.SUMMARY), read_json(folder / record.ENVIRONMENT)
+    lines = read_json_lines(folder / "metrics.jsonl")
     state = state_of(folder, summary, started=bool(facts))
     trained = [line for line in lines if "loss" in line]
     judged = [line for line in lines if line.get("heldout_loss") is not None]

@@ -9,15 +9,20 @@ import numpy
 from PIL import Image
 
 from cogvx.config import Config
-from cogvx.inference.usage import SETTINGS, snippet
 from cogvx.model import full, lora
-from cogvx.model.checkpoint import Checkpoint
+from cogvx.model.pretrained import Checkpoint
+from cogvx.records.usage import SETTINGS, snippet
 
 IMAGE = "first_frame.png"
 
 
 def deliver(
-    folder: Path, transformer, config: Config, prompt: str, image: numpy.ndarray | None, checkpoint: Checkpoint
+    folder: Path,
+    transformer,
+    config: Config,
+    prompt: str,
+    image: numpy.ndarray | None,
+    checkpoint: Checkpoint,
 ) -> str:
     """Writes the weights and SETTINGS into the run's folder; returns the lines that use them, with this prompt and, for
     image-to-video, this image [H, W, 3] uint8, which is written too."""
@@ -34,7 +39,9 @@ def deliver(
         }
     sampling, data, geometry = config.validation, config.data, checkpoint.geometry()
     settings = {
-        "pipeline": "CogVideoXImageToVideoPipeline" if geometry.image_to_video else "CogVideoXPipeline",
+        "pipeline": "CogVideoXImageToVideoPipeline"
+        if geometry.image_to_video
+        else "CogVideoXPipeline",
         "base_model": config.model.path,
         "revision": checkpoint.hub_commit() or config.model.revision,
         "torch_dtype": config.train.mixed_precision.value,
@@ -55,5 +62,7 @@ def deliver(
     }
     if image is not None:
         Image.fromarray(image).save(folder / IMAGE)
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / SETTINGS).write_text(
+        json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8"
+    )
     return snippet(folder, settings)

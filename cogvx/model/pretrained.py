@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 from dataclasses import dataclass, replace
@@ -10,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError, listed
+from cogvx.files import absolute
 from cogvx.model.geometry import LAYOUT, Geometry, read_config, read_geometry, released
+from cogvx.progress import library_bars
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,15 @@ class Model:
 
     def is_local(self) -> bool:
         """A hub id has the form name/name; anything that exists here, or has another form, is a folder."""
-        return Path(self.path).exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
+        return (
+            Path(self.path).exists()
+            or self.path.startswith((".", "/", "~"))
+            or self.path.count("/") != 1
+        )
+
+    def make_paths_absolute(self) -> None:
+        if self.is_local():
+            self.path = str(absolute(Path(self.path)))
 
     def expected_geometry(self) -> Geometry | None:
         """What can be known before anything is downloaded; None for a checkpoint of an unknown name that is not here."""
@@ -52,7 +61,11 @@ class Model:
         if geometry is None:
             return []
         return geometry.problems(
-            frames=frames, height=height, width=width, precision=precision, image_to_video=self.image_to_video
+            frames=frames,
+            height=height,
+            width=width,
+            precision=precision,
+            image_to_video=self.image_to_video,
         )
 
     def prepare(self, **asked_for) -> Path:
@@ -75,7 +88,9 @@ class Model:
     def local_folder(self) -> Path:
         folder = Path(self.path)
         if not folder.is_dir():
-            raise UserError(f"model.path={self.path} does not exist here, and is not a hub id (name/name). {LAYOUT}")
+            raise UserError(
+                f"model.path={self.path} does not exist here, and is not a hub id (name/name). {LAYOUT}"
+            )
         return folder
 
     def download(self, files: str) -> Path:
@@ -92,9 +107,15 @@ class Model:
             wanted = ["model_index.json", *(f"{part}/{files}" for part in PARTS)]
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted))
         except RevisionNotFoundError as error:
-            raise UserError(f"model.revision={self.revision} does not exist in {self.path} on the hub") from error
+            raise UserError(
+                f"model.revision={self.revision} does not exist in {self.path} on the hub"
+            ) from error
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else ""
+            offline = (
+                " (HF_HUB_OFFLINE is set)"
+                if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+                else ""
+            )
             raise UserError(
                 f"model.path={self.path} is no folder here and could not be fetched from the hub: either there is no public model "
                 f"of that name, or this machine has no network{offline} or no free disk. Give a local folder in diffusers layout: "
@@ -130,10 +151,15 @@ def require_known_settings(folder: Path) -> None:
     others with a warning, and build another model."""
     import diffusers
 
-    for part, class_name in (("transformer", "CogVideoXTransformer3DModel"), ("vae", "AutoencoderKLCogVideoX")):
+    for part, class_name in (
+        ("transformer", "CogVideoXTransformer3DModel"),
+        ("vae", "AutoencoderKLCogVideoX"),
+    ):
         settings = read_config(folder, part)
         if settings.get("_class_name", class_name) != class_name:
-            raise UserError(f"{folder / part} is a {settings['_class_name']}; CogVideoX has a {class_name} there")
+            raise UserError(
+                f"{folder / part} is a {settings['_class_name']}; CogVideoX has a {class_name} there"
+            )
         known = inspect.signature(getattr(diffusers, class_name).__init__).parameters
         unknown = [name for name in settings if not name.startswith("_") and name not in known]
         if unknown:
@@ -152,7 +178,9 @@ def require_parts(folder: Path) -> None:
             if not any((folder / part).glob("*.safetensors")):
                 missing.append(f"{part}/ has no *.safetensors file")
     if missing:
-        raise UserError(listed(f"{folder} is not a whole CogVideoX checkpoint:", missing) + f"\n{LAYOUT}")
+        raise UserError(
+            listed(f"{folder} is not a whole CogVideoX checkpoint:", missing) + f"\n{LAYOUT}"
+        )
 
 
 @dataclass(frozen=True)
@@ -174,7 +202,9 @@ class Checkpoint:
         """On the CPU, its weights in `dtype`, else in that of the frozen weights."""
         from diffusers import CogVideoXTransformer3DModel
 
-        return self.loaded(CogVideoXTransformer3DModel, "transformer", torch_dtype=dtype or self.dtype)
+        return self.loaded(
+            CogVideoXTransformer3DModel, "transformer", torch_dtype=dtype or self.dtype
+        )
 
     def vae(self, *, tiling: bool):
         from diffusers import AutoencoderKLCogVideoX
@@ -191,8 +221,12 @@ class Checkpoint:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         except Exception as error:
-            raise UserError(f"{self.folder / 'tokenizer'} cannot be read: {first_line(error)}") from error
-        return tokenizer, placed(self.loaded(T5EncoderModel, "text_encoder", dtype=self.dtype), self.device, streamed)
+            raise UserError(
+                f"{self.folder / 'tokenizer'} cannot be read: {first_line(error)}"
+            ) from error
+        return tokenizer, placed(
+            self.loaded(T5EncoderModel, "text_encoder", dtype=self.dtype), self.device, streamed
+        )
 
     def noise_scheduler(self):
         """As the checkpoint ships it: DDIM or DPM, with its schedule and trailing timesteps."""
@@ -210,7 +244,9 @@ class Checkpoint:
         try:
             with library_bars(shown=size > LONG_TO_LOAD):
                 model = model_class.from_pretrained(self.folder, subfolder=part, **dtype)
-        except Exception as error:  # damaged files surface as many kinds of errors, all of them the folder's
+        except (
+            Exception
+        ) as error:  # damaged files surface as many kinds of errors, all of them the folder's
             raise UserError(
                 f"{self.folder / part} cannot be loaded as {model_class.__name__}: {first_line(error)}"
             ) from error
@@ -220,27 +256,12 @@ class Checkpoint:
 def placed(text_encoder, device: torch.device, streamed: bool):
     """A T5 encoder on the device."""
     from cogvx.model import blocks
-    from cogvx.training.options import Storage
+    from cogvx.options.memory import Storage
 
     if streamed:
         blocks.Keeper(text_encoder.encoder.block, Storage.own, device, streamed=True)
     blocks.bring(text_encoder, device)
     return text_encoder
-
-
-@contextlib.contextmanager
-def library_bars(*, shown: bool):
-    """With or without the progress bars that diffusers and transformers draw while they load and save."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
-    try:
-        yield
-    finally:
-        for logging in (diffusers_logging, transformers_logging):
-            logging.enable_progress_bar()
 
 
 def first_line(error: Exception) -> str:

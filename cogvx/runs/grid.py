@@ -18,12 +18,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from cogvx import compose as composing
 from cogvx import config as configuration
 from cogvx.config import Config
 from cogvx.errors import UserError, listed
+from cogvx.records.sweep import Job, Sweep
 from cogvx.runs import search
 from cogvx.runs.pool import Pool
-from cogvx.runs.sweep import Job, Sweep
 
 PLACE = Path("outputs") / "sweeps"
 MOST_JOBS = 10_000
@@ -39,7 +40,7 @@ class Place:
     searchpath: tuple[str, ...] = ()
 
     def compose(self, overrides: list[str]) -> DictConfig:
-        return configuration.composed_from(overrides, self.folder, self.searchpath)
+        return composing.composed_from(overrides, self.folder, self.searchpath)
 
 
 def is_search(base: DictConfig) -> bool:
@@ -57,7 +58,9 @@ class Grid:
         return {key: discrete(override) for key, override in self.swept.items()}
 
 
-def sweep_of(overrides: list[str], place: Place) -> tuple[Sweep, list[tuple[Job, Config]], DictConfig]:
+def sweep_of(
+    overrides: list[str], place: Place
+) -> tuple[Sweep, list[tuple[Job, Config]], DictConfig]:
     """The sweep of a command line, its jobs with their configurations, and the composed base, which says how they run.
     Of a search the jobs are samples of what it may propose. UserError names every job that is wrong."""
     named, grids = name_of(overrides), grids_of(overrides, place)
@@ -69,10 +72,14 @@ def sweep_of(overrides: list[str], place: Place) -> tuple[Sweep, list[tuple[Job,
         )
     for key in swept:
         if key == "output_dir" or key.startswith("hydra."):
-            raise UserError(f"{key} says how a sweep runs, not what its jobs are: give it one value")
+            raise UserError(
+                f"{key} says how a sweep runs, not what its jobs are: give it one value"
+            )
     if is_search(base):
         search.Settings.read(OmegaConf.to_container(base.hydra.sweeper))
-        jobs = composed_jobs([(grids[0].fixed, examples(grids[0].swept, key)) for key in swept], place)
+        jobs = composed_jobs(
+            [(grids[0].fixed, examples(grids[0].swept, key)) for key in swept], place
+        )
     else:
         jobs = composed_jobs([(grid.fixed, grid.values()) for grid in grids], place)
     if not jobs[0][1].task.makes_a_run:
@@ -83,12 +90,28 @@ def sweep_of(overrides: list[str], place: Place) -> tuple[Sweep, list[tuple[Job,
 
 
 def search_of(
-    overrides: list[str], place: Place, sweep: Sweep, base: DictConfig, pool: Pool, command: list[str]
+    overrides: list[str],
+    place: Place,
+    sweep: Sweep,
+    base: DictConfig,
+    pool: Pool,
+    command: list[str],
 ) -> search.Search:
     """What proposes the jobs of a sweep that is_search()."""
-    settings, grid = search.Settings.read(OmegaConf.to_container(base.hydra.sweeper)), grids_of(overrides, place)[0]
-    single = {key: discrete(override) for key, override in grid.swept.items() if not override.is_sweep_override()}
-    space = {key: part_of_space(key, override) for key, override in grid.swept.items() if key not in single}
+    settings, grid = (
+        search.Settings.read(OmegaConf.to_container(base.hydra.sweeper)),
+        grids_of(overrides, place)[0],
+    )
+    single = {
+        key: discrete(override)
+        for key, override in grid.swept.items()
+        if not override.is_sweep_override()
+    }
+    space = {
+        key: part_of_space(key, override)
+        for key, override in grid.swept.items()
+        if key not in single
+    }
 
     def make(values: dict[str, str]) -> tuple[Job, Config]:
         chosen = {key: [values[key]] if key in values else single[key] for key in grid.swept}
@@ -103,7 +126,10 @@ def grids_of(overrides: list[str], place: Place) -> list[Grid]:
     parse = OverridesParser.create().parse_override
     given = {override.get_key_element(): override for override in map(parse, overrides)}
     fixed = [override.input_line for override in given.values() if not override.is_sweep_override()]
-    params = OmegaConf.to_container(place.compose(fixed).hydra.sweeper, resolve=False).get("params") or {}
+    params = (
+        OmegaConf.to_container(place.compose(fixed).hydra.sweeper, resolve=False).get("params")
+        or {}
+    )
     grids = []
     for each in params if isinstance(params, list) else [params]:
         swept = {key: parse(f"{key}={value}") for key, value in each.items()}
@@ -115,8 +141,14 @@ def grids_of(overrides: list[str], place: Place) -> list[Grid]:
         swept |= {key: given[key] for key in anew if given[key].is_sweep_override() or key in swept}
         grids.append(Grid([o for o in fixed if key_of(o) not in swept], swept))
     if not grids:
-        asked = " ".join(override.input_line for key, override in given.items() if any(key in each for each in params))
-        raise UserError(f"none of the sweep's grids has {asked}: they are " + "; ".join(map(str, params)))
+        asked = " ".join(
+            override.input_line
+            for key, override in given.items()
+            if any(key in each for each in params)
+        )
+        raise UserError(
+            f"none of the sweep's grids has {asked}: they are " + "; ".join(map(str, params))
+        )
     return grids
 
 
@@ -171,7 +203,9 @@ def examples(swept: dict[str, Override], varied: str) -> dict[str, list[str]]:
     return found
 
 
-def composed_jobs(grids: list[tuple[list[str], dict[str, list[str]]]], place: Place) -> list[tuple[Job, Config]]:
+def composed_jobs(
+    grids: list[tuple[list[str], dict[str, list[str]]]], place: Place
+) -> list[tuple[Job, Config]]:
     """Of each grid, fixed overrides and the values of keys, every combination."""
     names = short_names(list(dict.fromkeys(key for _, swept in grids for key in swept)))
     count = sum(math.prod(map(len, swept.values())) for _, swept in grids)
@@ -223,7 +257,10 @@ def name_of(overrides: list[str]) -> str | None:
 def short_names(keys: list[str]) -> dict[str, str]:
     """Each key's last part, where no two have the same."""
     last = {key: key.lstrip("+~").rpartition(".")[2] for key in keys}
-    return {key: last[key] if list(last.values()).count(last[key]) == 1 else key.lstrip("+~") for key in keys}
+    return {
+        key: last[key] if list(last.values()).count(last[key]) == 1 else key.lstrip("+~")
+        for key in keys
+    }
 
 
 def folder_name(values: dict[str, object]) -> str:
@@ -233,21 +270,33 @@ def folder_name(values: dict[str, object]) -> str:
 def in_a_name(value: object) -> str:
     text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
     plain = re.sub(r"[^\w.+-]+", "-", text)[:LONGEST]
-    return plain if plain == text else f"{plain}-{hashed(text, 8)}"  # two prompts that begin alike are two jobs
+    return (
+        plain if plain == text else f"{plain}-{hashed(text, 8)}"
+    )  # two prompts that begin alike are two jobs
 
 
 def short_enough(name: str) -> str:
     whole = name.encode()
-    return name if len(whole) <= LONGEST_NAME else f"{whole[:LONGEST_NAME].decode(errors='ignore')}-{hashed(name, 8)}"
+    return (
+        name
+        if len(whole) <= LONGEST_NAME
+        else f"{whole[:LONGEST_NAME].decode(errors='ignore')}-{hashed(name, 8)}"
+    )
 
 
 def mark(base: DictConfig, swept: list[str]) -> str:
     """Tells sweeps apart that differ in what their jobs share."""
     values = OmegaConf.to_container(base, resolve=False)
-    choices = {g: c for g, c in base.hydra.runtime.choices.items() if g in configuration.GROUPS and g not in swept}
+    choices = {
+        g: c
+        for g, c in base.hydra.runtime.choices.items()
+        if g in configuration.GROUPS and g not in swept
+    }
     del values["hydra"]
     left_out = {*configuration.NOT_COMPARED, *(key.lstrip("+~") for key in swept)}
-    shared = {key: value for key, value in configuration.flat(values).items() if key not in left_out}
+    shared = {
+        key: value for key, value in configuration.flat(values).items() if key not in left_out
+    }
     return hashed(json.dumps([choices, shared], sort_keys=True, default=str))
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from cogvx.inference import usage
-from cogvx.runs import leaderboard, record, report
-from cogvx.runs.leaderboard import SHOWN, shown, varied
-from cogvx.runs.report import MOST_EMBEDDED, PAGE, STYLE, encoded, pyplot, section, svg, table
-from cogvx.runs.sweep import LEADERBOARD, Progress, State, Sweep, progress_of
+from cogvx.files import read_json, shown, write_text
+from cogvx.records import leaderboard, record, report, usage
+from cogvx.records.leaderboard import SHOWN, as_text, varied
+from cogvx.records.report import MOST_EMBEDDED, PAGE, STYLE, encoded, pyplot, section, svg, table
+from cogvx.records.sweep import LEADERBOARD, Progress, State, Sweep, progress_of
 
 MOST_NAMED = 8  # curves with a colour and a name of their own
 MOST_CELLS = 12  # values of a setting that a heat map has room for; more are a scatter plot
@@ -26,28 +26,40 @@ def conclude(sweep: Sweep) -> None:
     if not sweep.jobs():
         return
     rows = sweep.write_leaderboard()
-    for job in [sweep.folder / str(row["folder"]) for row in rows if row["state"] == State.done.value]:
+    for job in [
+        sweep.folder / str(row["folder"]) for row in rows if row["state"] == State.done.value
+    ]:
         if not (job / PAGE).is_file():
             report.write(job)
     leaderboard.show(rows)
-    print(f"table   {record.shown(sweep.folder / LEADERBOARD)}")
+    print(f"table   {shown(sweep.folder / LEADERBOARD)}")
     if rows[0]["objective"] is not None:
         best = sweep.folder / str(rows[0]["folder"])
-        print(f"best    {record.shown(best)}: held-out loss {rows[0]['objective']:.4f}{leaderboard.close(rows)}")
-        print(f"again   python launch.py --config-dir {record.shown(best)} --config-name config")
+        print(
+            f"best    {shown(best)}: held-out loss {rows[0]['objective']:.4f}{leaderboard.close(rows)}"
+        )
+        print(f"again   python launch.py --config-dir {shown(best)} --config-name config")
     title = f"{sweep.folder.name}: {', '.join(sweep.swept)}"
     page = write(sweep.folder / PAGE, title, sweep.runs(), rows, sweep.command())
-    print(f"report  {record.shown(page)}")
+    print(f"report  {shown(page)}")
 
 
-def write(page: Path, title: str, runs: dict[str, Path], rows: list[dict], command: list[str] | None = None) -> Path:
+def write(
+    page: Path,
+    title: str,
+    runs: dict[str, Path],
+    rows: list[dict],
+    command: list[str] | None = None,
+) -> Path:
     """`rows` as from sweep.rows_of(), the best first; `runs`: their folders by the rows' "folder"."""
     progress = {name: progress_of(folder) for name, folder in runs.items()}
     keys = varied(rows)
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(counted(rows))}</p>",
-        "" if command is None else f"<pre>python {escape(shlex.join(['launch.py', *command[1:]]))}</pre>",
+        ""
+        if command is None
+        else f"<pre>python {escape(shlex.join(['launch.py', *command[1:]]))}</pre>",
         section("Which is best", board(rows, keys, runs, page.parent)),
         section("Take it", winner(rows, runs)),
         section("Held-out loss", curves(rows, keys, progress)),
@@ -56,7 +68,7 @@ def write(page: Path, title: str, runs: dict[str, Path], rows: list[dict], comma
         section("Not the same in all runs, besides settings", different_surroundings(rows, runs)),
     ]
     text = f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}{MORE_STYLE}</style>{''.join(parts)}{SCRIPT}\n"
-    record.write_whole(page, text)
+    write_text(page, text)
     return page
 
 
@@ -89,19 +101,23 @@ for (const grid of document.querySelectorAll('.grid')) {
 def counted(rows: list[dict]) -> str:
     states = [row["state"] for row in rows]
     found = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return f"{len(rows)} runs: {found}" + (". Some still run: this page is of now." if "running" in states else "")
+    return f"{len(rows)} runs: {found}" + (
+        ". Some still run: this page is of now." if "running" in states else ""
+    )
 
 
 def board(rows: list[dict], keys: list[str], runs: dict[str, Path], here: Path) -> str:
     """The leaderboard; rows that could as well be the best are marked."""
     measured = [name for name in SHOWN if any(row[name] is not None for row in rows)]
-    head = "".join(f"<th>{escape(name)}" for name in ("", *keys, *(SHOWN[name] for name in measured), ""))
+    head = "".join(
+        f"<th>{escape(name)}" for name in ("", *keys, *(SHOWN[name] for name in measured), "")
+    )
     body = ""
     for row in rows:
         place = "" if row["place"] is None else f"{row['place']}{' tie' if row['tie'] else ''}"
         own = runs[row["folder"]] / PAGE
         link = f"<a href='{escape(relative(own, here))}'>run</a>" if own.is_file() else ""
-        cells = "".join(f"<td>{escape(shown(row[name]))}" for name in (*keys, *measured))
+        cells = "".join(f"<td>{escape(as_text(row[name]))}" for name in (*keys, *measured))
         kind = "best" if row["place"] == 1 else "tie" if row["tie"] else ""
         reason = f"<td class=reason>{escape(str(row['reason']))}" if row["reason"] else ""
         body += f"<tr class='{kind}'><td>{place}{cells}<td>{link}{reason}"
@@ -113,8 +129,8 @@ def winner(rows: list[dict], runs: dict[str, Path]) -> str:
     if rows[0]["objective"] is None:
         return ""
     folder = runs[rows[0]["folder"]]
-    again = f"python launch.py --config-dir {shlex.quote(record.shown(folder))} --config-name config"
-    settings = record.read_json(folder / usage.SETTINGS)
+    again = f"python launch.py --config-dir {shlex.quote(shown(folder))} --config-name config"
+    settings = read_json(folder / usage.SETTINGS)
     lines = usage.snippet(folder, settings) if settings else ""
     return f"<p>The best run again, exactly:<pre>{escape(again)}</pre>" + (
         f"<p>Its result in plain diffusers:<pre>{escape(lines)}</pre>" if lines else ""
@@ -125,12 +141,14 @@ def winner(rows: list[dict], runs: dict[str, Path]) -> str:
 
 
 def named(row: dict, keys: list[str]) -> str:
-    return ", ".join(f"{key} {shown(row[key])}" for key in keys) or str(row["folder"])
+    return ", ".join(f"{key} {as_text(row[key])}" for key in keys) or str(row["folder"])
 
 
 def curves(rows: list[dict], keys: list[str], progress: dict[str, Progress]) -> str:
     """By step; the best with their names, all others grey. The band is what noise alone can do to a value."""
-    drawn = [(row, progress[row["folder"]].judged) for row in rows if progress[row["folder"]].judged]
+    drawn = [
+        (row, progress[row["folder"]].judged) for row in rows if progress[row["folder"]].judged
+    ]
     if not drawn:
         return ""
     figure, axes = pyplot().subplots(figsize=(10, 4.2), layout="constrained")
@@ -144,10 +162,14 @@ def curves(rows: list[dict], keys: list[str], progress: dict[str, Progress]) -> 
             if best
             else {"color": "#ccc", "zorder": 1}
         )
-        axes.plot(steps, losses, marker="." if best else None, linewidth=1.4 if best else 0.8, **look)
+        axes.plot(
+            steps, losses, marker="." if best else None, linewidth=1.4 if best else 0.8, **look
+        )
         if best and any(floors):
             banded = True
-            low, high = zip(*((loss - f, loss + f) for loss, f in zip(losses, floors, strict=True)), strict=True)
+            low, high = zip(
+                *((loss - f, loss + f) for loss, f in zip(losses, floors, strict=True)), strict=True
+            )
             axes.fill_between(steps, low, high, color=colours[number], alpha=0.15, linewidth=0)
         values += losses
     start = [lines[0]["heldout_loss"] for _, lines in drawn]
@@ -156,7 +178,14 @@ def curves(rows: list[dict], keys: list[str], progress: dict[str, Progress]) -> 
     axes.set_xlabel("optimizer step" + (" (band: noise floor)" if banded else ""))
     axes.set_ylabel("held-out loss")
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(
+        handles[::-1],
+        labels[::-1],
+        frameon=False,
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
     return svg(figure)
 
 
@@ -192,7 +221,9 @@ def follows(key: str, keys: list[str], rows: list[dict]) -> bool:
 
 
 def plain(value: object) -> object:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else shown(value)
+    return (
+        value if isinstance(value, int | float) and not isinstance(value, bool) else as_text(value)
+    )
 
 
 def in_order(values: set) -> list:
@@ -203,7 +234,9 @@ def heat_map(rows: list[dict], across: str, down: str, values: dict[str, list]) 
     """The lowest loss of each pair of values, whatever the other settings are."""
     cells = [[math.nan] * len(values[across]) for _ in values[down]]
     for row in reversed(rows):  # the lowest comes last
-        cells[values[down].index(plain(row[down]))][values[across].index(plain(row[across]))] = row["objective"]
+        cells[values[down].index(plain(row[down]))][values[across].index(plain(row[across]))] = row[
+            "objective"
+        ]
     size = (1.6 + 0.95 * len(values[across]), 1.3 + 0.5 * len(values[down]))
     figure, axes = pyplot().subplots(figsize=size, layout="constrained")
     ranks = sorted({v for line in cells for v in line if not math.isnan(v)})
@@ -213,10 +246,16 @@ def heat_map(rows: list[dict], across: str, down: str, values: dict[str, list]) 
         for x, loss in enumerate(line):
             weight = "bold" if loss == ranks[0] else "normal"
             axes.text(
-                x, y, "" if math.isnan(loss) else f"{loss:.4f}", ha="center", va="center", fontsize=9, weight=weight
+                x,
+                y,
+                "" if math.isnan(loss) else f"{loss:.4f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                weight=weight,
             )
-    axes.set_xticks(range(len(values[across])), [shown(v) for v in values[across]])
-    axes.set_yticks(range(len(values[down])), [shown(v) for v in values[down]])
+    axes.set_xticks(range(len(values[across])), [as_text(v) for v in values[across]])
+    axes.set_yticks(range(len(values[down])), [as_text(v) for v in values[down]])
     axes.set_xlabel(across)
     axes.set_ylabel(down)
     axes.set_title("lowest held-out loss", fontsize=9)
@@ -245,7 +284,12 @@ def parallel_coordinates(rows: list[dict], keys: list[str], values: dict[str, li
     colours = pyplot().get_cmap("viridis")
     for number, row in reversed(list(enumerate(rows))):
         line = [*(heights[key][plain(row[key])] for key in keys), at_loss[row["objective"]]]
-        axes.plot(range(len(axes_of)), line, color=colours(number / len(rows)), linewidth=2.5 if number == 0 else 1.1)
+        axes.plot(
+            range(len(axes_of)),
+            line,
+            color=colours(number / len(rows)),
+            linewidth=2.5 if number == 0 else 1.1,
+        )
     for x, key in enumerate(axes_of):
         axes.axvline(x, color="#999", linewidth=0.8)
         marks = (
@@ -254,7 +298,9 @@ def parallel_coordinates(rows: list[dict], keys: list[str], values: dict[str, li
             else ends(at_loss if x == len(keys) else heights[key])
         )
         for value, y in marks:
-            axes.annotate(shown(value), (x, y), xytext=(4, 2), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                as_text(value), (x, y), xytext=(4, 2), textcoords="offset points", fontsize=8
+            )
     axes.set_xticks(range(len(axes_of)), axes_of)
     axes.set_yticks([])
     axes.set_xlim(-0.1, len(axes_of) - 0.6)
@@ -285,18 +331,26 @@ def is_wide(values: list) -> bool:
 
 def videos(rows: list[dict], keys: list[str], runs: dict[str, Path], here: Path) -> str:
     """For every prompt and seed the base model's video and those of the runs, the best first, playing in step."""
-    having = [(row, found) for row in rows if (found := newest_videos(runs[row["folder"]]))][:MOST_VIDEOS]
+    having = [(row, found) for row in rows if (found := newest_videos(runs[row["folder"]]))][
+        :MOST_VIDEOS
+    ]
     names = dict.fromkeys(name for _, found in having for name in found)
     total = sum(path.stat().st_size for _, found in having for path in found.values())
     grids = ""
     for name in names:
-        with_it = [(named(row, keys), runs[row["folder"]], found[name]) for row, found in having if name in found]
+        with_it = [
+            (named(row, keys), runs[row["folder"]], found[name])
+            for row, found in having
+            if name in found
+        ]
         folder = with_it[0][1]
         base = folder / "validation" / "base" / f"{name}.mp4"
-        prompt = record.read_json(folder / "validation" / "prompts.json").get(name, name)
+        prompt = read_json(folder / "validation" / "prompts.json").get(name, name)
         panels = [("base model", base)] if base.is_file() else []
         panels += [(title, path) for title, _, path in with_it]
-        figures = "".join(panel(title, path, here, embed=total <= MOST_EMBEDDED) for title, path in panels)
+        figures = "".join(
+            panel(title, path, here, embed=total <= MOST_EMBEDDED) for title, path in panels
+        )
         controls = "<p><button>pause</button> <input type=range max=1000 value=0>"
         grids += f"<p>{escape(prompt)}{controls}<div class=grid>{figures}</div>"
     return grids
@@ -320,9 +374,11 @@ def relative(path: Path, here: Path) -> str:
 
 def different_surroundings(rows: list[dict], runs: dict[str, Path]) -> str:
     """Beside the best run: other code, packages, devices, data."""
-    best = record.read_json(runs[rows[0]["folder"]] / record.ENVIRONMENT)
+    best = read_json(runs[rows[0]["folder"]] / record.ENVIRONMENT)
     found = {
-        str(row["folder"]): "; ".join(record.changes(best, record.read_json(runs[row["folder"]] / record.ENVIRONMENT)))
+        str(row["folder"]): "; ".join(
+            record.changes(best, read_json(runs[row["folder"]] / record.ENVIRONMENT))
+        )
         for row in rows[1:]
     }
     return table({name: text for name, text in found.items() if text})

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from cogvx import config as configuration
-from cogvx.runs import record
-from cogvx.training import tracking
+from cogvx.files import read_json_lines, shown
+from cogvx.options import tracking
 from cogvx.training.metrics import Metrics
 
 SHORT = [
@@ -45,7 +45,7 @@ def gif(tmp_path) -> Path:
     """The mp4 of a validation video, with its gif."""
     import numpy
 
-    from cogvx.data.video import write_video
+    from cogvx.data.mp4 import write_video
     from cogvx.training.validation import write_gif
 
     frames = numpy.random.default_rng(0).integers(0, 255, (3, 32, 48, 3), dtype=numpy.uint8)
@@ -75,7 +75,10 @@ def sent(folder: Path) -> list:
 
 def histories(folder: Path) -> list[dict]:
     items = [each.history.item for each in sent(folder) if each.HasField("history")]
-    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items_} for items_ in items]
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items_}
+        for items_ in items
+    ]
 
 
 def run_of(folder: Path):
@@ -94,7 +97,12 @@ def sessions(folder: Path) -> list:
 
 def tracked(folder: Path, tracker, step: int = 0) -> Metrics:
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model": "nano", "lora.rank": 4, "lora.target_modules": ["to_q", "to_k"], "train.resume": None}
+    config = {
+        "model": "nano",
+        "lora.rank": 4,
+        "lora.target_modules": ["to_q", "to_k"],
+        "train.resume": None,
+    }
     return Metrics(folder, tracker, config, resumed_at=step)
 
 
@@ -131,7 +139,12 @@ def test_tensorboard_takes_back_what_a_resumed_run_does_again(tmp_path):
             metrics.log(at, loss=loss)
         metrics.finish("done")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.5), (3, 0.25), (4, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.25),
+        (4, 0.25),
+    ]
 
 
 # -- wandb -------------------------------------------------------------------------------------------------------------
@@ -180,14 +193,19 @@ def test_a_run_that_goes_on_is_the_same_run_to_wandb(tmp_path):
         path.name.rpartition("-")[2] for path in (tmp_path / "one").glob("wandb/offline-run-*")
     }
     assert len(list((tmp_path / "one").glob("wandb/offline-run-*"))) == 2 and len(ids) == 1
-    assert tracking.id_of(tmp_path / "other") not in ids and tracking.id_of(tmp_path / "none") is None
+    assert (
+        tracking.id_of(tmp_path / "other") not in ids and tracking.id_of(tmp_path / "none") is None
+    )
 
 
 def test_a_missing_login_is_said_before_anything_is_loaded(run, capfd):
     folder = run("a", "tracking=wandb", expect=2)
     said = capfd.readouterr()
     assert "log in with  wandb login" in said.err and "tracking.mode=offline" in said.err
-    assert "model " not in said.out and json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    assert (
+        "model " not in said.out
+        and json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    )
 
 
 @pytest.mark.slow
@@ -205,11 +223,13 @@ def test_a_server_that_does_not_answer_stops_nothing(run, capfd, monkeypatch):
     monkeypatch.setattr(wandb, "init", noted_init)
     folder = run("a", *SHORT, "tracking=wandb")
     assert json.loads((folder / "summary.json").read_text())["status"] == "done"
-    assert tried == [("online", 4, 4), ("offline", 4, 4)], "nothing waits longer than the patience, and once"
+    assert tried == [("online", 4, 4), ("offline", 4, 4)], (
+        "nothing waits longer than the patience, and once"
+    )
     said = capfd.readouterr().out
     assert said.count("warning wandb does not answer") == 1 and "wandb sync " in said
     [offline] = folder.glob("wandb/offline-run-*")
-    assert f"wandb sync {record.shown(offline)}" in said
+    assert f"wandb sync {shown(offline)}" in said
     assert [line["loss"] for line in histories_of(offline)] == losses(folder)
 
 
@@ -223,7 +243,7 @@ def histories_of(offline: Path) -> list[dict]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in record.read_lines(folder / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "loss" in line]
 
 
 # -- any ---------------------------------------------------------------------------------------------------------------
@@ -265,7 +285,11 @@ def test_a_run_tells_its_tracker_how_it_ended(run, monkeypatch):
         monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
         run(name, *settings, expect=code)
     monkeypatch.setattr(trainer.Trainer, "evaluate", lambda self, **how: None)
-    monkeypatch.setattr(trainer.Trainer, "must_stop", lambda self: setattr(self, "asked_to_stop", 15) or self.step == 3)
+    monkeypatch.setattr(
+        trainer.Trainer,
+        "must_stop",
+        lambda self: setattr(self, "asked_to_stop", 15) or self.step == 3,
+    )
     run("d", *settings, expect=143)
     assert ended == ["done", "failed", "interrupted", "interrupted"]
 
@@ -273,5 +297,7 @@ def test_a_run_tells_its_tracker_how_it_ended(run, monkeypatch):
 @pytest.mark.slow
 def test_a_plan_is_not_tracked(run, nano_folder):
     small = ["data.max_num_frames=9", "data.height=64", "data.width=64", "data.fps=8"]
-    folder = run("a", "task=plan", "model=2b", f"model.path='{nano_folder}'", *small, "tracking=wandb")
+    folder = run(
+        "a", "task=plan", "model=2b", f"model.path='{nano_folder}'", *small, "tracking=wandb"
+    )
     assert (folder / "plan.json").is_file() and not (folder / "wandb").exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from cogvx.training import schedules
+from cogvx.options import schedules
 from cogvx.training.trainer import number_of_steps
 
 CASES = {
@@ -23,7 +23,9 @@ def test_every_step_equals_diffusers(name, peak):
     ours, steps = CASES[name], 50
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     cycles = {"cosine_with_restarts": 3}.get(name, 1)
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=7, num_training_steps=steps, num_cycles=cycles, power=2.0)
+    theirs = get_scheduler(
+        name, optimizer, num_warmup_steps=7, num_training_steps=steps, num_cycles=cycles, power=2.0
+    )
     for step in range(steps):
         # get_scheduler("cosine", num_cycles=1) ignores num_cycles and goes half a wave, as ours does with 0.5
         assert peak * ours.multiplier(step, steps, peak) == pytest.approx(
@@ -42,7 +44,11 @@ def test_any_number_of_processes_has_the_same_rates(compose, name):
     """Four clips per optimizer step, shared among 1, 2 and 4 processes: as many steps, and the same rate at each."""
     found = []
     for processes in (1, 2, 4):
-        settings = [f"scheduler={name}", f"train.train_batch_size={4 // processes}", "train.num_train_epochs=10"]
+        settings = [
+            f"scheduler={name}",
+            f"train.train_batch_size={4 // processes}",
+            "train.num_train_epochs=10",
+        ]
         config = compose(*settings, "parallel=ddp", f"parallel.num_processes={processes}")
         steps = number_of_steps(config, clips=70, processes=processes)
         found.append([config.scheduler.multiplier(step, steps, 1e-3) for step in range(steps)])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import secrets
@@ -20,6 +19,7 @@ from pathlib import Path
 from cogvx import config as configuration
 from cogvx.config import Config
 from cogvx.errors import UserError, listed
+from cogvx.files import read_json, shown, write_json, write_text
 
 CONFIG, ENVIRONMENT, SUMMARY, LOCK = "config.yaml", "environment.json", "summary.json", ".lock"
 STARTS = (
@@ -34,12 +34,16 @@ COMPARED = (
     "git_commit", "uncommitted", "python", "platform", "device", "processes", "model_commit", "model_fingerprint", "data_fingerprint",
 )  # fmt: skip
 NAMED = {"git_commit": "code", "uncommitted": "uncommitted changes", "model_commit": "the model's revision", "model_fingerprint": "the model's files", "data_fingerprint": "clips and captions"}  # fmt: skip
-LOCK_TRIES = (0.1, 0.2, 0.4)  # seconds to wait: who only looks whether a run is in use holds its lock for a moment too
+LOCK_TRIES = (
+    0.1,
+    0.2,
+    0.4,
+)  # seconds to wait: who only looks whether a run is in use holds its lock for a moment too
 
 
 def open_folder(config: Config) -> Path:
     """The run's folder with its config.yaml in it, new or holding the same configuration. UserError otherwise."""
-    folder = Path.cwd() / "outputs" if config.output_dir is None else Path(config.output_dir)
+    folder = Path.cwd() / "outputs" if config.output_dir is None else config.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder = new_folder(folder) if config.output_dir is None else folder
@@ -51,7 +55,7 @@ def open_folder(config: Config) -> Path:
                 raise UserError(listed(headline, differing))
         else:
             header = f"# Every value of this run. The same again:  python launch.py --config-dir {shown(folder)} --config-name config\n"
-            write_whole(recorded, header + configuration.to_yaml(config))
+            write_text(recorded, header + configuration.to_yaml(config))
     except OSError as error:
         raise UserError(
             f"the run's folder {folder} cannot be written: {error.strerror or error}. Choose another: output_dir=/disk/with/space"
@@ -103,7 +107,7 @@ def finished(folder: Path) -> dict | None:
 
 
 def finish(folder: Path, summary: dict) -> None:
-    write_whole(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_json(folder / SUMMARY, summary)
 
 
 def environment(folder: Path, command: list[str], rerun_of: Path | None = None) -> None:
@@ -111,14 +115,17 @@ def environment(folder: Path, command: list[str], rerun_of: Path | None = None) 
     was when the run was started before, or in the run that it repeats, for drift()."""
     patch = git("diff", "HEAD", "--binary")
     if patch:
-        (folder / "uncommitted.patch").write_text(patch, encoding="utf-8")
+        write_text(folder / "uncommitted.patch", patch)
     earlier = read_json(folder / ENVIRONMENT)
     before = earlier or ({} if rerun_of is None else read_json(rerun_of / ENVIRONMENT))
     note(
         folder,
         rerun_of=None if rerun_of is None else str(rerun_of),
         before={name: before[name] for name in (*COMPARED, "packages") if name in before},
-        earlier_starts=[*earlier.get("earlier_starts", []), {n: earlier[n] for n in STARTS if n in earlier}]
+        earlier_starts=[
+            *earlier.get("earlier_starts", []),
+            {n: earlier[n] for n in STARTS if n in earlier},
+        ]
         if earlier
         else [],
         command=command,
@@ -137,7 +144,11 @@ def drift(folder: Path) -> str | None:
     """What is not as it was when this run, or the one that it repeats, was started before."""
     facts = read_json(folder / ENVIRONMENT)
     found = changes(facts.get("before", {}), facts)
-    before = "when this run was last started" if facts.get("rerun_of") is None else f"in {facts['rerun_of']}"
+    before = (
+        "when this run was last started"
+        if facts.get("rerun_of") is None
+        else f"in {facts['rerun_of']}"
+    )
     return f"not as it was {before}: {'; '.join(found)}" if found else None
 
 
@@ -150,8 +161,12 @@ def changes(earlier: dict, now: dict) -> list[str]:
     ]
     before, after = earlier.get("packages"), now.get("packages")
     if before and after:
-        packages = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-        found += [f"{name}: {before.get(name, 'none')} -> {after.get(name, 'none')}" for name in packages]
+        packages = [
+            name for name in sorted({*before, *after}) if before.get(name) != after.get(name)
+        ]
+        found += [
+            f"{name}: {before.get(name, 'none')} -> {after.get(name, 'none')}" for name in packages
+        ]
     return found
 
 
@@ -162,7 +177,7 @@ def brief(value: object) -> str:
 
 def note(folder: Path, **facts: object) -> None:
     """Adds facts to environment.json."""
-    write_whole(folder / ENVIRONMENT, json.dumps({**read_json(folder / ENVIRONMENT), **facts}, indent=2) + "\n")
+    write_json(folder / ENVIRONMENT, {**read_json(folder / ENVIRONMENT), **facts})
 
 
 def git(*arguments: str) -> str | None:
@@ -178,36 +193,3 @@ def git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return ran.stdout if ran.returncode == 0 else None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The whole lines of a .jsonl file; a run that was killed may have left half of one at the end."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Under another name and then renamed: a reader, or a crash, never sees half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def shown(path: Path) -> str:
-    """Relative to the working folder where that is shorter to type."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -19,18 +19,18 @@ from accelerate import Accelerator
 from cogvx.data.sources import text_of
 from cogvx.data.video import read_clip, to_bytes
 from cogvx.errors import UserError
+from cogvx.files import read_json, shown
 from cogvx.inference import scores
 from cogvx.model import attention, blocks, full, lora
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import bar
-from cogvx.runs import record
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.prepare import Prepared, picture, start_processes
 from cogvx.training.validation import Videos, heldout_loss
 
 if TYPE_CHECKING:
     from cogvx.config import Config
-    from cogvx.tasks import Evaluate
+    from cogvx.options.tasks import EvaluateTask
 
 BASE = "base"
 NEAR = 32  # pixels of a side, of the small copies in which the nearest training clip is looked for
@@ -47,45 +47,59 @@ class Variant:
     strength: float = 1.0
 
 
-def evaluate(config: Config, task: Evaluate, folder: Path) -> dict:
+def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
     """Prints a table and writes evaluation.json, evaluation.csv, evaluation.png and videos/; returns the run's summary."""
     started, accelerator = time.monotonic(), start_processes(config)
     variants = variants_of(config, task)
     given = given_prompts(task) or scores.prompts_of(config, task.count)
-    data = Prepared.from_config(config, folder, accelerator, [prompt for those in given.values() for prompt in those])
+    data = Prepared.from_config(
+        config, folder, accelerator, [prompt for those in given.values() for prompt in those]
+    )
     if not given:
         clips = [*data.held_out, *data.train][: task.count]
         given = {"taught": [clip.example.prompt for clip in clips]}
         if data.checkpoint.geometry().image_to_video:
-            data.images |= {clip.example.prompt: picture(clip.example, config.data) for clip in clips}
+            data.images |= {
+                clip.example.prompt: picture(clip.example, config.data) for clip in clips
+            }
     asked = scores.asked_of(given, task.seed)
     ways = [
         *nearest_clip(data, config),
         *([] if task.clip_path is None else [clip_similarity(task.clip_path, accelerator.device)]),
     ]
-    rows, losses, shown = {}, {}, {}
+    rows, losses, videos = {}, {}, {}
     with attention.using(config.train.attention):
         for variant, model in models(config, data, variants, accelerator):
-            loss = heldout_loss(model, len(data.held_out), data.held_out_batch, config.validation, accelerator)
+            loss = heldout_loss(
+                model, len(data.held_out), data.held_out_batch, config.validation, accelerator
+            )
             losses[variant.name] = None if loss is None else loss.mean
             made = make_videos(config, data, model, variant, asked, folder)
             rows[variant.name] = [
                 with_more(scores.Scored(a, scores.measured(f, a.prompt)), f, ways)
                 for a, f in zip(asked, made, strict=True)
             ]
-            shown[variant.name] = made
-    found = {v.name: scores.comparisons(rows[BASE], rows[v.name]) for v in variants if v.name != BASE}
+            videos[variant.name] = made
+    found = {
+        v.name: scores.comparisons(rows[BASE], rows[v.name]) for v in variants if v.name != BASE
+    }
     for name, those in found.items():
-        change = "" if losses[BASE] is None else f"; held-out loss {losses[BASE]:.4f} before, {losses[name]:.4f} after"
-        print(f"\n{name}: {len(asked)} videos of the base model and as many tuned{change}\n{scores.table(those)}")
+        change = (
+            ""
+            if losses[BASE] is None
+            else f"; held-out loss {losses[BASE]:.4f} before, {losses[name]:.4f} after"
+        )
+        print(
+            f"\n{name}: {len(asked)} videos of the base model and as many tuned{change}\n{scores.table(those)}"
+        )
     benched = vbench(task.vbench, folder, list(rows))
     heldout_nearness = nearness_of_held_out(data, config, ways)
     scores.write(folder, rows, found, {
         "run": str(task.run), "heldout_loss": losses, "nearest_clip_of_held_out_clips": heldout_nearness, "vbench": benched,
     })  # fmt: skip
-    draw(folder / "evaluation.png", asked, shown)
+    draw(folder / "evaluation.png", asked, videos)
     print(
-        f"\nresult  {record.shown(folder / 'evaluation.json')}; evaluation.csv has every video, evaluation.png and videos/ show them"
+        f"\nresult  {shown(folder / 'evaluation.json')}; evaluation.csv has every video, evaluation.png and videos/ show them"
     )
     last = found[variants[-1].name]
     for line in filter(None, [scores.in_words(last)]):
@@ -101,9 +115,9 @@ def evaluate(config: Config, task: Evaluate, folder: Path) -> dict:
 # -- what is judged ----------------------------------------------------------------------------------------------------
 
 
-def variants_of(config: Config, task: Evaluate) -> list[Variant]:
+def variants_of(config: Config, task: EvaluateTask) -> list[Variant]:
     """The base first. UserError when the run has no weights, or strengths are asked of full fine-tuning."""
-    run = Path(task.run)
+    run = task.run
     places = {path.name: path for path in checkpoints.all_complete(run)} if task.checkpoints else {}
     result = run / (full.FOLDER if config.lora is None else lora.WEIGHTS)
     if result.exists():
@@ -122,7 +136,9 @@ def variants_of(config: Config, task: Evaluate) -> list[Variant]:
     found = [Variant(BASE, None)]
     for name, place in places.items():
         for strength in task.strengths:
-            found.append(Variant(name if strength == 1.0 else f"{name} x {strength:g}", place, strength))
+            found.append(
+                Variant(name if strength == 1.0 else f"{name} x {strength:g}", place, strength)
+            )
     return found
 
 
@@ -149,28 +165,44 @@ def models(
             transformer.set_adapters("default", weights=variant.strength)
             held = variant.place
         noise_scheduler = data.checkpoint.noise_scheduler()
-        yield variant, CogVideoX(transformer, noise_scheduler, geometry, device=device, dtype=data.checkpoint.dtype)
+        yield (
+            variant,
+            CogVideoX(
+                transformer, noise_scheduler, geometry, device=device, dtype=data.checkpoint.dtype
+            ),
+        )
 
 
-def given_prompts(task: Evaluate) -> dict[str, list[str]]:
+def given_prompts(task: EvaluateTask) -> dict[str, list[str]]:
     found = {}
     for kind, path in (("taught", task.prompts_file), ("other", task.other_prompts_file)):
         if path is not None:
-            found[kind] = [line.strip() for line in text_of(Path(path)).splitlines() if line.strip()]
+            found[kind] = [line.strip() for line in text_of(path).splitlines() if line.strip()]
     if found and not any(found.values()):
         raise UserError("the prompts files are blank: one prompt per line")
     return found
 
 
 def make_videos(
-    config: Config, data: Prepared, model: CogVideoX, variant: Variant, asked: list[scores.Asked], folder: Path
+    config: Config,
+    data: Prepared,
+    model: CogVideoX,
+    variant: Variant,
+    asked: list[scores.Asked],
+    folder: Path,
 ) -> list[numpy.ndarray]:
     videos = Videos(folder, config, data.checkpoint, [], data.embeds, data.images, {}, [])
     vae, made = data.checkpoint.vae(tiling=config.memory.vae_tiling), []
-    for number, each in enumerate(bar(asked, desc=f"videos  {variant.name}", unit="video", leave=False), start=1):
+    for number, each in enumerate(
+        bar(asked, desc=f"videos  {variant.name}", unit="video", leave=False), start=1
+    ):
         frames = videos.generate(model.transformer, vae, each.prompt, each.seed, None)
         videos.save(
-            folder / "videos" / variant.name.replace(" ", "_") / f"{number:03d}_{each.kind}_seed{each.seed}.mp4", frames
+            folder
+            / "videos"
+            / variant.name.replace(" ", "_")
+            / f"{number:03d}_{each.kind}_seed{each.seed}.mp4",
+            frames,
         )
         made.append(frames)
     return made
@@ -178,17 +210,30 @@ def make_videos(
 
 # -- more measures -----------------------------------------------------------------------------------------------------
 
-Way = tuple[str, Callable[[numpy.ndarray, str], float]]  # a measure's name, and it: of frames and prompt
+Way = tuple[
+    str, Callable[[numpy.ndarray, str], float]
+]  # a measure's name, and it: of frames and prompt
 
 
 def with_more(scored: scores.Scored, frames: numpy.ndarray, ways: list[Way]) -> scores.Scored:
-    return replace(scored, values=scored.values | {name: way(frames, scored.asked.prompt) for name, way in ways})
+    return replace(
+        scored,
+        values=scored.values | {name: way(frames, scored.asked.prompt) for name, way in ways},
+    )
 
 
 def nearest_clip(data: Prepared, config: Config) -> list[Way]:
     """RMS distance, as a share of the pixels' range, to the nearest training clip: of a copy near 0."""
-    clips = [small(to_bytes(read_clip(clip.example.video, config.data).frames)) for clip in data.train[:MOST_CLIPS]]
-    return [("nearest_clip", lambda frames, prompt: float(min(distance(small(frames), clip) for clip in clips)))]
+    clips = [
+        small(to_bytes(read_clip(clip.example.video, config.data).frames))
+        for clip in data.train[:MOST_CLIPS]
+    ]
+    return [
+        (
+            "nearest_clip",
+            lambda frames, prompt: float(min(distance(small(frames), clip) for clip in clips)),
+        )
+    ]
 
 
 def nearness_of_held_out(data: Prepared, config: Config, ways: list[Way]) -> float | None:
@@ -215,7 +260,10 @@ def clip_similarity(path: str, device: torch.device) -> Way:
     from transformers import AutoModel, AutoProcessor
 
     try:
-        model, processor = AutoModel.from_pretrained(path).to(device).eval(), AutoProcessor.from_pretrained(path)
+        model, processor = (
+            AutoModel.from_pretrained(path).to(device).eval(),
+            AutoProcessor.from_pretrained(path),
+        )
     except Exception as error:
         raise UserError(
             f"task.clip_path={path} cannot be loaded as a CLIP model: {str(error).strip().splitlines()[0]}"
@@ -224,11 +272,14 @@ def clip_similarity(path: str, device: torch.device) -> Way:
     @torch.no_grad()
     def way(frames: numpy.ndarray, prompt: str) -> float:
         chosen = frames[numpy.linspace(0, len(frames) - 1, 4).round().astype(int)]
-        given = processor(text=[prompt], images=list(chosen), return_tensors="pt", padding=True, truncation=True).to(
-            device
-        )
+        given = processor(
+            text=[prompt], images=list(chosen), return_tensors="pt", padding=True, truncation=True
+        ).to(device)
         answer = model(**given)
-        text, images = (each / each.norm(dim=-1, keepdim=True) for each in (answer.text_embeds, answer.image_embeds))
+        text, images = (
+            each / each.norm(dim=-1, keepdim=True)
+            for each in (answer.text_embeds, answer.image_embeds)
+        )
         return float((images @ text.T).mean())
 
     return "clip", way
@@ -247,13 +298,17 @@ def vbench(dimensions: list[str], folder: Path, variants: list[str]) -> dict:
     found = {}
     for variant in variants:
         place, name = folder / "videos" / variant.replace(" ", "_"), variant.replace(" ", "_")
-        bench = VBench(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "", str(folder / "vbench"))
-        bench.evaluate(videos_path=str(place), name=name, dimension_list=list(dimensions), mode="custom_input")
-        found[variant] = record.read_json(folder / "vbench" / f"{name}_eval_results.json")
+        bench = VBench(
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"), "", str(folder / "vbench")
+        )
+        bench.evaluate(
+            videos_path=str(place), name=name, dimension_list=list(dimensions), mode="custom_input"
+        )
+        found[variant] = read_json(folder / "vbench" / f"{name}_eval_results.json")
     return found
 
 
-def draw(path: Path, asked: list[scores.Asked], shown: dict[str, list[numpy.ndarray]]) -> None:
+def draw(path: Path, asked: list[scores.Asked], videos: dict[str, list[numpy.ndarray]]) -> None:
     """Of the first prompts of each kind, first, middle and last frame by every variant."""
     from PIL import Image, ImageDraw
 
@@ -265,19 +320,25 @@ def draw(path: Path, asked: list[scores.Asked], shown: dict[str, list[numpy.ndar
         for i in [j for j, a in enumerate(asked) if a.kind == kind][:SHOWN]
     ]
     side, gap, title = 96, 8, 16
-    sheet = Image.new("RGB", (len(shown) * (3 * side + gap) + gap, title + len(chosen) * (side + title)), "white")
+    sheet = Image.new(
+        "RGB", (len(videos) * (3 * side + gap) + gap, title + len(chosen) * (side + title)), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     pen.font = font(11)
-    for column, (name, videos) in enumerate(shown.items()):
+    for column, (name, made) in enumerate(videos.items()):
         left = gap + column * (3 * side + gap)
         pen.text((left, 1), name, "black")
         for row, index in enumerate(chosen):
-            top, frames = title + row * (side + title), videos[index]
+            top, frames = title + row * (side + title), made[index]
             for place, frame in enumerate(frames[[0, len(frames) // 2, -1]]):
                 sheet.paste(
                     Image.fromarray(frame).resize((side, side), Image.Resampling.BICUBIC),
                     (left + place * side, top + title),
                 )
             if column == 0:
-                pen.text((left, top + 1), fitted(pen, asked[index].prompt, sheet.width - 2 * gap), "dimgray")
+                pen.text(
+                    (left, top + 1),
+                    fitted(pen, asked[index].prompt, sheet.width - 2 * gap),
+                    "dimgray",
+                )
     sheet.save(path)

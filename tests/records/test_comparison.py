@@ -5,8 +5,9 @@ import re
 
 import pytest
 
-from cogvx import grid
-from cogvx.runs import comparison, record
+from cogvx.files import read_json
+from cogvx.records import comparison, record
+from cogvx.runs import grid
 
 MP4 = b"\x00\x00\x00\x18ftypisom"  # enough to be embedded
 
@@ -37,9 +38,18 @@ def made_up(folder, *overrides: str):
         for part in ("base", "step_000020"):
             (place / "validation" / part).mkdir(parents=True)
             (place / "validation" / part / "01_seed42.mp4").write_bytes(MP4)
-        (place / "validation" / "prompts.json").write_text(json.dumps({"01_seed42": "a <script>cat</script> & dog"}))
+        (place / "validation" / "prompts.json").write_text(
+            json.dumps({"01_seed42": "a <script>cat</script> & dog"})
+        )
         record.finish(
-            place, {"status": "done", "objective": loss, "heldout_noise_floor": 0.0015, "seconds": 10.0, "step": 20}
+            place,
+            {
+                "status": "done",
+                "objective": loss,
+                "heldout_noise_floor": 0.0015,
+                "seconds": 10.0,
+                "step": 20,
+            },
         )
     return sweep
 
@@ -47,25 +57,34 @@ def made_up(folder, *overrides: str):
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     return made_up(
-        tmp_path_factory.mktemp("sweep") / "s", "lora.rank=4,8,16,32", "optimizer.learning_rate=1e-3,1e-4", "seed=1,2"
+        tmp_path_factory.mktemp("sweep") / "s",
+        "lora.rank=4,8,16,32",
+        "optimizer.learning_rate=1e-3,1e-4",
+        "seed=1,2",
     )
 
 
 def test_the_page_has_every_job_and_needs_nothing_else(sweep):
-    page = comparison.write(sweep.folder / "report.html", "a title", sweep.runs(), sweep.leaderboard(), sweep.command())
+    page = comparison.write(
+        sweep.folder / "report.html", "a title", sweep.runs(), sweep.leaderboard(), sweep.command()
+    )
     text = page.read_text(encoding="utf-8")
     assert text.count("<tr class=") == len(sweep.jobs()) == 16
     assert "14 done, 1 failed, 1 pending" in text
     assert text.count("<svg") >= 4, "curves, heat maps, parallel coordinates"
     assert text.count("<video") == 1 + 14, "the base model's once, then each job's"
     loaded = re.findall(r"""(?:src|href)=['"](?!data:|#)([^'"]+)""", text)
-    assert all(name.endswith("report.html") for name in loaded), "links to the jobs' own pages alone"
+    assert all(name.endswith("report.html") for name in loaded), (
+        "links to the jobs' own pages alone"
+    )
     assert not re.search(r"""(src|href)=['"]https?:""", text)
     assert "python launch.py -m lora.rank=4,8,16,32" in text and "--config-dir" in text
 
 
 def test_captions_and_reasons_cannot_write_into_the_page(sweep):
-    text = comparison.write(sweep.folder / "report.html", "<i>", sweep.runs(), sweep.leaderboard()).read_text()
+    text = comparison.write(
+        sweep.folder / "report.html", "<i>", sweep.runs(), sweep.leaderboard()
+    ).read_text()
     assert "<script>cat" not in text and "&lt;script&gt;cat&lt;/script&gt; &amp; dog" in text
     assert "<b>3.mp4" not in text and "<h1>&lt;i&gt;</h1>" in text
 
@@ -89,9 +108,10 @@ def test_a_job_killed_before_its_own_page_was_written_gets_it_with_the_sweeps(tm
     kept = small.folder / "rank-2" / "report.html"
     kept.write_text("its own")
     comparison.conclude(small)
-    assert [path.parent.name for path in sorted(small.folder.glob("*/report.html"))] == ["rank-2", "rank-4"], (
-        "done ones"
-    )
+    assert [path.parent.name for path in sorted(small.folder.glob("*/report.html"))] == [
+        "rank-2",
+        "rank-4",
+    ], "done ones"
     assert kept.read_text() == "its own"
 
 
@@ -101,9 +121,14 @@ def test_report_and_compare_on_the_command_line(sweep, launch, tmp_path):
     assert ran.returncode == 0 and "best " in ran.stdout and "report " in ran.stdout, ran.stderr
     first, second = (sweep.folder / job.name for job in sweep.jobs()[:2])
     ran = launch(
-        "task=compare", f"task.runs=[{first},{second}]", f"task.page={tmp_path / 'new' / 'page.html'}", cwd=tmp_path
+        "task=compare",
+        f"task.runs=[{first},{second}]",
+        f"task.page={tmp_path / 'new' / 'page.html'}",
+        cwd=tmp_path,
     )
-    assert ran.returncode == 0 and "code: 00000000 -> 11111111" in ran.stdout, ran.stdout + ran.stderr
+    assert ran.returncode == 0 and "code: 00000000 -> 11111111" in ran.stdout, (
+        ran.stdout + ran.stderr
+    )
     assert (tmp_path / "new" / "page.html").is_file() and not (tmp_path / "outputs").exists(), (
         "they read runs and make none"
     )
@@ -111,7 +136,10 @@ def test_report_and_compare_on_the_command_line(sweep, launch, tmp_path):
         (["task=report", f"task.run={tmp_path}"], "neither a run's folder"),
         (["task=compare", f"task.runs=[{first}]"], "give two runs or more"),
         (["task=compare", f"task.runs=[{first},{tmp_path}]"], "is not a run's folder"),
-        (["-m", "task=report", f"task.run={first},{second}"], "task=report reads runs and is none: leave out -m"),
+        (
+            ["-m", "task=report", f"task.run={first},{second}"],
+            "task=report reads runs and is none: leave out -m",
+        ),
     ):
         ran = launch(*arguments, cwd=tmp_path)
         assert ran.returncode == 2 and said in ran.stderr and "Traceback" not in ran.stderr
@@ -123,7 +151,7 @@ def test_what_drifted_since_the_record_is_named(tmp_path):
         folder.mkdir()
     record.environment(old, ["launch.py"])
     record.note(old, data_fingerprint="a" * 40, git_commit="1" * 40)
-    packages = record.read_json(old / record.ENVIRONMENT)["packages"]
+    packages = read_json(old / record.ENVIRONMENT)["packages"]
     record.note(old, packages=packages | {"torch": "1.0"})
     record.environment(new, ["launch.py"], rerun_of=old)
     record.note(new, data_fingerprint="b" * 40)
@@ -142,6 +170,6 @@ def test_what_drifted_since_the_record_is_named(tmp_path):
 def test_runs_of_one_name_are_told_apart():
     from pathlib import Path
 
-    from cogvx.runs.sweep import told_apart
+    from cogvx.records.sweep import told_apart
 
     assert told_apart([Path("/a/x"), Path("/b/x"), Path("/b/y")]) == ["a/x", "b/x", "y"]

@@ -31,7 +31,9 @@ class ConstantWithWarmup(Schedule):
 
     def multiplier(self, step: int, steps: int, peak: float) -> float:
         return (
-            self.after_warmup(self.progress(step, steps), peak) if step >= self.lr_warmup_steps else self.warmup(step)
+            self.after_warmup(self.progress(step, steps), peak)
+            if step >= self.lr_warmup_steps
+            else self.warmup(step)
         )
 
     def warmup(self, step: int) -> float:

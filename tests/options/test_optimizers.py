@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cogvx import config as configuration
+from cogvx.files import read_json_lines
 from cogvx.model import lora
-from cogvx.runs import record
-from cogvx.training import optimizers
+from cogvx.options import optimizers
 
 SHORT = [
     "train.max_train_steps=8",
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 def metrics(folder, name):
-    return [line[name] for line in record.read_lines(folder / "metrics.jsonl") if name in line]
+    return [line[name] for line in read_json_lines(folder / "metrics.jsonl") if name in line]
 
 
 def stopped_and_resumed(run, stopped, *settings):
@@ -51,15 +51,24 @@ def test_it_trains_and_resumes_bit_for_bit(run, stopped, name):
 @pytest.mark.slow
 def test_an_average_is_judged_and_delivered_and_training_goes_on_from_the_weights(run, settings):
     """Judging it more often changes no bit of what is trained."""
-    rare, often = run("rare", *SHORT, *settings), run("often", *SHORT, *settings, "validation.heldout_steps=1")
+    rare, often = (
+        run("rare", *SHORT, *settings),
+        run("often", *SHORT, *settings, "validation.heldout_steps=1"),
+    )
     assert lora.compare(lora.read(rare)[0], lora.read(often)[0], values=True) == []
     trained = lora.read(rare / "checkpoints" / "step_000008")[0]
     assert lora.compare(trained, lora.read(rare)[0], values=True) != []
     if settings == ["train.ema_decay=0.9"]:
         plain = run("plain", *SHORT)
-        assert lora.compare(trained, lora.read(plain)[0], values=True) == [], "the average does not change training"
-        judged = record.read_lines(rare / "metrics.jsonl")[-1]
-        assert judged["heldout_loss_trained"] == metrics(plain, "heldout_loss")[-1] != judged["heldout_loss"]
+        assert lora.compare(trained, lora.read(plain)[0], values=True) == [], (
+            "the average does not change training"
+        )
+        judged = read_json_lines(rare / "metrics.jsonl")[-1]
+        assert (
+            judged["heldout_loss_trained"]
+            == metrics(plain, "heldout_loss")[-1]
+            != judged["heldout_loss"]
+        )
 
 
 @pytest.mark.slow
@@ -71,7 +80,9 @@ def test_an_average_is_resumed_bit_for_bit(run, stopped):
 def test_eight_bits_are_used_when_asked_for():
     parameter = torch.nn.Parameter(torch.randn(64, 64))
     for size, dtype in ((4096, torch.uint8), (4097, torch.float32)):
-        optimizer = optimizers.AdamW8bit(1e-3, 0.9, 0.95, 1e-8, 0.0, min_8bit_size=size).build([parameter])
+        optimizer = optimizers.AdamW8bit(1e-3, 0.9, 0.95, 1e-8, 0.0, min_8bit_size=size).build(
+            [parameter]
+        )
         parameter.square().sum().backward()
         optimizer.step()
         assert optimizer.state[parameter]["state1"].dtype == dtype
@@ -81,13 +92,25 @@ def test_eight_bits_are_used_when_asked_for():
 def test_prodigys_estimate_is_logged_and_small_rates_are_warned_of(run, capsys):
     steps = ["train.max_train_steps=80", "train.logging_steps=20", "train.checkpointing_steps=80"]
     folder = run(
-        "a", *SHORT, *steps, "optimizer=prodigy", "optimizer.safeguard_warmup=false", "scheduler.lr_warmup_steps=0"
+        "a",
+        *SHORT,
+        *steps,
+        "optimizer=prodigy",
+        "optimizer.safeguard_warmup=false",
+        "scheduler.lr_warmup_steps=0",
     )
     d, rates = metrics(folder, "d"), metrics(folder, "effective_lr")
-    assert len(d) == 4 and d[-1] > d[0] >= 1e-6 and rates == [pytest.approx(0.5 * value) for value in d]
+    assert (
+        len(d) == 4
+        and d[-1] > d[0] >= 1e-6
+        and rates == [pytest.approx(0.5 * value) for value in d]
+    )
     run("b", *SHORT, "optimizer=prodigy", "optimizer.learning_rate=1e-4")
     said = capsys.readouterr().out
-    assert said.count("Prodigy finds the rate itself") == 1 and "optimizer.learning_rate=0.0001" in said
+    assert (
+        said.count("Prodigy finds the rate itself") == 1
+        and "optimizer.learning_rate=0.0001" in said
+    )
 
 
 def test_muon_refuses_what_is_no_matrix(run, capfd, compose):
@@ -101,9 +124,19 @@ def test_muon_refuses_what_is_no_matrix(run, capfd, compose):
 @pytest.mark.slow
 def test_another_optimizer_cannot_go_on_from_its_states(run, capfd, name):
     first = run("first", *SHORT)
-    run("other", *SHORT, f"optimizer={name}", f"train.resume={first}", "train.max_train_steps=10", expect=2)
+    run(
+        "other",
+        *SHORT,
+        f"optimizer={name}",
+        f"train.resume={first}",
+        "train.max_train_steps=10",
+        expect=2,
+    )
     said = capfd.readouterr().err
-    assert "its optimizer is torch AdamW, not " in said and f"lora.init_from={first}/checkpoints/step_000008" in said
+    assert (
+        "its optimizer is torch AdamW, not " in said
+        and f"lora.init_from={first}/checkpoints/step_000008" in said
+    )
 
 
 @pytest.mark.slow
@@ -113,7 +146,9 @@ def test_an_average_may_begin_and_change_on_a_resume(run):
     begun = run("begun", *SHORT, "train.ema_decay=0.999", f"train.resume={first}")
     assert lora.compare(lora.read(first)[0], lora.read(begun)[0], values=True) == []
     whole = run("whole", *SHORT, "train.ema_decay=0.9")
-    changed = run("changed", *SHORT, "train.ema_decay=0.05", f"train.resume={whole}/checkpoints/step_000004")
+    changed = run(
+        "changed", *SHORT, "train.ema_decay=0.05", f"train.resume={whole}/checkpoints/step_000004"
+    )
     stored = torch.load(changed / "checkpoints" / "step_000008" / "optimizer.pt", weights_only=True)
     assert stored["average"]["decay"] == 0.05
 
@@ -142,5 +177,10 @@ def test_fewer_clips_after_a_resume(run):
     """Losses that were not logged yet keep the names of their clips."""
     settings = ["train.logging_steps=10", "train.max_train_steps=6", "train.checkpointing_steps=3"]
     first = run("first", *settings)
-    on = run("on", *settings, "data.validation_fraction=0.8", f"train.resume={first}/checkpoints/step_000003")
+    on = run(
+        "on",
+        *settings,
+        "data.validation_fraction=0.8",
+        f"train.resume={first}/checkpoints/step_000003",
+    )
     assert len(metrics(on, "highest_loss_clip")) == 1

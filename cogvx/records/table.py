@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.table import Table as Rows
 from rich.text import Text
 
-from cogvx.runs import record
-from cogvx.runs.sweep import Job, Progress, State, Sweep
+from cogvx.files import shown
+from cogvx.records.sweep import Job, Progress, State, Sweep
 
 SAID_EVERY = 60  # seconds, in a log file
 COLOURS = {
@@ -27,7 +27,7 @@ class Table:
         self.console, self.said, self.live = Console(), time.monotonic(), None
 
     def __enter__(self) -> Table:
-        print(f"sweep   {record.shown(self.sweep.folder)}: {self.counted()}", flush=True)
+        print(f"sweep   {shown(self.sweep.folder)}: {self.counted()}", flush=True)
         if sys.stdout.isatty():
             self.live = Live(console=self.console, auto_refresh=False, transient=True)
             self.live.start()
@@ -39,7 +39,9 @@ class Table:
 
     def show(self, running: list[Job]) -> None:
         for job in running:
-            found = self.sweep.progress(job)  # a job that is just starting has not locked its folder yet
+            found = self.sweep.progress(
+                job
+            )  # a job that is just starting has not locked its folder yet
             self.progress[job.name] = replace(found, state=State.running)
         if self.live is not None:
             self.live.update(Group(self.rows(), Text(self.counted(), style="dim")), refresh=True)
@@ -51,12 +53,20 @@ class Table:
     def ended(self, job: Job, progress: Progress) -> None:
         self.progress[job.name] = progress
         line = f"{progress.state.value:7s} {job.name}"
-        line += "" if progress.heldout_loss is None else f"  held-out loss {figure(progress.heldout_loss)}"
+        line += (
+            ""
+            if progress.heldout_loss is None
+            else f"  held-out loss {figure(progress.heldout_loss)}"
+        )
         if progress.state is not State.done and progress.reason:
             line += f"  {progress.reason.splitlines()[0]}"
         if self.live is not None:
             self.live.console.print(
-                line, style=COLOURS.get(progress.state), markup=False, highlight=False, soft_wrap=True
+                line,
+                style=COLOURS.get(progress.state),
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
         else:
             print(line, flush=True)
@@ -64,14 +74,29 @@ class Table:
     def counted(self) -> str:
         states = Counter(progress.state.value for progress in self.progress.values())
         return ", ".join(
-            [f"{len(self.progress)} jobs", *(f"{states[s.value]} {s.value}" for s in State if states[s.value])]
+            [
+                f"{len(self.progress)} jobs",
+                *(f"{states[s.value]} {s.value}" for s in State if states[s.value]),
+            ]
         )
 
     def rows(self) -> Rows:
         """The jobs that run and as many of the others as there is room for."""
-        shown = sorted(self.progress, key=lambda name: self.progress[name].state is not State.running)
+        shown = sorted(
+            self.progress, key=lambda name: self.progress[name].state is not State.running
+        )
         shown = shown[: max(4, self.console.height - 6)]
-        rows = Rows("job", "state", "step", "loss", "held-out", "left", box=None, pad_edge=False, header_style="dim")
+        rows = Rows(
+            "job",
+            "state",
+            "step",
+            "loss",
+            "held-out",
+            "left",
+            box=None,
+            pad_edge=False,
+            header_style="dim",
+        )
         for name, found in self.progress.items():
             if name in shown:
                 left = found.seconds_left() if found.state is State.running else None
@@ -93,4 +118,10 @@ def figure(value: float | None) -> str:
 def in_words(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {seconds:02d} s"
+        if minutes
+        else f"{seconds} s"
+    )

@@ -7,7 +7,8 @@ import io
 from html import escape
 from pathlib import Path
 
-from cogvx.runs import record
+from cogvx.files import read_json, read_json_lines, write_text
+from cogvx.records import record
 
 PAGE = "report.html"
 MOST_EMBEDDED = 40 * 2**20  # bytes of video in the page; more stay files beside it, and are linked
@@ -15,11 +16,13 @@ MOST_EMBEDDED = 40 * 2**20  # bytes of video in the page; more stay files beside
 
 def write(folder: Path) -> Path:
     """From what the run left in its folder; returns the page. Parts that a run did not make are left out."""
-    summary, facts = record.read_json(folder / record.SUMMARY), record.read_json(folder / record.ENVIRONMENT)
-    metrics = record.read_lines(folder / "metrics.jsonl")
+    summary, facts = read_json(folder / record.SUMMARY), read_json(folder / record.ENVIRONMENT)
+    metrics = read_json_lines(folder / "metrics.jsonl")
     parts = [
         f"<h1>{escape(folder.name)}</h1>",
-        table({name: value for name, value in summary.items() if isinstance(value, str | int | float)}),
+        table(
+            {name: value for name, value in summary.items() if isinstance(value, str | int | float)}
+        ),
         section("Memory by phase", picture(folder / "plan.png")),
         section("Losses", curves(metrics)),
         section("Videos: base model, tuned, a training clip", videos(folder)),
@@ -29,11 +32,16 @@ def write(folder: Path) -> Path:
             picture(folder / "evaluation.png"),
         ),
         section("What the model saw", picture(folder / "contact_sheet.png")),
-        section("Settings", f"<pre>{escape((folder / record.CONFIG).read_text(encoding='utf-8'))}</pre>"),
-        section("Where it ran", table({name: value for name, value in facts.items() if name != "packages"})),
+        section(
+            "Settings", f"<pre>{escape((folder / record.CONFIG).read_text(encoding='utf-8'))}</pre>"
+        ),
+        section(
+            "Where it ran",
+            table({name: value for name, value in facts.items() if name != "packages"}),
+        ),
     ]
     page = f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>{''.join(parts)}\n"
-    record.write_whole(folder / PAGE, page)
+    write_text(folder / PAGE, page)
     return folder / PAGE
 
 
@@ -51,11 +59,13 @@ def section(title: str, content: str) -> str:
 
 
 def table(values: dict[str, object]) -> str:
-    rows = "".join(f"<tr><td>{escape(str(name))}<td>{escape(shown(value))}" for name, value in values.items())
+    rows = "".join(
+        f"<tr><td>{escape(str(name))}<td>{escape(in_cell(value))}" for name, value in values.items()
+    )
     return f"<table>{rows}</table>"
 
 
-def shown(value: object) -> str:
+def in_cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -112,7 +122,9 @@ def svg(figure) -> str:
     written = io.StringIO()
     figure.savefig(written, format="svg")
     pyplot().close(figure)
-    return written.getvalue().split("?>", 1)[1].split(">", 1)[1]  # without the XML and DOCTYPE heads
+    return (
+        written.getvalue().split("?>", 1)[1].split(">", 1)[1]
+    )  # without the XML and DOCTYPE heads
 
 
 def videos(folder: Path) -> str:
@@ -120,16 +132,20 @@ def videos(folder: Path) -> str:
     found = sorted((folder / "validation").glob("step_*/*_before_after.mp4"))
     newest = [path for path in found if path.parent == found[-1].parent]
     embed = sum(path.stat().st_size for path in newest) <= MOST_EMBEDDED
-    sources = [f"data:video/mp4;base64,{encoded(path)}" if embed else str(path.relative_to(folder)) for path in newest]
+    sources = [
+        f"data:video/mp4;base64,{encoded(path)}" if embed else str(path.relative_to(folder))
+        for path in newest
+    ]
     return "".join(
-        f"<video src='{escape(source)}' autoplay loop muted playsinline controls></video>" for source in sources
+        f"<video src='{escape(source)}' autoplay loop muted playsinline controls></video>"
+        for source in sources
     )
 
 
 def scores(folder: Path) -> str:
     """Of every variant that was judged, each measure of base and tuned and their difference with the interval that holds it with 95 %."""
     rows = ""
-    for variant, found in record.read_json(folder / "evaluation.json").get("comparisons", {}).items():
+    for variant, found in read_json(folder / "evaluation.json").get("comparisons", {}).items():
         for c in found:
             values = "".join(f"<td>{c[name]:.3f}" for name in ("base", "tuned"))
             interval = f"{c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})"

@@ -27,6 +27,8 @@ def snippet(folder: Path, settings: dict) -> str:
     ]
     if tuned:
         lines[1] = lines[1].replace(", torch_dtype", ", transformer=tuned, torch_dtype")
-        lines[1:1] = [f"tuned = {model}.from_pretrained({str(folder)!r}, subfolder='transformer', {dtype})"]
+        lines[1:1] = [
+            f"tuned = {model}.from_pretrained({str(folder)!r}, subfolder='transformer', {dtype})"
+        ]
         lines[-1] = f"video = pipe({start}**how['call']).frames[0]"
     return "\n".join(lines)

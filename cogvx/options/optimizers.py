@@ -26,7 +26,9 @@ class Optimizer:
         found = (
             []
             if 0 <= self.learning_rate < 100
-            else [f"optimizer.learning_rate={self.learning_rate}: must be from 0 up to, but not, 100"]
+            else [
+                f"optimizer.learning_rate={self.learning_rate}: must be from 0 up to, but not, 100"
+            ]
         )
         for name in ("beta1", "beta2", "beta3", "momentum"):
             value = getattr(self, name, None)
@@ -38,7 +40,9 @@ class Optimizer:
             )
         for name in ("epsilon", "weight_decay"):
             if not 0 <= getattr(self, name, 0) < 100:
-                found.append(f"optimizer.{name}={getattr(self, name)}: must be from 0 up to, but not, 100")
+                found.append(
+                    f"optimizer.{name}={getattr(self, name)}: must be from 0 up to, but not, 100"
+                )
         return found
 
     def warnings(self) -> list[str]:
@@ -84,7 +88,9 @@ class Adam8bit(Adam):
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         import bitsandbytes
 
-        return bitsandbytes.optim.Adam8bit(parameters, **self.settings(), min_8bit_size=self.min_8bit_size)
+        return bitsandbytes.optim.Adam8bit(
+            parameters, **self.settings(), min_8bit_size=self.min_8bit_size
+        )
 
 
 @dataclass
@@ -95,7 +101,9 @@ class AdamW8bit(AdamW):
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(parameters, **self.settings(), min_8bit_size=self.min_8bit_size)
+        return bitsandbytes.optim.AdamW8bit(
+            parameters, **self.settings(), min_8bit_size=self.min_8bit_size
+        )
 
 
 @dataclass
@@ -109,7 +117,9 @@ class AdamW8bitTorchao(AdamW):
         import torchao.optim
         from torchao.optim.subclass_8bit import OptimState8bit
 
-        torch.serialization.add_safe_globals([OptimState8bit])  # so that checkpoints load with weights_only
+        torch.serialization.add_safe_globals(
+            [OptimState8bit]
+        )  # so that checkpoints load with weights_only
         return torchao.optim.AdamW8bit(parameters, **self.settings())
 
 
@@ -151,7 +161,11 @@ class ScheduleFree(AdamW):
     package: ClassVar[str] = "schedulefree"
 
     def problems(self) -> list[str]:
-        zero = ["optimizer.beta1=0: must be above 0 for schedule_free, which averages by it"] if self.beta1 == 0 else []
+        zero = (
+            ["optimizer.beta1=0: must be above 0 for schedule_free, which averages by it"]
+            if self.beta1 == 0
+            else []
+        )
         return super().problems() + zero
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
@@ -178,7 +192,10 @@ class Muon(Optimizer):
                 "on linear layers"
             )
         return torch.optim.Muon(
-            parameters, lr=self.learning_rate, weight_decay=self.weight_decay, momentum=self.momentum
+            parameters,
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
         )
 
 
@@ -203,4 +220,8 @@ def leaves_out_by_itself(optimizer: TorchOptimizer, grad_norm: Tensor) -> bool:
 def adaptation(optimizer: TorchOptimizer) -> dict[str, float]:
     """Prodigy's estimate d and the rate that comes of it, for the record; nothing for other optimizers."""
     group = optimizer.param_groups[0]
-    return {"d": float(group["d"]), "effective_lr": float(group["d"]) * float(group["lr"])} if "d" in group else {}
+    return (
+        {"d": float(group["d"]), "effective_lr": float(group["d"]) * float(group["lr"])}
+        if "d" in group
+        else {}
+    )

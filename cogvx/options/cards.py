@@ -2,13 +2,25 @@
 
 from dataclasses import dataclass
 
-from cogvx.plan.allocator import GIB
+GIB = 2**30
 
 # Shares of the peaks that matrix products, attention forward and backward, convolutions and everything else reach, so that the
 # published times come out: CogVideoX inference on A100 and H100 (THUDM: about 180 and 90 s for 5B), 1.5-5B LoRA on A800 (about 40 s a
 # step, CogVideo issue 715). Other cards take their generation's. Expect +-35 %.
-AMPERE = {"matrix": 0.80, "attention": 0.62, "attention backward": 0.50, "convolution": 0.35, "memory": 0.80}
-HOPPER = {"matrix": 0.65, "attention": 0.40, "attention backward": 0.33, "convolution": 0.30, "memory": 0.80}
+AMPERE = {
+    "matrix": 0.80,
+    "attention": 0.62,
+    "attention backward": 0.50,
+    "convolution": 0.35,
+    "memory": 0.80,
+}
+HOPPER = {
+    "matrix": 0.65,
+    "attention": 0.40,
+    "attention backward": 0.33,
+    "convolution": 0.30,
+    "memory": 0.80,
+}
 
 
 @dataclass(frozen=True)

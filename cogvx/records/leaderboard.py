@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cogvx.runs import record
+from cogvx.files import read_json
+from cogvx.records import record
 
 MOST_ROWS = 30
 WIDE = 160  # characters, where the output is no terminal
@@ -24,11 +25,15 @@ def show(rows: list[dict]) -> None:
     columns = varied(rows)
     measured = [name for name in SHOWN if any(row[name] is not None for row in rows)]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("", *(key.rpartition(".")[2] for key in columns), *(SHOWN[name] for name in measured)):
+    for name in (
+        "",
+        *(key.rpartition(".")[2] for key in columns),
+        *(SHOWN[name] for name in measured),
+    ):
         table.add_column(name)
     for row in rows[:MOST_ROWS]:
         place = "" if row["place"] is None else f"{row['place']}{' tie' if row['tie'] else ''}"
-        table.add_row(place, *(Text(shown(row[name])) for name in (*columns, *measured)))
+        table.add_row(place, *(Text(as_text(row[name])) for name in (*columns, *measured)))
     Console(width=None if sys.stdout.isatty() else WIDE).print(table)
     if len(rows) > MOST_ROWS:
         print(f"... and {len(rows) - MOST_ROWS} more")
@@ -39,9 +44,9 @@ def show(rows: list[dict]) -> None:
 
 def show_surroundings(rows: list[dict], runs: dict[str, Path]) -> None:
     """Code, packages, devices and data of other runs that are not the best one's."""
-    best = record.read_json(runs[rows[0]["folder"]] / record.ENVIRONMENT)
+    best = read_json(runs[rows[0]["folder"]] / record.ENVIRONMENT)
     for row in rows[1:]:
-        found = record.changes(best, record.read_json(runs[row["folder"]] / record.ENVIRONMENT))
+        found = record.changes(best, read_json(runs[row["folder"]] / record.ENVIRONMENT))
         if found:
             print(f"besides settings, {rows[0]['folder']} -> {row['folder']}: {'; '.join(found)}")
 
@@ -60,5 +65,5 @@ def close(rows: list[dict]) -> str:
     return f"; {len(tied)} more within the noise of the measurement" if tied else ""
 
 
-def shown(value: object) -> str:
+def as_text(value: object) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

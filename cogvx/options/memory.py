@@ -1,0 +1,43 @@
+"""What is traded for GPU memory. Values: conf/memory/."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Recompute(Enum):
+    """What gradient checkpointing computes again in the backward pass."""
+
+    full = "full"
+    selective = "selective"  # all but the attention
+
+
+class Storage(Enum):
+    """The form in which the blocks' frozen weights wait; they are computed with in the run's precision."""
+
+    own = "own"
+    fp8 = "fp8"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+@dataclass
+class Memory:
+    gradient_checkpointing: bool
+    vae_tiling: bool
+    recompute: Recompute
+    offload_activations: bool
+    base_storage: Storage
+    stream_weights: bool
+    stream_text_encoder: bool
+    feed_forward_chunks: int
+    frugal_videos: bool
+    offload_optimizer: bool
+    step_in_backward: bool
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.feed_forward_chunks < 1:
+            found.append(
+                f"memory.feed_forward_chunks={self.feed_forward_chunks}: must be 1 (whole) or more"
+            )
+        return found

@@ -1,0 +1,122 @@
+"""How training goes: steps, precision, timesteps, checkpoints. Values: conf/config.yaml."""
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from cogvx.files import absolute
+
+
+class Precision(Enum):
+    """Of the frozen weights and the arithmetic. What is trained, and the objective, are fp32 always."""
+
+    no = "float32"  # torch's names
+    fp16 = "float16"
+    bf16 = "bfloat16"
+
+
+class Timesteps(Enum):
+    """How training timesteps are drawn."""
+
+    uniform = "uniform"
+    stratified = "stratified"
+    logit_normal = "logit_normal"
+
+
+@dataclass(frozen=True)
+class TimestepSampling:
+    """uniform; or stratified: uniform too, but evenly spread over the samples of a batch, as the explicit uniform sampling of
+    CogVideoX (Yang et al. 2024) is over its processes; or logit_normal (Esser et al. 2024, Stable Diffusion 3)."""
+
+    timesteps: Timesteps
+    logit_mean: float
+    logit_std: float
+
+
+class Attention(Enum):
+    """torch's kernels for scaled_dot_product_attention."""
+
+    auto = "auto"
+    flash = "flash"
+    efficient = "efficient"
+    cudnn = "cudnn"
+    math = "math"
+
+
+PROFILE_AFTER = 4  # steps: the first ones compile, choose kernels and fill the allocator
+
+
+@dataclass
+class Train:
+    num_train_epochs: int
+    max_train_steps: int | None  # optimizer steps, not micro-batches
+    train_batch_size: int  # clips per process and micro-batch
+    gradient_accumulation_steps: int
+    max_grad_norm: float | None
+    mixed_precision: Precision
+    caption_dropout: float
+    image_dropout: float
+    timestep_sampling: Timesteps
+    logit_mean: float
+    logit_std: float
+    min_snr_gamma: float | None
+    ema_decay: float | None
+    max_skipped_steps: int
+    attention: Attention
+    compile: bool
+    profile_steps: int
+    logging_steps: int
+    checkpointing_steps: int
+    checkpoints_total_limit: int | None
+    resume: str | None  # a folder, or auto
+
+    def make_paths_absolute(self) -> None:
+        if self.resume not in (None, "auto"):
+            self.resume = str(absolute(Path(self.resume)))
+
+    def problems(self) -> list[str]:
+        found = [
+            f"train.{name}={value}: must be 1 or more"
+            for name in (
+                "num_train_epochs",
+                "max_train_steps",
+                "train_batch_size",
+                "gradient_accumulation_steps",
+                "max_skipped_steps",
+                "logging_steps",
+                "checkpointing_steps",
+                "checkpoints_total_limit",
+            )
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        for name in ("caption_dropout", "image_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(
+                    f"train.{name}={getattr(self, name)}: must be from 0 up to, but not, 1"
+                )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            found.append(
+                f"train.ema_decay={self.ema_decay}: must be between 0 and 1; 0.999 is usual; null: no average"
+            )
+        for name in ("min_snr_gamma", "logit_std"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                found.append(f"train.{name}={getattr(self, name)}: must be above 0")
+        if self.profile_steps < 0:
+            found.append(
+                f"train.profile_steps={self.profile_steps}: must be 0 (none) or more steps to record"
+            )
+        needed = PROFILE_AFTER + self.profile_steps
+        if (
+            self.profile_steps > 0
+            and self.max_train_steps is not None
+            and self.max_train_steps < needed
+        ):
+            found.append(
+                f"train.profile_steps={self.profile_steps} with train.max_train_steps={self.max_train_steps}: recording begins after "
+                f"{PROFILE_AFTER} steps, so there must be {needed} or more"
+            )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            found.append(
+                f"train.max_grad_norm={self.max_grad_norm}: must be above 0, or null for no clipping"
+            )
+        return found
