@@ -21,8 +21,8 @@ from cogvx.config import (
     Wrong,
     check,
     choices_of,
-    first_line,
     flat,
+    hydra_says,
 )
 from cogvx.errors import UserError, did_you_mean
 
@@ -121,8 +121,8 @@ def explain(
     except Wrong as found:
         problems += found.problems
     except HYDRAS as found:
-        problems.append(first_line(found))
-    return str(Wrong(problems or [first_line(error)]))
+        problems.append(hydra_says(found))
+    return str(Wrong(problems or [hydra_says(error)]))
 
 
 def known_keys(overrides: list[str], folder: Path, searchpath: tuple[str, ...]) -> list[str]:
@@ -142,7 +142,7 @@ def in_words(error: Exception, override: str, known: list[str]) -> str:
     if key in GROUPS:
         if value not in GROUPS[key]:
             return f"{override}: there is no such option{did_you_mean(value, GROUPS[key])} {key} is one of {', '.join(GROUPS[key])}"
-        return f"{override}: {first_line(error)}"
+        return f"{override}: {hydra_says(error)}"
     if key.startswith("lora.") and "lora" in known:
         return f"{override}: with lora=null every weight is trained and there is no LoRA to set: leave out one of the two"
     if "not in struct" in text or "Could not override" in text:
@@ -151,7 +151,7 @@ def in_words(error: Exception, override: str, known: list[str]) -> str:
         )
     if text.startswith("Ambiguous value"):
         return f"{override}: to run one job for each value, add -m; for a list, write [{value}]; for text, quote it: '{key}=\"{value}\"'"
-    return f"{override}: {first_line(error)}"
+    return f"{override}: {hydra_says(error)}"
 
 
 def nearest(key: str, known: list[str]) -> str:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cogvx.data import sources
-from cogvx.errors import UserError, did_you_mean, listed
+from cogvx.errors import UserError, did_you_mean, first_line, listed
 from cogvx.files import absolute
 from cogvx.model import pretrained
 from cogvx.model.lora import Lora
@@ -195,7 +195,7 @@ def typed(
             else:
                 target[key] = node[key]
         except OmegaConfBaseException as error:
-            problems.append(f"{full}: {first_line(error)}")
+            problems.append(f"{full}: {hydra_says(error)}")
     problems += [
         f"{section}.{name} has no value" for name in names if name not in list(node.keys())
     ]
@@ -304,6 +304,6 @@ def flat(values: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def first_line(error: Exception) -> str:
+def hydra_says(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
-    return str(cause).strip().splitlines()[0]
+    return first_line(cause)

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from cogvx.config import Config
 
 
-def start(config: Config, folder: Path) -> dict:
+def start_task(config: Config, folder: Path) -> dict:
     """Runs config.task in the run's folder and returns the run's summary."""
-    return STARTS[type(config.task)](config, folder)
+    return STARTS_BY_TASK[type(config.task)](config, folder)
 
 
-def train(config: Config, folder: Path) -> dict:
+def start_training(config: Config, folder: Path) -> dict:
     from cogvx.plan.clock import Expectation, present_card
     from cogvx.training.trainer import train
 
@@ -31,31 +31,31 @@ def train(config: Config, folder: Path) -> dict:
         return train(config, folder, expected)
 
 
-def plan(config: Config, folder: Path) -> dict:
+def start_plan(config: Config, folder: Path) -> dict:
     from cogvx.plan.planner import plan
 
     return plan(config, folder)
 
 
-def encode(config: Config, folder: Path) -> dict:
+def start_encoding(config: Config, folder: Path) -> dict:
     from cogvx.training.trainer import encode
 
     return encode(config, folder)
 
 
-def nano_vae(config: Config, folder: Path) -> dict:
+def start_nano_vae(config: Config, folder: Path) -> dict:
     from cogvx.training.autoencoder import train
 
     return train(config, config.task, folder)
 
 
-def evaluate(config: Config, folder: Path) -> dict:
+def start_evaluation(config: Config, folder: Path) -> dict:
     from cogvx.evaluation.evaluate import evaluate
 
     return evaluate(config, config.task, folder)
 
 
-def report(config: Config, folder: Path) -> dict:
+def start_report(config: Config, folder: Path) -> dict:
     from cogvx.files import shown
     from cogvx.records import comparison, record, report, sweep
 
@@ -72,7 +72,7 @@ def report(config: Config, folder: Path) -> dict:
     return {}
 
 
-def compare(config: Config, folder: Path) -> dict:
+def start_comparison(config: Config, folder: Path) -> dict:
     from cogvx.files import shown
     from cogvx.records import comparison, leaderboard, record, sweep
 
@@ -92,12 +92,12 @@ def compare(config: Config, folder: Path) -> dict:
     return {}
 
 
-STARTS: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
-    tasks.TrainTask: train,
-    tasks.PlanTask: plan,
-    tasks.EncodeTask: encode,
-    tasks.NanoVaeTask: nano_vae,
-    tasks.EvaluateTask: evaluate,
-    tasks.ReportTask: report,
-    tasks.CompareTask: compare,
+STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
+    tasks.TrainTask: start_training,
+    tasks.PlanTask: start_plan,
+    tasks.EncodeTask: start_encoding,
+    tasks.NanoVaeTask: start_nano_vae,
+    tasks.EvaluateTask: start_evaluation,
+    tasks.ReportTask: start_report,
+    tasks.CompareTask: start_comparison,
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cogvx.data import demo, world
-from cogvx.errors import UserError, did_you_mean, listed
+from cogvx.errors import UserError, did_you_mean, first_line, listed
 from cogvx.files import absolute, write_bytes
 
 
@@ -278,7 +278,7 @@ class Dataset(Data):
             )
             raise UserError(
                 f"data.dataset_name={self.dataset_name} (split {self.split}) could not be read: {reason}. "
-                f"datasets says: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+                f"datasets says: {first_line(error)}"
             ) from error
 
     def cells(self) -> list[Row]:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from cogvx.data.sources import text_of
 from cogvx.data.video import read_clip, to_bytes
-from cogvx.errors import UserError
+from cogvx.errors import UserError, first_line
 from cogvx.files import read_json, shown
 from cogvx.inference import scores
 from cogvx.model import attention, blocks, full, lora
@@ -266,7 +266,7 @@ def clip_similarity(path: str, device: torch.device) -> Way:
         )
     except Exception as error:
         raise UserError(
-            f"task.clip_path={path} cannot be loaded as a CLIP model: {str(error).strip().splitlines()[0]}"
+            f"task.clip_path={path} cannot be loaded as a CLIP model: {first_line(error)}"
         ) from error
 
     @torch.no_grad()

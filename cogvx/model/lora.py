@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogvx.errors import UserError, listed
+from cogvx.errors import UserError, first_line, listed
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
@@ -256,9 +256,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
             str(folder), weight_name=name, return_lora_metadata=True, local_files_only=True
         )
     except Exception as error:  # missing and damaged files surface as many kinds of errors
-        raise UserError(
-            f"{folder / name} cannot be read as a LoRA: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise UserError(f"{folder / name} cannot be read as a LoRA: {first_line(error)}") from error
     prefix = "transformer."
     return (
         {

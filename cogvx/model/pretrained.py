@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvx.errors import UserError, listed
+from cogvx.errors import UserError, first_line, listed
 from cogvx.files import absolute
 from cogvx.model.geometry import LAYOUT, Geometry, read_config, read_geometry, released
 from cogvx.progress import library_bars
@@ -119,7 +119,7 @@ class Model:
             raise UserError(
                 f"model.path={self.path} is no folder here and could not be fetched from the hub: either there is no public model "
                 f"of that name, or this machine has no network{offline} or no free disk. Give a local folder in diffusers layout: "
-                f"model.path=/models/{self.path.split('/')[-1]}. The hub client says: {str(error).strip().splitlines()[0]}"
+                f"model.path=/models/{self.path.split('/')[-1]}. The hub client says: {first_line(error)}"
             ) from error
 
 
@@ -262,8 +262,3 @@ def placed(text_encoder, device: torch.device, streamed: bool):
         blocks.Keeper(text_encoder.encoder.block, Storage.own, device, streamed=True)
     blocks.bring(text_encoder, device)
     return text_encoder
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

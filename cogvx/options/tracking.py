@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvx.errors import UserError
+from cogvx.errors import UserError, first_line
 
 EXIT_CODES = {"done": 0, "interrupted": 255}  # as wandb itself tells Ctrl-C; all else: 1
 PATIENCE = (
@@ -173,7 +173,3 @@ def id_of(folder: Path) -> str | None:
     """wandb's name for the run that an earlier start made, the end of wandb/[offline-]run-DATE_TIME-ID; None before the first."""
     earlier = sorted(folder.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
     return earlier[-1].name.partition("run-")[2].partition("-")[2] if earlier else None
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

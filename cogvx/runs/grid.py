@@ -223,7 +223,7 @@ def composed_jobs(
                     problems.setdefault(problem, " ".join(overrides))
                 continue
             except configuration.HYDRAS as error:
-                problems.setdefault(configuration.first_line(error), " ".join(overrides))
+                problems.setdefault(configuration.hydra_says(error), " ".join(overrides))
                 continue
             found = {names[key]: value_of(composed, config, key) for key in swept}
             jobs.setdefault(folder_name(found), (Job(folder_name(found), found), config))

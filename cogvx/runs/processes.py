@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 from cogvx import config as configuration
-from cogvx import start
-from cogvx.errors import UserError
+from cogvx.errors import UserError, first_line
 from cogvx.files import shown
 from cogvx.progress import quiet_libraries
 from cogvx.records import record, report
+from cogvx.start import start_task
 
 GRACE = 15  # seconds
 OUT_OF_MEMORY_ERROR = "OutOfMemoryError"  # torch's
@@ -135,7 +135,7 @@ def run_here(folder: Path) -> int:
     config = configuration.read(folder / record.CONFIG)
     quiet_libraries()
     try:
-        summary = start.start(config, folder)
+        summary = start_task(config, folder)
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
         message, code = in_words(error)
@@ -163,9 +163,9 @@ def in_words(error: BaseException) -> tuple[str, int]:
             FAILED,
         )
     if type(error).__name__ == OUT_OF_MEMORY_ERROR:
-        return f"{OUT_OF_MEMORY} torch says: {str(error).splitlines()[0]}", FAILED
+        return f"{OUT_OF_MEMORY} torch says: {first_line(error)}", FAILED
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        said = str(error).strip().splitlines()[0]
+        said = first_line(error)
         return (
             f"torch cannot compile here: {said}. A C++ compiler (g++) is what is usually missing; without it: train.compile=false, and "
             f"another optimizer than adamw8bit_torchao"

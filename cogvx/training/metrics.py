@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cogvx.errors import first_line
 from cogvx.files import read_json_lines, write_text
-from cogvx.options.tracking import Tracking, first_line
+from cogvx.options.tracking import Tracking
 from cogvx.records.sweep import sweep_of
 
 
