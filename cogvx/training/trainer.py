@@ -428,6 +428,7 @@ class Trainer:
             self.metrics.log(
                 step, heldout_loss=found.mean, **values, heldout_standard_error=found.standard_error,
                 heldout_noise_floor=found.noise_floor, heldout_by_timestep={str(t): loss for t, loss in found.by_timestep.items()},
+                heldout_by_clip=found.by_clip,
             )  # fmt: skip
         return found
 

@@ -38,6 +38,7 @@ class HeldOutLoss:
         float | None
     )  # standard error of the mean over draws of noise; None for a single draw
     by_timestep: dict[int, float]
+    by_clip: list[float]  # in the order of the held-out clips: runs can be compared clip by clip
 
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + (
@@ -92,6 +93,7 @@ def heldout_loss(
             t: statistics.fmean(losses[index, t, d] for index in range(clips) for d in draws)
             for t in fixed
         },
+        by_clip=per_clip,
     )
 
 
