@@ -1,4 +1,4 @@
-"""Files that are read and written everywhere: whole or not at all, and named so that they can be typed."""
+"""Reading and writing files. A file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, and renames it to `path` at the end.
+    """Gives a temporary path beside `path`. At the end it is renamed to `path`.
 
-    A reader, or a crash, never sees half a file. The name holds the process id, so that two
-    processes can write the same file at the same time. After an error nothing is left behind.
+    So nobody ever reads half a file, even after a crash. The temporary name holds the process id:
+    two processes can write the same file at the same time. After an error nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -50,7 +50,7 @@ def write_csv(path: Path, rows: Iterable[dict], columns: list[str]) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """{} when there is no file, or no JSON in it."""
+    """The file's values; {} if there is no file, or if it holds no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -58,7 +58,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The complete lines of a .jsonl file. A killed run may have left half a line at the end."""
+    """The values of every complete line of a .jsonl file; [] if there is no file.
+
+    Reading stops at the first line that is not JSON: a killed run may have left half a line.
+    """
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -69,7 +72,7 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def shown(path: Path) -> str:
-    """The path as a user would type it: relative to the working folder where it lies below it."""
+    """The path as a user would type it: relative, if it lies below the working folder."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

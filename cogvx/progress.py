@@ -17,6 +17,14 @@ def bar(iterable=None, **settings):
     return tqdm(iterable, dynamic_ncols=True, **seconds, **settings)
 
 
+def count(number: int, thing: str, things: str | None = None) -> str:
+    """count(1, "prompt") is "1 prompt", count(2, "prompt") is "2 prompts".
+
+    `things` is the plural, where it is not `thing` with an s.
+    """
+    return f"{number} {thing if number == 1 else things or thing + 's'}"
+
+
 def quiet_libraries() -> None:
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -24,7 +32,7 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def library_bars(*, shown: bool):
-    """With or without the progress bars that diffusers and transformers draw while they load and save."""
+    """Shows or hides the bars that diffusers and transformers draw while they load and save."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

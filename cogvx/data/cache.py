@@ -1,13 +1,13 @@
-"""A folder of tensors named by content: what they were made from, and how. Runs, ranks and sweep jobs share it.
+"""A folder of tensors, shared by runs, ranks and the jobs of a sweep.
 
-A file is written under another name and renamed when whole, so a reader never sees half of one, and two writers of the
-same name write the same content. Who makes a file holds its lock, so that others that run at the same time need not make it too.
+A file's name is a hash of everything that decides its content: two processes that write the same
+name write the same content. A process locks a file while it makes it, so that others that run at
+the same time do not make it too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError
+from cogvx.files import replacing, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,10 @@ class Cache:
     def write(
         self, path: Path, tensors: dict[str, Tensor], about: dict[str, object] | None = None
     ) -> None:
-        """Refuses values that are not finite: they would train silently for hours. `about` is kept as metadata."""
+        """Writes the tensors, with `about` as the file's metadata.
+
+        UserError if a value is not finite (training would go wrong silently), or on a full disk.
+        """
         from safetensors.torch import save_file
 
         for name, tensor in tensors.items():
@@ -42,22 +46,22 @@ class Cache:
                     f"fp16 can overflow where bf16 does not; try train.mixed_precision=bf16"
                 )
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-            save_file(tensors, partial, metadata={"about": json.dumps(about or {})})
-            partial.chmod(
-                partial.parent.stat().st_mode & 0o666
-            )  # safetensors writes files for their owner alone
-            partial.replace(path)
-        except (
-            Exception
-        ) as error:  # safetensors reports a full disk as its own error, not as OSError
+            with replacing(path) as partial:
+                save_file(tensors, partial, metadata={"about": json.dumps(about or {})})
+                # safetensors writes files that only their owner can read.
+                partial.chmod(path.parent.stat().st_mode & 0o666)
+        # safetensors reports a full disk as an error of its own, not as OSError.
+        except Exception as error:
             raise UserError(
-                f"cannot write to the cache, {path.parent}: {error}. Free some space there, or set data.cache_dir to another disk"
+                f"cannot write to the cache, {path.parent}: {error}. Free some space there, "
+                f"or set data.cache_dir to another disk"
             ) from error
 
     def about(self, path: Path) -> dict | None:
-        """What write() was told, and the tensors' shapes as `shapes`; None if there is no whole file."""
+        """What write() was given as `about`, and the tensors' shapes as `shapes`.
+
+        None if there is no file, or only a part of one.
+        """
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -70,72 +74,92 @@ class Cache:
             return None
 
     def fingerprint(self, path: Path) -> str:
-        """SHA-256 of a file, or of every file below a folder. Remembered per file by place, size and time of change, so
-        that 10 GB of text encoder are read once."""
+        """The SHA-256 of a file, or of all files below a folder.
+
+        It is remembered for each file, by path, size and time of change, so that 10 GB of text
+        encoder are read only once.
+        """
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            return key_of(*((str(p.relative_to(path)), self.fingerprint(p)) for p in files))
+            return content_key(*((str(p.relative_to(path)), self.fingerprint(p)) for p in files))
         real = path.resolve()
         stat = real.stat()
-        note = self.folder / "fingerprints" / key_of(str(real), stat.st_size, stat.st_mtime_ns)
-        if note.is_file() and len(digest := note.read_text()) == 64:
+        remembered = (
+            self.folder / "fingerprints" / content_key(str(real), stat.st_size, stat.st_mtime_ns)
+        )
+        if remembered.is_file() and len(digest := remembered.read_text()) == 64:
             return digest
         with real.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_name(f"{note.name}.{os.getpid()}.partial")
-        partial.write_text(digest)
-        partial.replace(note)
+        write_text(remembered, digest)
         return digest
 
 
 @contextlib.contextmanager
 def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether this process is the one to make `path`, if it still is not there; False, without `wait`, while another one is.
-    A claim ends with its process, however that ends."""
-    lock = path.with_name(f"{path.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # a disk without locks: two processes may do the same work there
-            pass
+    """Gives True if this process is the one to make `path`. It must look first if `path` exists.
+
+    While another process has the claim: gives False, or waits for its turn with `wait`. A claim
+    ends with its process, even if that is killed.
+    """
+    import filelock  # 50 ms: not at start
+
+    # Without fallback_to_soft: such a lock would stay behind when its process is killed.
+    lock = filelock.FileLock(f"{path}.lock", fallback_to_soft=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=wait)
+    except filelock.Timeout:
+        yield False
+        return
+    except OSError:
+        # A disk that has no locks, or cannot be written. Two processes may do the same work there.
         yield True
-        # `path` is there now. After an error it is not, and the lock stays for those who wait for it.
-        lock.unlink(missing_ok=True)
+        return
+    try:
+        yield True
+    finally:
+        # Removed while it is held. Those who wait for it see that, and open a new one.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """The folder, filled unless it is there. That happens under another name, renamed when done: a folder of this name is
-    whole. When several processes start together, one fills it and the others wait."""
+    """The folder. If it does not exist, fill(path) writes its content first.
+
+    The content is written under a temporary name, so a folder with the right name is complete. If
+    several processes start together, one fills the folder and the others wait.
+    """
     for wait in (False, True):
         if folder.is_dir():
             return folder
-        with claimed(folder, wait=wait) as mine:
-            if mine and not folder.is_dir():
+        with claimed(folder, wait=wait) as claim:
+            if claim and not folder.is_dir():
                 fill_under_another_name(folder, fill)
-        if not wait and not mine:
-            print(f"waits for another run to make {folder}", flush=True)
+        if not wait and not claim:
+            print(f"waiting for another run to make {folder}", flush=True)
     return folder
 
 
 def fill_under_another_name(folder: Path, fill: Callable[[Path], None]) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number
+        # A killed process of the same number may have left it.
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         fill(partial)
         partial.rename(folder)
-    except Exception as error:  # safetensors reports a full disk as its own error, not as OSError
+    # safetensors reports a full disk as an error of its own, not as OSError.
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not folder.is_dir():  # else another process was first, on a disk without locks
+        # If the folder exists now, another process was faster, on a disk without locks.
+        if not folder.is_dir():
             raise UserError(
-                f"cannot write {folder}: {error}. If the disk is full, free some space there or set data.cache_dir to another"
+                f"cannot write {folder}: {error}. If the disk is full, free some space there "
+                f"or set data.cache_dir to another"
             ) from error
 
 
-def key_of(*parts: object) -> str:
+def content_key(*parts: object) -> str:
+    """A hash of values that JSON can hold, as 40 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvx.data.cache import Cache, claimed, key_of
+from cogvx.data.cache import Cache, claimed, content_key
 from cogvx.data.sources import Data, Example, Reshape
 from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
@@ -232,7 +232,7 @@ def image_key(example: Example, data: Data, cache: Cache, vae: Encoder) -> str:
         cache.fingerprint(example.video) if data.video_reshape_mode is Reshape.random else None
     )
     source = ("frame", data.skip_frames_start) if example.image is None else ("image", placed_by)
-    return key_of(
+    return content_key(
         VERSION, *source, cache.fingerprint(example.image or example.video), vae.identity, str(vae.dtype), data.height, data.width,
         data.video_reshape_mode.name, data.image_noise_variants,
     )  # fmt: skip
@@ -264,7 +264,7 @@ def facts_of(clip: Clip) -> dict[str, object]:
 
 def clip_key(video: Path, data: Data, cache: Cache, vae: Encoder) -> str:
     """Of all that decides a clip's latents: the file's bytes, which frames and pixels are taken, and the VAE."""
-    return key_of(
+    return content_key(
         VERSION,
         cache.fingerprint(video),
         vae.identity,
@@ -300,7 +300,7 @@ def encode_prompts(
     """
     paths = {
         prompt: cache.path(
-            "prompts", key_of(VERSION, prompt, text.identity, str(text.dtype), max_length)
+            "prompts", content_key(VERSION, prompt, text.identity, str(text.dtype), max_length)
         )
         for prompt in dict.fromkeys(prompts)
     }

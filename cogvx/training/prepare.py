@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from safetensors import safe_open
 
 from cogvx.config import Config
-from cogvx.data.cache import Cache, key_of
+from cogvx.data.cache import Cache, content_key
 from cogvx.data.encode import (
     EncodedClip,
     Encoder,
@@ -123,7 +123,7 @@ class Prepared:
             ]
             write_report(folder, clips, uses, rejected)
             write_contact_sheet(folder, clips, uses)
-            fingerprint = key_of([fingerprint_of(clip.example, cache) for clip in clips])
+            fingerprint = content_key([fingerprint_of(clip.example, cache) for clip in clips])
             commit = checkpoint.hub_commit()
             record.note(
                 folder, device=device_name(accelerator.device), processes=accelerator.num_processes,

@@ -1,5 +1,9 @@
 """Runs that start at the same moment share the work: nothing is made twice, and nobody waits for the dead."""
 
+import errno
+import fcntl
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvx.data.cache import claimed
+from cogvx.data.cache import claimed, filled
 
 PROJECT = Path(__file__).parent.parent.parent
 
@@ -53,6 +57,44 @@ def test_a_claim_is_one_processs_and_ends_with_it(tmp_path):
     assert list(tmp_path.iterdir()) == [], "nothing is left of it"
 
 
+@pytest.mark.parametrize("refusal", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_lets_everybody_work(tmp_path, monkeypatch, refusal):
+    def no_locks(*arguments):
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for wait in (False, True):
+        with claimed(tmp_path / "file", wait=wait) as mine:
+            assert mine
+    made = filled(tmp_path / "folder", lambda folder: (folder / "made").touch())
+    assert (made / "made").is_file() and not list(tmp_path.glob("*.partial"))
+
+
+FORKS = """
+import os, sys, time
+from pathlib import Path
+from cogvx.data.cache import claimed
+with claimed(Path(sys.argv[1]), wait=False) as mine:
+    if os.fork() == 0:
+        print(mine, os.getpid(), flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_claim_does_not_live_on_in_a_forked_process(tmp_path):
+    """Else a worker that outlives its run would keep all others waiting."""
+    holder = started("-c", FORKS, tmp_path / "file")
+    mine, worker = holder.stdout.readline().split()
+    assert mine == "True"
+    try:
+        holder.kill()
+        holder.wait()
+        with claimed(tmp_path / "file", wait=False) as claim:
+            assert claim
+    finally:
+        os.kill(int(worker), signal.SIGKILL)
+
+
 FILLS = """
 import sys, time
 from pathlib import Path
@@ -71,7 +113,7 @@ def test_a_folder_is_filled_once(tmp_path):
     first = started("-c", FILLS, tmp_path / "folder", go_on)
     assert first.stdout.readline() == "fills\n"
     second = started("-c", FILLS, tmp_path / "folder", go_on)
-    assert second.stdout.readline() == f"waits for another run to make {tmp_path / 'folder'}\n"
+    assert second.stdout.readline() == f"waiting for another run to make {tmp_path / 'folder'}\n"
     go_on.touch()
     assert (first.communicate(timeout=60)[0], second.communicate(timeout=60)[0]) == (
         "True\n",

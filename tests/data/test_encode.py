@@ -5,7 +5,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 
-from cogvx.data.cache import Cache, key_of
+from cogvx.data.cache import Cache, content_key
 from cogvx.data.encode import Encoder, encode_clips, encode_prompts, latent_moments
 from cogvx.errors import UserError
 from cogvx.model import nano
@@ -168,7 +168,7 @@ def test_values_that_are_not_finite_are_not_cached(tmp_path):
     cache = Cache(tmp_path)
     with pytest.raises(UserError, match="not finite"):
         cache.write(
-            cache.path("latents", key_of("x")),
+            cache.path("latents", content_key("x")),
             {"latent_moments": torch.tensor([1.0, float("nan")])},
         )
     assert not list(tmp_path.rglob("*.safetensors"))
