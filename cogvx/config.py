@@ -44,7 +44,7 @@ GROUPS: dict[str, dict[str, type]] = {
     },
     "model": {
         "nano": pretrained.Nano,
-        "nano_i2v": pretrained.Nano,
+        "nano_i2v": pretrained.NanoI2v,
         "2b": pretrained.Model,
         "5b": pretrained.Model,
         "5b_i2v": pretrained.Model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cogvx.data import sources
 from cogvx.options.memory import Memory, Recompute, Storage
+from cogvx.options.optimizers import Optimizer
 from cogvx.options.parallel import Parallel
 from cogvx.options.train import Attention, Precision, Train
 
@@ -75,22 +76,18 @@ def between_sections(values: dict[str, object]) -> list[str]:
 def between_choices(values: dict[str, object], choices: dict[str, str], *, full: bool) -> list[str]:
     """What is wrong between the options chosen; `full`: lora=null, every weight is trained."""
     found = []
-    model, train, memory, parallel = (
-        values.get(name) for name in ("model", "train", "memory", "parallel")
+    optimizer, train, memory, parallel = (
+        values.get(name) for name in ("optimizer", "train", "memory", "parallel")
     )
-    if choices["model"] in ("nano", "nano_i2v") and model:
-        option = "nano_i2v" if model.image_to_video else "nano"
-        if option != choices["model"]:
-            found.append(
-                f"model.image_to_video with model={choices['model']}: the built-in models are one each: model={option}"
-            )
-    if choices["optimizer"] == "schedule_free" and train and train.ema_decay is not None:
+    if optimizer and optimizer.averages_weights and train and train.ema_decay is not None:
         found.append(
-            "train.ema_decay with optimizer=schedule_free, which averages by itself: train.ema_decay=null"
+            f"train.ema_decay with optimizer={choices['optimizer']}, which averages by itself: "
+            f"train.ema_decay=null"
         )
-    if full and choices["optimizer"] == "muon":
+    if full and optimizer and optimizer.matrices_only:
         found.append(
-            "optimizer=muon trains matrices only, and lora=null trains other weights too: optimizer=adamw"
+            f"optimizer={choices['optimizer']} trains matrices only, and lora=null trains other "
+            f"weights too: optimizer=adamw"
         )
     if full and memory and (memory.stream_weights or memory.base_storage is not Storage.own):
         found.append(
@@ -98,9 +95,7 @@ def between_choices(values: dict[str, object], choices: dict[str, str], *, full:
             "memory=balanced or low_full"
         )
     if memory and memory.step_in_backward:
-        found += refusals_of_stepping_in_backward(
-            memory, train, parallel, choices["optimizer"], full
-        )
+        found += refusals_of_stepping_in_backward(memory, train, parallel, optimizer, full)
     if memory and memory.offload_optimizer:
         if not full:
             found.append("memory.offload_optimizer is for lora=null: what a LoRA trains is small")
@@ -114,10 +109,17 @@ def between_choices(values: dict[str, object], choices: dict[str, str], *, full:
 
 
 def refusals_of_stepping_in_backward(
-    memory: Memory, train: Train | None, parallel: Parallel | None, optimizer: str, full: bool
+    memory: Memory,
+    train: Train | None,
+    parallel: Parallel | None,
+    optimizer: Optimizer | None,
+    full: bool,
 ) -> list[str]:
     """Each weight steps by itself, as soon as its gradient is there: what needs all gradients at once cannot be had."""
-    needed = [("lora=null", full), ("optimizer=adam or adamw", optimizer in ("adam", "adamw")), ("memory.offload_optimizer=false", not memory.offload_optimizer)]  # fmt: skip
+    needed = [("lora=null", full)]
+    if optimizer:
+        needed.append(("optimizer=adam or adamw", optimizer.steps_in_backward))
+    needed.append(("memory.offload_optimizer=false", not memory.offload_optimizer))
     if train:
         needed += [
             ("train.max_grad_norm=null", train.max_grad_norm is None),

@@ -17,7 +17,6 @@ import numpy
 
 from cogvx.data import demo, world
 from cogvx.inference import pixels
-from cogvx.model.pretrained import Nano
 
 if TYPE_CHECKING:
     from cogvx.config import Config
@@ -50,9 +49,7 @@ def asked_of(prompts: dict[str, list[str]], seed: int) -> list[Asked]:
 
 def prompts_of(config: Config, count: int) -> dict[str, list[str]]:
     """The prompts whose videos can be judged on their pixels: nano's, taught the demo's colour. Image-to-video is shown what to make."""
-    judged = (
-        isinstance(config.model, Nano) and not config.model.image_to_video and config.data.is_demo()
-    )
+    judged = config.model.is_built_in and not config.model.image_to_video and config.data.is_demo()
     return demo.scored_prompts(count) if count and judged else {}
 
 

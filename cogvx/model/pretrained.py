@@ -6,7 +6,7 @@ import inspect
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from cogvx.errors import UserError, first_line, listed
 from cogvx.files import absolute
@@ -34,6 +34,8 @@ class Model:
     num_inference_steps: int  # of its videos, with guidance_scale
     guidance_scale: float
     image_to_video: bool  # what it is to be trained as; a checkpoint of the other kind is refused
+
+    is_built_in: ClassVar[bool] = False  # ships with cogvx, and knows the demo's clips
 
     def is_local(self) -> bool:
         """A hub id has the form name/name; anything that exists here, or has another form, is a folder."""
@@ -125,9 +127,21 @@ class Model:
 
 @dataclass
 class Nano(Model):
-    """The built-in tiny checkpoint, written where `path` says on first use."""
+    """The built-in tiny text-to-video model. It is written to `path` on first use."""
 
-    blank: bool  # with a transformer that is still to be trained
+    blank: bool  # its transformer is not trained yet
+
+    is_built_in: ClassVar[bool] = True
+    takes_images: ClassVar[bool] = False
+
+    def problems(self) -> list[str]:
+        if self.image_to_video is self.takes_images:
+            return []
+        this, other = ("nano_i2v", "nano") if self.takes_images else ("nano", "nano_i2v")
+        return [
+            f"model.image_to_video={str(self.image_to_video).lower()} with model={this}: "
+            f"that model is model={other}"
+        ]
 
     def is_local(self) -> bool:
         return True
@@ -144,6 +158,13 @@ class Nano(Model):
         from cogvx.model import nano
 
         return nano.NANO_I2V if self.image_to_video else nano.NANO
+
+
+@dataclass
+class NanoI2v(Nano):
+    """The built-in tiny image-to-video model."""
+
+    takes_images: ClassVar[bool] = True
 
 
 def require_known_settings(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The optimizers: one YAML under conf/optimizer/ and one class here each."""
+"""The optimizers: one YAML under conf/optimizer/ and one class here each.   [no torch at import]"""
 
 from __future__ import annotations
 
@@ -9,44 +9,49 @@ from typing import TYPE_CHECKING, ClassVar
 from cogvx.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer as TorchOptimizer
 
 
 @dataclass
 class Optimizer:
+    """What an optimizer can do is written here, so that no other code asks for its name."""
+
     learning_rate: float  # the peak; the scheduler multiplies it
-    package: ClassVar[str] = "torch"  # that holds it
+
+    package: ClassVar[str] = "torch"  # where it is implemented
+    configured: ClassVar[tuple[str, ...]] = ()  # keys of torch's parameter groups that are set here
+    averages_weights: ClassVar[bool] = False  # evaluates and delivers an average of the weights
+    matrices_only: ClassVar[bool] = False  # cannot train vectors, such as biases and norms
+    finds_its_own_rate: ClassVar[bool] = False  # learning_rate is a factor on its own estimate
+    steps_in_backward: ClassVar[bool] = False  # can step each weight during the backward pass
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         raise TypeError(f"{type(self).__name__} has no build()")
 
     def problems(self) -> list[str]:
-        found = (
-            []
-            if 0 <= self.learning_rate < 100
-            else [
-                f"optimizer.learning_rate={self.learning_rate}: must be from 0 up to, but not, 100"
-            ]
-        )
+        found = []
+        if not 0 <= self.learning_rate < 100:
+            found.append(
+                f"optimizer.learning_rate={self.learning_rate}: must be 0 or more, below 100"
+            )
         for name in ("beta1", "beta2", "beta3", "momentum"):
             value = getattr(self, name, None)
             if value is not None and not 0 <= value < 1:
-                found.append(f"optimizer.{name}={value}: must be from 0 up to, but not, 1")
+                found.append(f"optimizer.{name}={value}: must be 0 or more, below 1")
+        for name in ("epsilon", "weight_decay"):
+            value = getattr(self, name, 0)
+            if not 0 <= value < 100:
+                found.append(f"optimizer.{name}={value}: must be 0 or more, below 100")
         if importlib.util.find_spec(self.package) is None:
             found.append(
-                f"this optimizer is in the package {self.package}, which is not installed: pip install {self.package}"
+                f"this optimizer needs the package {self.package}, which is not installed: "
+                f"pip install {self.package}"
             )
-        for name in ("epsilon", "weight_decay"):
-            if not 0 <= getattr(self, name, 0) < 100:
-                found.append(
-                    f"optimizer.{name}={getattr(self, name)}: must be from 0 up to, but not, 100"
-                )
         return found
 
     def warnings(self) -> list[str]:
-        """What is allowed and yet seldom meant."""
+        """Settings that are allowed but rarely intended."""
         return []
 
 
@@ -55,6 +60,8 @@ class Adam(Optimizer):
     beta1: float
     beta2: float
     epsilon: float
+    configured: ClassVar[tuple[str, ...]] = ("betas", "eps")
+    steps_in_backward: ClassVar[bool] = True
 
     def settings(self) -> dict:
         return {"lr": self.learning_rate, "betas": (self.beta1, self.beta2), "eps": self.epsilon}
@@ -68,6 +75,7 @@ class Adam(Optimizer):
 @dataclass
 class AdamW(Adam):
     weight_decay: float
+    configured: ClassVar[tuple[str, ...]] = ("betas", "eps", "weight_decay")
 
     def settings(self) -> dict:
         return {**super().settings(), "weight_decay": self.weight_decay}
@@ -80,10 +88,11 @@ class AdamW(Adam):
 
 @dataclass
 class Adam8bit(Adam):
-    """bitsandbytes: the moments of tensors of min_8bit_size elements or more take one byte each."""
+    """bitsandbytes: one byte for each moment, in tensors of min_8bit_size elements or more."""
 
     min_8bit_size: int
     package: ClassVar[str] = "bitsandbytes"
+    steps_in_backward: ClassVar[bool] = False
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         import bitsandbytes
@@ -95,8 +104,11 @@ class Adam8bit(Adam):
 
 @dataclass
 class AdamW8bit(AdamW):
+    """bitsandbytes: one byte for each moment, in tensors of min_8bit_size elements or more."""
+
     min_8bit_size: int
     package: ClassVar[str] = "bitsandbytes"
+    steps_in_backward: ClassVar[bool] = False
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         import bitsandbytes
@@ -108,30 +120,42 @@ class AdamW8bit(AdamW):
 
 @dataclass
 class AdamW8bitTorchao(AdamW):
-    """torchao: 8-bit moments in plain torch, compiled; the first step of each shape takes seconds."""
+    """torchao: 8-bit moments in plain torch, compiled. The first step of a shape takes seconds."""
 
     package: ClassVar[str] = "torchao"
+    steps_in_backward: ClassVar[bool] = False
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         import torch
         import torchao.optim
         from torchao.optim.subclass_8bit import OptimState8bit
 
-        torch.serialization.add_safe_globals(
-            [OptimState8bit]
-        )  # so that checkpoints load with weights_only
+        # Checkpoints are loaded with weights_only=True, which must know this class.
+        torch.serialization.add_safe_globals([OptimState8bit])
         return torchao.optim.AdamW8bit(parameters, **self.settings())
 
 
 @dataclass
 class Prodigy(AdamW):
-    """Estimates the learning rate itself (Mishchenko and Defazio 2023): it is d x learning_rate, both in metrics.jsonl."""
+    """Estimates the learning rate itself (Mishchenko and Defazio 2023).
+
+    The rate in use is d x learning_rate; metrics.jsonl records both d and the product.
+    """
 
     beta3: float | None
     decouple: bool
     use_bias_correction: bool
     safeguard_warmup: bool
     package: ClassVar[str] = "prodigyopt"
+    configured: ClassVar[tuple[str, ...]] = (
+        *AdamW.configured,
+        "beta3",
+        "decouple",
+        "use_bias_correction",
+        "safeguard_warmup",
+    )
+    finds_its_own_rate: ClassVar[bool] = True
+    steps_in_backward: ClassVar[bool] = False
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         import prodigyopt
@@ -149,24 +173,27 @@ class Prodigy(AdamW):
         if self.learning_rate >= 0.1:
             return []
         return [
-            f"optimizer.learning_rate={self.learning_rate:g}: Prodigy finds the rate itself and multiplies it by this; 0.5 to 1 are "
-            f"usual, below 0.1 it hardly moves"
+            f"optimizer.learning_rate={self.learning_rate:g}: Prodigy finds the rate itself and "
+            f"multiplies it by this; 0.5 to 1 are usual, below 0.1 the model hardly learns"
         ]
 
 
 @dataclass
 class ScheduleFree(AdamW):
-    """AdamW without a schedule (Defazio et al. 2024, The Road Less Scheduled): judged and delivered is an average of the weights."""
+    """AdamW without a schedule (Defazio et al. 2024, The Road Less Scheduled).
+
+    The weights that are evaluated and delivered are an average of the trained ones.
+    """
 
     package: ClassVar[str] = "schedulefree"
+    averages_weights: ClassVar[bool] = True
+    steps_in_backward: ClassVar[bool] = False
 
     def problems(self) -> list[str]:
-        zero = (
-            ["optimizer.beta1=0: must be above 0 for schedule_free, which averages by it"]
-            if self.beta1 == 0
-            else []
-        )
-        return super().problems() + zero
+        found = super().problems()
+        if self.beta1 == 0:
+            found.append("optimizer.beta1=0: must be above 0; schedule_free averages with it")
+        return found
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         import schedulefree
@@ -178,18 +205,20 @@ class ScheduleFree(AdamW):
 
 @dataclass
 class Muon(Optimizer):
-    """Orthogonalized momentum (Jordan et al. 2024), for matrices alone, which the weights of a plain LoRA are."""
+    """Orthogonalized momentum (Jordan et al. 2024). A plain LoRA has matrices only, so it fits."""
 
     momentum: float
     weight_decay: float
+    configured: ClassVar[tuple[str, ...]] = ("momentum", "weight_decay")
+    matrices_only: ClassVar[bool] = True
 
     def build(self, parameters: list[Parameter]) -> TorchOptimizer:
         import torch
 
         if any(parameter.ndim != 2 for parameter in parameters):
             raise UserError(
-                "optimizer=muon trains matrices only, and here are other tensors too: it needs a LoRA without lora.use_dora, "
-                "on linear layers"
+                "optimizer=muon trains matrices only, and this run trains other tensors too: "
+                "it needs a LoRA on linear layers, with lora.use_dora=false"
             )
         return torch.optim.Muon(
             parameters,
@@ -197,31 +226,3 @@ class Muon(Optimizer):
             weight_decay=self.weight_decay,
             momentum=self.momentum,
         )
-
-
-def set_learning_rate(optimizer: TorchOptimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        if hasattr(group["lr"], "fill_"):  # torchao keeps it in a tensor
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
-def leaves_out_by_itself(optimizer: TorchOptimizer, grad_norm: Tensor) -> bool:
-    """Tells the optimizer, on its device, to change nothing in a step whose gradient is not finite. False when it cannot be
-    told: torch's fused Adam and AdamW can."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapping
-    if not getattr(inner, "_step_supports_amp_scaling", False):
-        return False
-    inner.grad_scale, inner.found_inf = None, (~grad_norm.isfinite()).float()
-    return True
-
-
-def adaptation(optimizer: TorchOptimizer) -> dict[str, float]:
-    """Prodigy's estimate d and the rate that comes of it, for the record; nothing for other optimizers."""
-    group = optimizer.param_groups[0]
-    return (
-        {"d": float(group["d"]), "effective_lr": float(group["d"]) * float(group["lr"])}
-        if "d" in group
-        else {}
-    )

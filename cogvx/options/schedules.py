@@ -6,10 +6,13 @@ or another number of processes reads off the same values.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass
 class Schedule:
+    decays: ClassVar[bool] = False  # the rate falls after the warm-up
+
     def multiplier(self, step: int, steps: int, peak: float) -> float:
         """Share of the peak learning rate used by optimizer step `step` of `steps`."""
         raise TypeError(f"{type(self).__name__} has no multiplier()")
@@ -49,6 +52,8 @@ class ConstantWithWarmup(Schedule):
 
 @dataclass
 class Linear(ConstantWithWarmup):
+    decays: ClassVar[bool] = True
+
     def after_warmup(self, progress: float, peak: float) -> float:
         return max(0.0, 1.0 - progress)
 
@@ -56,6 +61,7 @@ class Linear(ConstantWithWarmup):
 @dataclass
 class Cosine(ConstantWithWarmup):
     lr_num_cycles: float
+    decays: ClassVar[bool] = True
 
     def after_warmup(self, progress: float, peak: float) -> float:
         return max(0.0, 0.5 * (1.0 + math.cos(2.0 * math.pi * self.lr_num_cycles * progress)))
@@ -64,6 +70,7 @@ class Cosine(ConstantWithWarmup):
 @dataclass
 class CosineWithRestarts(ConstantWithWarmup):
     lr_num_cycles: int
+    decays: ClassVar[bool] = True
 
     def after_warmup(self, progress: float, peak: float) -> float:
         if progress >= 1.0:
@@ -75,6 +82,7 @@ class CosineWithRestarts(ConstantWithWarmup):
 class Polynomial(ConstantWithWarmup):
     lr_power: float
     lr_end: float
+    decays: ClassVar[bool] = True
 
     def after_warmup(self, progress: float, peak: float) -> float:
         if peak == 0 or progress >= 1.0:

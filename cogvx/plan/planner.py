@@ -18,7 +18,6 @@ from cogvx.compose import compose_config
 from cogvx.config import Config
 from cogvx.errors import UserError
 from cogvx.files import shown
-from cogvx.model.pretrained import Nano
 from cogvx.options.cards import CARDS, Card
 from cogvx.plan.allocator import GIB, Peak, replay
 from cogvx.plan.phases import PHASES, PlannedCheckpoint, configs_of, run_phases
@@ -397,7 +396,8 @@ def draw(path: Path, config: Config, card: Card, found: Outcome) -> None:
 
 def require_known(config: Config) -> None:
     """UserError unless the model's configuration can be known without its weights."""
-    if isinstance(config.model, Nano):  # built in, and perhaps not written yet
+    # A built-in model may not be written yet.
+    if config.model.is_built_in:
         config.model.local_folder()
     try:
         configs_of(config)

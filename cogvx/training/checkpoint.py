@@ -17,15 +17,13 @@ from pathlib import Path
 import torch
 
 from cogvx.errors import UserError, listed
+from cogvx.options import optimizers
 from cogvx.training.on_cpu import Masters
+from cogvx.training.torch_optimizer import unwrapped
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.pt"
 AVERAGED = "averaged"  # a folder with the averaged weights, where those are judged and delivered
-HYPERPARAMETERS = (  # as configured, not as stored
-    "betas", "beta3", "eps", "momentum", "weight_decay", "decoupled_weight_decay", "decouple", "use_bias_correction",
-    "safeguard_warmup",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class TrainingState:
     weights: object
     parameters: list[torch.nn.Parameter]
     optimizer: object
+    settings: optimizers.Optimizer  # the optimizer's own
     scaler: object | None
     average: object | None
     masters: Masters | None = None  # the parameters, where the transformer holds but copies of them
@@ -91,7 +90,7 @@ class TrainingState:
             self.weights.load(self.transformer, folder)
         stored = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         asked_for = [
-            {name: group[name] for name in HYPERPARAMETERS if name in group}
+            {name: group[name] for name in self.settings.configured}
             for group in self.optimizer.param_groups
         ]
         self.optimizer.load_state_dict(stored["optimizer"])
@@ -110,11 +109,11 @@ class TrainingState:
             ]
 
     def optimizer_name(self) -> str:
-        kind = type(inner(self.optimizer))
+        kind = type(unwrapped(self.optimizer))
         return f"{kind.__module__.split('.')[0]} {kind.__name__}"
 
     def delivers_an_average(self) -> bool:
-        return self.average is not None or callable(getattr(inner(self.optimizer), "eval", None))
+        return self.average is not None or self.settings.averages_weights
 
     @contextlib.contextmanager
     def averaged(self):
@@ -125,7 +124,7 @@ class TrainingState:
         schedule_free = self.average is None
         trained = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
         if schedule_free:
-            inner(self.optimizer).eval()
+            unwrapped(self.optimizer).eval()
         else:
             self.average.copy_to(self.parameters)
         if self.masters is not None:
@@ -141,11 +140,6 @@ class TrainingState:
                     group["train_mode"] = True
             if self.masters is not None:
                 self.masters.push()
-
-
-def inner(optimizer: object) -> object:
-    """Without accelerate's wrapping."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def write(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cogvx.options.optimizers import leaves_out_by_itself
+from cogvx.training.torch_optimizer import can_skip_on_device
 
 
 class SteppingInBackward:
@@ -25,7 +25,8 @@ class SteppingInBackward:
     @torch.no_grad()
     def step_for(self, parameter: torch.nn.Parameter) -> None:
         norm, [group] = parameter.grad.norm(), self.optimizer.param_groups
-        leaves_out_by_itself(self.optimizer, norm)  # a weight whose gradient is not finite stays
+        # A weight whose gradient is not finite does not change.
+        can_skip_on_device(self.optimizer, norm)
         every, group["params"] = group["params"], [parameter]
         self.optimizer.step()
         group["params"], parameter.grad = every, None

@@ -26,7 +26,6 @@ from cogvx.files import shown
 from cogvx.inference import scores
 from cogvx.model import attention, blocks, full, lora
 from cogvx.model.cogvideox import CogVideoX
-from cogvx.options.optimizers import Prodigy, adaptation, leaves_out_by_itself, set_learning_rate
 from cogvx.options.train import PROFILE_AFTER, TimestepSampling
 from cogvx.progress import bar
 from cogvx.records import record
@@ -37,6 +36,7 @@ from cogvx.training.metrics import Metrics
 from cogvx.training.on_cpu import Masters
 from cogvx.training.prepare import Prepared, start_processes
 from cogvx.training.step import Batch, Draw, sample_order, training_losses
+from cogvx.training.torch_optimizer import can_skip_on_device, estimated_rate, set_learning_rate
 from cogvx.training.validation import HeldOutLoss, Videos, heldout_loss
 
 
@@ -148,7 +148,14 @@ class Trainer:
             else EMAModel(parameters, decay=config.train.ema_decay)
         )
         state = checkpoints.TrainingState(
-            transformer, weights, parameters, optimizer, accelerator.scaler, average, masters
+            transformer,
+            weights,
+            parameters,
+            optimizer,
+            config.optimizer,
+            accelerator.scaler,
+            average,
+            masters,
         )
         step, pending = 0, []
         if source is not None:
@@ -337,7 +344,7 @@ class Trainer:
         return (
             scaled
             or self.in_backward is not None
-            or leaves_out_by_itself(self.state.optimizer, self.grad_norm)
+            or can_skip_on_device(self.state.optimizer, self.grad_norm)
         )
 
     def left_out(self) -> list[int]:
@@ -396,9 +403,13 @@ class Trainer:
         if self.metrics:
             self.metrics.log(
                 self.step, **losses, grad_norm=grad_norm if math.isfinite(grad_norm) else None, lr=rate,
-                **adaptation(self.state.optimizer), seconds=round(seconds, 4), data_seconds=round(waited, 4),
+                **self.estimated_rate(), seconds=round(seconds, 4), data_seconds=round(waited, 4),
                 peak_memory_gib=peak_memory_gib(self.accelerator.device),
             )  # fmt: skip
+
+    def estimated_rate(self) -> dict[str, float]:
+        finds = self.config.optimizer.finds_its_own_rate
+        return estimated_rate(self.state.optimizer) if finds else {}
 
     def warn_if_slow(self, seconds: float, waited: float) -> None:
         """Once, not for the first steps, which are slower."""
@@ -649,16 +660,17 @@ FULL_RATE = 1e-4  # CogVideo's own trainer: 1e-5 for full fine-tuning
 
 
 def learning_rate_warnings(config: Config) -> list[str]:
-    found, rate = config.optimizer.warnings(), config.optimizer.learning_rate
-    if config.lora is None and rate > FULL_RATE and not isinstance(config.optimizer, Prodigy):
+    optimizer, schedule = config.optimizer, config.scheduler
+    found, rate = optimizer.warnings(), optimizer.learning_rate
+    if config.lora is None and rate > FULL_RATE and not optimizer.finds_its_own_rate:
         found.append(
-            f"optimizer.learning_rate={rate:g} with lora=null: 1e-5 is usual when every weight is trained"
+            f"optimizer.learning_rate={rate:g} with lora=null: "
+            f"1e-5 is usual when every weight is trained"
         )
-    if config.choices["optimizer"] == "schedule_free" and not config.choices[
-        "scheduler"
-    ].startswith("constant"):
+    if optimizer.averages_weights and schedule.decays:
         found.append(
-            f"optimizer=schedule_free is meant for scheduler=constant_with_warmup, and this is {config.choices['scheduler']}"
+            f"optimizer={config.choices['optimizer']} is meant for scheduler=constant_with_warmup; "
+            f"this run has scheduler={config.choices['scheduler']}"
         )
     return found
 

@@ -8,7 +8,10 @@ import torch
 from cogvx.errors import UserError
 from cogvx.model import lora
 from cogvx.model.pretrained import Checkpoint
+from cogvx.options import optimizers
 from cogvx.training import checkpoint as checkpoints
+
+ADAMW = optimizers.AdamW(1e-3, 0.9, 0.95, 1e-8, 1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,7 @@ def state(nano_folder):
 
 def state_of(transformer, optimizer):
     return checkpoints.TrainingState(
-        transformer, lora, lora.trainable(transformer), optimizer, None, None
+        transformer, lora, lora.trainable(transformer), optimizer, ADAMW, None, None
     )
 
 

@@ -8,8 +8,8 @@ import torch
 from cogvx.files import read_json_lines
 from cogvx.model import lora
 from cogvx.model.pretrained import Checkpoint
-from cogvx.options.optimizers import set_learning_rate
 from cogvx.training import guards, trainer
+from cogvx.training.torch_optimizer import set_learning_rate
 
 SHORT = [
     "train.max_train_steps=12",
