@@ -13,7 +13,7 @@ from cogvx.data.encode import Encoder, image_moments, prompt_embeds
 from cogvx.data.sources import Example
 from cogvx.model import nano
 from cogvx.model.cogvideox import CogVideoX
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.released import RELEASED
 from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
 
@@ -60,11 +60,11 @@ def pipeline_class(family: str):
 
 
 def model_of(folder) -> CogVideoX:
-    checkpoint = Checkpoint(folder, CPU, torch.float32)
+    pretrained = PretrainedModel(folder, CPU, torch.float32)
     return CogVideoX(
-        checkpoint.transformer(),
-        checkpoint.noise_scheduler(),
-        checkpoint.geometry(),
+        pretrained.transformer(),
+        pretrained.noise_scheduler(),
+        pretrained.geometry(),
         device=CPU,
         dtype=torch.float32,
     )
@@ -117,10 +117,10 @@ def passed_by_the_pipeline(folder, family, frames, height, width, picture):
 
 def passed_by_training(folder, compose, frames, height, width, picture, theirs):
     """Latents of any clip of this length: at the pipeline's first timestep no signal is left."""
-    checkpoint, model = Checkpoint(folder, CPU, torch.float32), model_of(folder)
+    pretrained, model = PretrainedModel(folder, CPU, torch.float32), model_of(folder)
     calls = recorded(model.transformer)
     encoder = Encoder(None, "", torch.float32, CPU)
-    tokenizer, text_encoder = checkpoint.text_encoder()
+    tokenizer, text_encoder = pretrained.text_encoder()
     images = None
     if picture:
         data = compose(
@@ -128,7 +128,7 @@ def passed_by_training(folder, compose, frames, height, width, picture, theirs):
         ).data
         example = Example("", None, "", image=folder.parent / f"{picture.size}.png")
         picture.save(example.image)
-        images = image_moments(checkpoint.vae(tiling=False), example, data, encoder, seed="0")
+        images = image_moments(pretrained.vae(tiling=False), example, data, encoder, seed="0")
         assert images.shape[0] == 1
     moments = torch.randn((1, 32, (frames - 1) // 4 + 1, height // 4, width // 4))
     embeds, _ = prompt_embeds(tokenizer, text_encoder, PROMPT, encoder, model.geometry.text_tokens)

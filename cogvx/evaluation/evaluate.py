@@ -58,7 +58,7 @@ def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
     if not given:
         clips = [*data.held_out, *data.train][: task.count]
         given = {"taught": [clip.example.prompt for clip in clips]}
-        if data.checkpoint.geometry().image_to_video:
+        if data.pretrained.geometry().image_to_video:
             data.images |= {
                 clip.example.prompt: picture(clip.example, config.data) for clip in clips
             }
@@ -146,11 +146,11 @@ def models(
     config: Config, data: Prepared, variants: list[Variant], accelerator: Accelerator
 ) -> Iterator[tuple[Variant, CogVideoX]]:
     """Each variant as a model, one at a time."""
-    device, geometry = data.checkpoint.device, data.checkpoint.geometry()
+    device, geometry = data.pretrained.device, data.pretrained.geometry()
     transformer, held = None, None
     for variant in variants:
         if config.lora is None or transformer is None:
-            transformer = data.checkpoint.transformer()
+            transformer = data.pretrained.transformer()
             if config.lora is not None:
                 config.lora.attach(transformer, config.seed)
             elif variant.place is not None:
@@ -164,11 +164,11 @@ def models(
                 lora.load(transformer, variant.place)
             transformer.set_adapters("default", weights=variant.strength)
             held = variant.place
-        noise_scheduler = data.checkpoint.noise_scheduler()
+        noise_scheduler = data.pretrained.noise_scheduler()
         yield (
             variant,
             CogVideoX(
-                transformer, noise_scheduler, geometry, device=device, dtype=data.checkpoint.dtype
+                transformer, noise_scheduler, geometry, device=device, dtype=data.pretrained.dtype
             ),
         )
 
@@ -191,8 +191,8 @@ def make_videos(
     asked: list[scores.Asked],
     folder: Path,
 ) -> list[numpy.ndarray]:
-    videos = Videos(folder, config, data.checkpoint, [], data.embeds, data.images, {}, [])
-    vae, made = data.checkpoint.vae(tiling=config.memory.vae_tiling), []
+    videos = Videos(folder, config, data.pretrained, [], data.embeds, data.images, {}, [])
+    vae, made = data.pretrained.vae(tiling=config.memory.vae_tiling), []
     for number, each in enumerate(
         bar(asked, desc=f"videos  {variant.name}", unit="video", leave=False), start=1
     ):

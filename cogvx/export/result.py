@@ -10,7 +10,7 @@ from PIL import Image
 
 from cogvx.config import Config
 from cogvx.model import full, lora
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 from cogvx.records.usage import SETTINGS, snippet
 
 IMAGE = "first_frame.png"
@@ -22,12 +22,12 @@ def deliver(
     config: Config,
     prompt: str,
     image: numpy.ndarray | None,
-    checkpoint: Checkpoint,
+    pretrained: PretrainedModel,
 ) -> str:
     """Writes the weights and SETTINGS into the run's folder; returns the lines that use them, with this prompt and, for
     image-to-video, this image [H, W, 3] uint8, which is written too."""
     if config.lora is None:
-        full.save(transformer, folder, checkpoint.dtype)
+        full.save(transformer, folder, pretrained.dtype)
         strength = {}
     else:
         lora.save(transformer, folder)
@@ -37,13 +37,13 @@ def deliver(
             "lora_scale": config.lora.scale,
             "lora_scale_note": "applied by load_lora_weights itself, from the file's metadata; set no adapter weight for it",
         }
-    sampling, data, geometry = config.validation, config.data, checkpoint.geometry()
+    sampling, data, geometry = config.validation, config.data, pretrained.geometry()
     settings = {
         "pipeline": "CogVideoXImageToVideoPipeline"
         if geometry.image_to_video
         else "CogVideoXPipeline",
         "base_model": config.model.path,
-        "revision": checkpoint.hub_commit() or config.model.revision,
+        "revision": pretrained.hub_commit() or config.model.revision,
         "torch_dtype": config.train.mixed_precision.value,
         **strength,
         "id_token": data.id_token,

@@ -205,7 +205,7 @@ def require_parts(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class PretrainedModel:
     """A whole checkpoint on this machine; each part is read from disk when asked for."""
 
     folder: Path

@@ -25,7 +25,7 @@ from cogvx.data.sources import Example
 from cogvx.inference import generate
 from cogvx.model import blocks
 from cogvx.model.geometry import Geometry, read_config
-from cogvx.model.pretrained import Checkpoint, placed
+from cogvx.model.pretrained import PretrainedModel, placed
 from cogvx.model.released import NAMES, RELEASED, SCHEDULER, T5_XXL
 from cogvx.options import optimizers
 from cogvx.options.tracking import Tracking
@@ -42,7 +42,7 @@ STEPS_OF_VIDEO = 1  # traced of validation.num_inference_steps, which are all al
 
 
 @dataclass(frozen=True)
-class PlannedCheckpoint(Checkpoint):
+class PlannedModel(PretrainedModel):
     """A checkpoint without weights: its parts are built from their configuration, at full size."""
 
     configs: dict[str, dict] = dataclasses.field(
@@ -135,12 +135,12 @@ class PlannedData(Prepared):
     config: Config
 
     def load_batch(self, clips: list[EncodedClip], prompts: list[str], images: list[int]) -> Batch:
-        data, checkpoint, geometry = self.config.data, self.checkpoint, self.checkpoint.geometry()
+        data, pretrained, geometry = self.config.data, self.pretrained, self.pretrained.geometry()
         frames = (data.max_num_frames - 1) // geometry.temporal_stride + 1
         size = (data.height // geometry.spatial_stride, data.width // geometry.spatial_stride)
         channels, count = 2 * geometry.latent_channels, len(clips)
-        width = checkpoint.configs["transformer"]["text_embed_dim"]
-        zeros = functools.partial(torch.zeros, dtype=checkpoint.dtype, device=checkpoint.device)
+        width = pretrained.configs["transformer"]["text_embed_dim"]
+        zeros = functools.partial(torch.zeros, dtype=pretrained.dtype, device=pretrained.device)
         first = zeros(count, channels, 1, *size) if geometry.image_to_video else None
         return Batch(
             zeros(count, channels, frames, *size), zeros(count, geometry.text_tokens, width), first
@@ -176,15 +176,15 @@ def run_phases(
         patched(Draw, normal=nothing),
         contextlib.nullcontext() if on_gpu else eight_bits_without_kernels(),
     ):
-        checkpoint = PlannedCheckpoint(Path(), device, dtype, configs_of(config), recorder, layers)
+        pretrained = PlannedModel(Path(), device, dtype, configs_of(config), recorder, layers)
         if "encode clips" in phases:
-            encode_clip(config, checkpoint, recorder)
+            encode_clip(config, pretrained, recorder)
         if "encode prompts" in phases:
-            encode_prompt(config, checkpoint, recorder)
+            encode_prompt(config, pretrained, recorder)
         if set(phases) & {"load", "held-out loss", "train", "video"}:
             with patched(accelerator, print=lambda *texts: None):
                 train(
-                    config, checkpoint, accelerator, recorder, Path(scratch), phases, begun, steps
+                    config, pretrained, accelerator, recorder, Path(scratch), phases, begun, steps
                 )
         recorder.begin("end")
     return recorder
@@ -205,26 +205,26 @@ def eight_bits_without_kernels() -> Iterator[None]:
         yield
 
 
-def encode_clip(config: Config, checkpoint: PlannedCheckpoint, recorder: Recorder) -> None:
+def encode_clip(config: Config, pretrained: PlannedModel, recorder: Recorder) -> None:
     recorder.begin("encode clips")
-    vae = checkpoint.vae(tiling=config.memory.vae_tiling)
+    vae = pretrained.vae(tiling=config.memory.vae_tiling)
     recorder.call(vae.parameters(), "VAE weights")
     data = config.data
     with recorder.putting(on_host=True):
         frames = torch.zeros(data.max_num_frames, 3, data.height, data.width)
-    latent_moments(vae, frames, Encoder(None, "", checkpoint.dtype, checkpoint.device))
+    latent_moments(vae, frames, Encoder(None, "", pretrained.dtype, pretrained.device))
     del vae, frames
     recorder.empty_cache()
 
 
-def encode_prompt(config: Config, checkpoint: PlannedCheckpoint, recorder: Recorder) -> None:
+def encode_prompt(config: Config, pretrained: PlannedModel, recorder: Recorder) -> None:
     recorder.begin("encode prompts")
-    _, model = checkpoint.text_encoder(streamed=config.memory.stream_text_encoder)
+    _, model = pretrained.text_encoder(streamed=config.memory.stream_text_encoder)
     recorder.call(model.parameters(), "text encoder weights")
     with torch.no_grad():
         model(
             torch.zeros(
-                1, checkpoint.geometry().text_tokens, dtype=torch.int64, device=checkpoint.device
+                1, pretrained.geometry().text_tokens, dtype=torch.int64, device=pretrained.device
             )
         )
     del model
@@ -233,7 +233,7 @@ def encode_prompt(config: Config, checkpoint: PlannedCheckpoint, recorder: Recor
 
 def train(
     config,
-    checkpoint,
+    pretrained,
     accelerator,
     recorder: Recorder,
     folder: Path,
@@ -247,8 +247,8 @@ def train(
     )
     clips = [clip] * (config.train.train_batch_size * config.train.gradient_accumulation_steps)
     picture = numpy.zeros((data.height, data.width, 3), numpy.uint8)
-    images = {"prompt": picture} if checkpoint.geometry().image_to_video else {}
-    prepared = PlannedData(checkpoint, clips, [clip], {}, ["prompt"], "prompt", images, config)
+    images = {"prompt": picture} if pretrained.geometry().image_to_video else {}
+    prepared = PlannedData(pretrained, clips, [clip], {}, ["prompt"], "prompt", images, config)
     recorder.begin("load")
     trainer = Trainer.build(config, folder, accelerator, prepared)
     transformer = trainer.state.transformer
@@ -285,17 +285,17 @@ def train(
     if "video" in phases:
         recorder.empty_cache()
         recorder.begin("video")
-        width = checkpoint.configs["transformer"]["text_embed_dim"]
+        width = pretrained.configs["transformer"]["text_embed_dim"]
         embeds = torch.zeros(
-            checkpoint.geometry().text_tokens,
+            pretrained.geometry().text_tokens,
             width,
-            dtype=checkpoint.dtype,
-            device=checkpoint.device,
+            dtype=pretrained.dtype,
+            device=pretrained.device,
         )
         videos = Videos(
-            folder, config, checkpoint, ["prompt"], lambda prompt: embeds, images, {}, []
+            folder, config, pretrained, ["prompt"], lambda prompt: embeds, images, {}, []
         )
-        vae = checkpoint.vae(tiling=config.memory.vae_tiling)
+        vae = pretrained.vae(tiling=config.memory.vae_tiling)
         recorder.call(vae.parameters(), "VAE weights")
         nothing = [numpy.zeros((1, 1, 1, 3))]
         with (

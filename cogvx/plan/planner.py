@@ -20,7 +20,7 @@ from cogvx.errors import UserError
 from cogvx.files import shown
 from cogvx.options.cards import CARDS, Card
 from cogvx.plan.allocator import GIB, Peak, replay
-from cogvx.plan.phases import PHASES, PlannedCheckpoint, configs_of, run_phases
+from cogvx.plan.phases import PHASES, PlannedModel, configs_of, run_phases
 from cogvx.plan.trace import Recorder, Work
 
 PARTS = ["weights", "gradients", "optimizer", "activations", "workspace"]
@@ -236,13 +236,13 @@ def gib(size: float) -> float:
 
 def cache_bytes(config: Config) -> int:
     """Of a clip's latents, its image's encodings and its prompt."""
-    checkpoint = PlannedCheckpoint(Path(), torch.device("cpu"), torch.float32, configs_of(config))
-    geometry, data = checkpoint.geometry(), config.data
+    pretrained = PlannedModel(Path(), torch.device("cpu"), torch.float32, configs_of(config))
+    geometry, data = pretrained.geometry(), config.data
     size = getattr(torch, config.train.mixed_precision.value).itemsize
     pixels = data.height // geometry.spatial_stride * (data.width // geometry.spatial_stride)
     frames = (data.max_num_frames - 1) // geometry.temporal_stride + 1
     frames += (1 + data.image_noise_variants) if geometry.image_to_video else 0
-    prompt = geometry.text_tokens * checkpoint.configs["transformer"]["text_embed_dim"]
+    prompt = geometry.text_tokens * pretrained.configs["transformer"]["text_embed_dim"]
     return size * (2 * geometry.latent_channels * frames * pixels + prompt)
 
 

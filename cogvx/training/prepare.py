@@ -30,7 +30,7 @@ from cogvx.data.sources import Data, Example
 from cogvx.data.video import BadClip, to_bytes
 from cogvx.errors import UserError
 from cogvx.files import shown
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.memory import Memory
 from cogvx.options.train import Precision
 from cogvx.records import record
@@ -79,7 +79,7 @@ def start_processes(config: Config) -> Accelerator:
 class Prepared:
     """The data, encoded: nothing of the two encoders is left in memory."""
 
-    checkpoint: Checkpoint
+    pretrained: PretrainedModel
     train: list[EncodedClip]
     held_out: list[EncodedClip]
     prompts: dict[str, Path]  # the cached embedding of every caption, validation prompt and ""
@@ -105,14 +105,14 @@ class Prepared:
             examples = config.data.read()
             config.data.trained_on(len(examples))  # too few are said before they are encoded
             model_folder = config.model.prepare(**config.asked_of_model())
-        checkpoint = Checkpoint(
+        pretrained = PretrainedModel(
             model_folder, accelerator.device, getattr(torch, config.train.mixed_precision.value)
         )
-        say(f"model   {shown(Path(config.model.path))}, {checkpoint.dtype} on {accelerator.device}")
+        say(f"model   {shown(Path(config.model.path))}, {pretrained.dtype} on {accelerator.device}")
 
-        vae, text = encoders(checkpoint, cache, config.memory)
+        vae, text = encoders(pretrained, cache, config.memory)
         clips, rejected = encode_clips(examples, config.data, cache, vae, say)
-        if checkpoint.geometry().image_to_video:
+        if pretrained.geometry().image_to_video:
             clips, without_image = encode_images(clips, config.data, cache, vae, say)
             rejected += without_image
         out, used = config.data.held_out(len(clips)), config.data.trained_on(len(clips))
@@ -124,7 +124,7 @@ class Prepared:
             write_report(folder, clips, uses, rejected)
             write_contact_sheet(folder, clips, uses)
             fingerprint = content_key([fingerprint_of(clip.example, cache) for clip in clips])
-            commit = checkpoint.hub_commit()
+            commit = pretrained.hub_commit()
             record.note(
                 folder, device=device_name(accelerator.device), processes=accelerator.num_processes,
                 model_folder=str(model_folder), model_commit=commit, data_fingerprint=fingerprint,
@@ -140,13 +140,13 @@ class Prepared:
         say(f"clips   {sheet} shows what the model sees of them, dataset_report.csv says it")
         require_equal_lengths(train, config)
         for frames in sorted({clip.about["frames"] for clip in clips}):
-            for caution in checkpoint.geometry().cautions(frames):
+            for caution in pretrained.geometry().cautions(frames):
                 say(f"warning {caution}")
         first = (aside or train)[0].example
         if validation_prompts is None:
             validation_prompts = [first.prompt]
         example, images = [*validation_prompts, first.prompt][0], {}
-        if checkpoint.geometry().image_to_video:
+        if pretrained.geometry().image_to_video:
             given = start_images or [None] * len(validation_prompts)
             images[example] = picture(first, config.data)
             for prompt, path in zip(validation_prompts, given, strict=True):
@@ -154,18 +154,18 @@ class Prepared:
                     first if path is None else replace(first, image=path), config.data
                 )
         all_prompts = ["", *(clip.example.prompt for clip in clips), *validation_prompts, *prompts]
-        embeds = encode_prompts(all_prompts, cache, text, checkpoint.geometry().text_tokens, say)
+        embeds = encode_prompts(all_prompts, cache, text, pretrained.geometry().text_tokens, say)
         clear_device_cache(
             garbage_collection=True
         )  # of the two encoders, which nothing refers to any more
-        return cls(checkpoint, train, aside, embeds, validation_prompts, example, images)
+        return cls(pretrained, train, aside, embeds, validation_prompts, example, images)
 
     def embeds(self, prompt: str) -> torch.Tensor:
         return read_tensor(self.prompts[prompt], "prompt_embeds")
 
     def load_batch(self, clips: list[EncodedClip], prompts: list[str], images: list[int]) -> Batch:
         """On the device. `images`: which encoding of its image each clip starts from; 0 is without noise."""
-        device, image_moments = self.checkpoint.device, None
+        device, image_moments = self.pretrained.device, None
         latents = [read_tensor(clip.path, "latent_moments") for clip in clips]
         if clips[0].image_path is not None:
             rows = [
@@ -220,23 +220,23 @@ def picture(example: Example, data: Data) -> numpy.ndarray:
         raise UserError(f"a validation video's {bad}") from bad
 
 
-def encoders(checkpoint: Checkpoint, cache: Cache, memory: Memory) -> tuple[Encoder, Encoder]:
+def encoders(pretrained: PretrainedModel, cache: Cache, memory: Memory) -> tuple[Encoder, Encoder]:
     """The VAE and the text encoder, not loaded yet."""
     vae, text, tokenizer = (
-        cache.fingerprint(checkpoint.folder / p) for p in ("vae", "text_encoder", "tokenizer")
+        cache.fingerprint(pretrained.folder / p) for p in ("vae", "text_encoder", "tokenizer")
     )
     return (
         Encoder(
-            lambda: checkpoint.vae(tiling=memory.vae_tiling),
+            lambda: pretrained.vae(tiling=memory.vae_tiling),
             f"{vae} tiling={memory.vae_tiling}",
-            checkpoint.dtype,
-            checkpoint.device,
+            pretrained.dtype,
+            pretrained.device,
         ),
         Encoder(
-            lambda: checkpoint.text_encoder(streamed=memory.stream_text_encoder),
+            lambda: pretrained.text_encoder(streamed=memory.stream_text_encoder),
             f"{text} {tokenizer}",
-            checkpoint.dtype,
-            checkpoint.device,
+            pretrained.dtype,
+            pretrained.device,
         ),
     )
 

@@ -117,13 +117,13 @@ class Trainer:
         say, weights = accelerator.print, full if config.lora is None else lora
         source = resume_source(config.train.resume, folder)
         transformer, found = load_to_train(config, data, resumed=source is not None)
-        types, masters = guards.audit(transformer, data.checkpoint.dtype), None
+        types, masters = guards.audit(transformer, data.pretrained.dtype), None
         if config.memory.offload_optimizer:
             masters = Masters(
-                lora.trainable(transformer), data.checkpoint.device, data.checkpoint.dtype
+                lora.trainable(transformer), data.pretrained.device, data.pretrained.dtype
             )
         blocks.arrange(
-            transformer, config.memory, recompute=config.memory.gradient_checkpointing, device=data.checkpoint.device,
+            transformer, config.memory, recompute=config.memory.gradient_checkpointing, device=data.pretrained.device,
             compiled=config.train.compile,
         )  # fmt: skip
         parameters = lora.trainable(transformer) if masters is None else masters.weights
@@ -174,8 +174,8 @@ class Trainer:
                 f"the checkpoint is at step {step} and train.max_train_steps is {steps}: raise it to go on"
             )
         model = CogVideoX(
-            accelerator.prepare(transformer), data.checkpoint.noise_scheduler(), data.checkpoint.geometry(),
-            device=accelerator.device, dtype=data.checkpoint.dtype,
+            accelerator.prepare(transformer), data.pretrained.noise_scheduler(), data.pretrained.geometry(),
+            device=accelerator.device, dtype=data.pretrained.dtype,
         )  # fmt: skip
         watch = guards.Watch(config.train.max_skipped_steps, rows=pending)
         metrics = None
@@ -251,7 +251,7 @@ class Trainer:
                     self.config,
                     prompt,
                     self.data.images.get(prompt),
-                    self.data.checkpoint,
+                    self.data.pretrained,
                 )
         videos, compared = self.write_videos(), self.compare()  # after the result is safe
         best = checkpoints.best(self.folder)
@@ -512,7 +512,7 @@ class Trainer:
         clips = {prompt: self.data.clip_beside(prompt).example.video for prompt in prompts}
         beside = {prompt: to_bytes(read_clip(path, data).frames) for prompt, path in clips.items()}
         return Videos(
-            self.folder, self.config, self.data.checkpoint, prompts, self.data.embeds, self.data.images, beside, self.asked
+            self.folder, self.config, self.data.pretrained, prompts, self.data.embeds, self.data.images, beside, self.asked
         )  # fmt: skip
 
     def compare(self) -> list[scores.Comparison]:
@@ -619,7 +619,7 @@ class Unprofiled:
 
 def speed_in_words(config: Config, transformer: torch.nn.Module, data: Prepared) -> str:
     heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
-    kernel = attention.in_use(heads, width, data.checkpoint.device, data.checkpoint.dtype)
+    kernel = attention.in_use(heads, width, data.pretrained.device, data.pretrained.dtype)
     return f"speed   attention by {kernel.name}" + (
         "; blocks compiled by torch" if config.train.compile else ""
     )
@@ -630,13 +630,13 @@ def load_to_train(
 ) -> tuple[torch.nn.Module, list[str]]:
     """The transformer with what is to be trained in it, and lines that say what that is."""
     if config.lora is None:
-        transformer = data.checkpoint.transformer(torch.float32)
+        transformer = data.pretrained.transformer(torch.float32)
         full.attach(transformer)
         lines = [
             f"full    every weight: {count(transformer):.2f} M trainable parameters, kept in fp32"
         ]
     else:
-        transformer, settings = data.checkpoint.transformer(), config.lora
+        transformer, settings = data.pretrained.transformer(), config.lora
         settings.attach(transformer, config.seed)
         start = None if resumed else settings.init_from
         variant = (", rsLoRA" if settings.use_rslora else "") + (

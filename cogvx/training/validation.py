@@ -22,7 +22,7 @@ from cogvx.files import write_text
 from cogvx.inference import scores
 from cogvx.inference.generate import generate
 from cogvx.model.cogvideox import CogVideoX
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.validation import Validation
 from cogvx.progress import bar
 from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
@@ -148,7 +148,7 @@ class Videos:
 
     folder: Path
     config: Config
-    checkpoint: Checkpoint
+    pretrained: PretrainedModel
     prompts: list[str]
     embeds: Callable[[str], torch.Tensor]  # of a prompt, [S, D]
     images: dict[str, numpy.ndarray]  # image-to-video: the prompts' first frames, [H, W, 3] uint8
@@ -172,7 +172,7 @@ class Videos:
             )
         unscored = bool(self.asked) and not self.base_scores().is_file()
         vae = (
-            self.checkpoint.vae(tiling=self.config.memory.vae_tiling)
+            self.pretrained.vae(tiling=self.config.memory.vae_tiling)
             if missing or unscored
             else None
         )
@@ -202,7 +202,7 @@ class Videos:
 
     def score_both(self, transformer, step: int) -> dict[str, list[scores.Scored]]:
         """Of the base model and of this step. write_base() comes first."""
-        vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling)
+        vae = self.pretrained.vae(tiling=self.config.memory.vae_tiling)
         values = json.loads(self.base_scores().read_text(encoding="utf-8"))
         base = [
             scores.Scored(asked, found) for asked, found in zip(self.asked, values, strict=True)
@@ -214,7 +214,7 @@ class Videos:
         same as gif and as a strip of frames. write_base() comes first."""
         if not self.prompts:
             return []
-        vae = self.checkpoint.vae(tiling=self.config.memory.vae_tiling)
+        vae = self.pretrained.vae(tiling=self.config.memory.vae_tiling)
         here = self.folder / "validation" / f"step_{step:06d}"
         written = []
         for name, prompt, seed in self.wanted():
@@ -244,7 +244,7 @@ class Videos:
         self, transformer, vae, prompt: str, seed: int, description: str | None
     ) -> numpy.ndarray:
         return generate(
-            transformer=transformer, vae=vae, noise_scheduler=self.checkpoint.noise_scheduler(),
+            transformer=transformer, vae=vae, noise_scheduler=self.pretrained.noise_scheduler(),
             prompt_embeds=self.embeds(prompt), negative_prompt_embeds=self.embeds(""),
             image=self.images.get(prompt), data=self.config.data, sampling=self.config.validation,
             frugal=self.config.memory.frugal_videos, seed=seed, description=description,

@@ -19,7 +19,7 @@ processes.quiet_libraries()
 
 from cogvx.model import nano  # noqa: E402
 from cogvx.model.cogvideox import CogVideoX  # noqa: E402
-from cogvx.model.pretrained import Checkpoint  # noqa: E402
+from cogvx.model.pretrained import PretrainedModel  # noqa: E402
 from cogvx.training.step import Batch, Draw, Sample, training_losses  # noqa: E402
 
 ROUNDS, STEPS = 15, 40
@@ -54,8 +54,8 @@ def seconds(loss, model: CogVideoX, batch: Batch) -> float:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Checkpoint(nano.write(Path(scratch) / "nano"), CPU, torch.float32)
-        transformer = checkpoint.transformer()
+        pretrained = PretrainedModel(nano.write(Path(scratch) / "nano"), CPU, torch.float32)
+        transformer = pretrained.transformer()
     transformer.requires_grad_(True)
     model = CogVideoX(
         transformer, nano.noise_scheduler(), nano.NANO.geometry, device=CPU, dtype=torch.float32

@@ -24,7 +24,7 @@ from transformers import T5Config, T5EncoderModel  # noqa: E402
 
 from cogvx.config import compose_config  # noqa: E402
 from cogvx.model import nano  # noqa: E402
-from cogvx.model.pretrained import Checkpoint  # noqa: E402
+from cogvx.model.pretrained import PretrainedModel  # noqa: E402
 from cogvx.records import record  # noqa: E402
 from cogvx.runs import processes  # noqa: E402
 from cogvx.training.prepare import Prepared, start_processes  # noqa: E402
@@ -62,7 +62,7 @@ def our_steps(trainer: Trainer, count: int) -> None:
 
 def plain_steps(trainer: Trainer, tokenizer, encoder, count: int) -> None:
     """As examples/cogvideo/train_cogvideox_lora.py of diffusers: latents in memory, everything else in the loop."""
-    transformer, scheduler = trainer.state.transformer, trainer.data.checkpoint.noise_scheduler()
+    transformer, scheduler = trainer.state.transformer, trainer.data.pretrained.noise_scheduler()
     optimizer = torch.optim.AdamW(trainer.state.parameters, lr=1e-3)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     factor, width = trainer.model.geometry.scaling_factor, transformer.config.text_embed_dim
@@ -117,8 +117,8 @@ def main() -> None:
     processes.quiet_libraries()
     print(f"{torch.get_num_threads()} threads; {STEPS} steps, {ROUNDS} rounds, in turn\n")
     trainer = trainer_of()
-    tokenizer, _ = Checkpoint(
-        trainer.data.checkpoint.folder, torch.device("cpu"), torch.float32
+    tokenizer, _ = PretrainedModel(
+        trainer.data.pretrained.folder, torch.device("cpu"), torch.float32
     ).text_encoder()
     print(
         "| text encoder beside nano | its share of the plain step | ours beside the plain loop |\n|---|---|---|"

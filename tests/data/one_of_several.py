@@ -16,7 +16,7 @@ import torch
 from cogvx import compose as composing
 from cogvx.data import encode
 from cogvx.data.cache import Cache
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 
 cache, clips, nano, notes = map(Path, sys.argv[1:5])
 stuck = sys.argv[5:] == ["stuck"]
@@ -48,7 +48,7 @@ def noted_write(self, *arguments, **settings):
 encode.read_clip, Cache.write = noted_read, noted_write
 cpu = torch.device("cpu")
 vae = encode.Encoder(
-    lambda: Checkpoint(nano, cpu, torch.float32).vae(tiling=False), "nano", torch.float32, cpu
+    lambda: PretrainedModel(nano, cpu, torch.float32).vae(tiling=False), "nano", torch.float32, cpu
 )
 encoded, _ = encode.encode_clips(
     data.read(), data, Cache(cache), vae, lambda line: print(line, flush=True)

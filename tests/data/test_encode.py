@@ -9,7 +9,7 @@ from cogvx.data.cache import Cache, content_key
 from cogvx.data.encode import Encoder, encode_clips, encode_prompts, latent_moments
 from cogvx.errors import UserError
 from cogvx.model import nano
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 def vae_encoder(nano_folder, loads):
     def load():
         loads.append(1)
-        return Checkpoint(nano_folder, CPU, torch.float32).vae(tiling=False)
+        return PretrainedModel(nano_folder, CPU, torch.float32).vae(tiling=False)
 
     return Encoder(load=load, identity="nano", dtype=torch.float32, device=CPU)
 
@@ -75,7 +75,7 @@ def test_cached_moments_are_the_vaes_posterior(compose, clips, nano_folder, tmp_
     encoded, _ = encode_clips(
         data.read(), data, Cache(tmp_path), vae_encoder(nano_folder, []), lambda text: None
     )
-    vae = Checkpoint(nano_folder, CPU, torch.float32).vae(tiling=False)
+    vae = PretrainedModel(nano_folder, CPU, torch.float32).vae(tiling=False)
     pixels = read_clip(encoded[2].example.video, data).frames.permute(1, 0, 2, 3)[None]
     with torch.no_grad():
         expected = vae.encode(pixels).latent_dist
@@ -84,7 +84,7 @@ def test_cached_moments_are_the_vaes_posterior(compose, clips, nano_folder, tmp_
 
 
 def test_tiles_that_do_not_fit_are_refused(nano_folder):
-    vae = Checkpoint(nano_folder, CPU, torch.float32).vae(tiling=True)
+    vae = PretrainedModel(nano_folder, CPU, torch.float32).vae(tiling=True)
     encoder = Encoder(lambda: vae, "nano", torch.float32, CPU)
     frames = torch.zeros(5, 3, 64, 96)
     assert latent_moments(vae, frames, encoder).shape == (32, 2, 16, 24)
@@ -152,7 +152,7 @@ def test_prompts_are_embedded_as_the_pipeline_does(nano_folder, tmp_path):
     prompts = ["A red circle moves up.", "", "word " * 100]
     said = []
     encoder = Encoder(
-        Checkpoint(nano_folder, CPU, torch.float32).text_encoder, "nano", torch.float32, CPU
+        PretrainedModel(nano_folder, CPU, torch.float32).text_encoder, "nano", torch.float32, CPU
     )
     paths = encode_prompts(prompts, Cache(tmp_path), encoder, nano.TEXT_TOKENS, said.append)
     for prompt in prompts:

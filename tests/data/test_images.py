@@ -16,7 +16,7 @@ from cogvx.data.mp4 import write_video
 from cogvx.data.sources import Example
 from cogvx.data.video import BadClip, read_clip, to_bytes
 from cogvx.errors import UserError
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 from cogvx.training.prepare import Prepared
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def encoded(compose, nano_folder, root, tmp_path, *overrides, loads=None, say=la
     def load():
         if loads is not None:
             loads.append(1)
-        return Checkpoint(nano_folder, CPU, torch.float32).vae(tiling=False)
+        return PretrainedModel(nano_folder, CPU, torch.float32).vae(tiling=False)
 
     data = compose("model=nano_i2v", f"data.instance_data_root={root}", *overrides).data
     vae, cache = Encoder(load, "nano", torch.float32, CPU), Cache(tmp_path / "cache")
@@ -135,7 +135,7 @@ def test_each_image_is_encoded_once_as_it_is_and_with_noise(
     )
     moments = [load_file(clip.image_path)["image_moments"] for clip in clips]
     assert not bad and {m.shape for m in moments} == {(5, 32, 1, 16, 16)}
-    vae = Checkpoint(nano_folder, CPU, torch.float32).vae(tiling=False)
+    vae = PretrainedModel(nano_folder, CPU, torch.float32).vae(tiling=False)
     with torch.no_grad():
         clean = vae.encode(
             image_of(clips[2].example, data).permute(1, 0, 2, 3)[None]

@@ -9,7 +9,7 @@ import torch
 from cogvx.data import world
 from cogvx.inference import pixels
 from cogvx.model import nano
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 from cogvx.training import autoencoder
 
 NAMES = ("shape", "colour", "background", "direction")
@@ -38,7 +38,9 @@ def test_every_kind_of_clip_is_seen_as_what_it_is():
 
 @pytest.fixture(scope="module")
 def vae():
-    return Checkpoint(nano.WEIGHTS / "nano", torch.device("cpu"), torch.float32).vae(tiling=False)
+    return PretrainedModel(nano.WEIGHTS / "nano", torch.device("cpu"), torch.float32).vae(
+        tiling=False
+    )
 
 
 @pytest.mark.slow

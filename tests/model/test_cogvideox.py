@@ -9,7 +9,7 @@ from cogvx.errors import UserError
 from cogvx.model import nano
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.geometry import read_geometry, released
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 from cogvx.training.step import Batch, Draw, FixedDraw, Sample, training_losses
 
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def test_a_random_checkpoint_is_the_same_on_every_writing(tmp_path):
     assert len(files) >= 7
     assert all((folders[0] / f).read_bytes() == (folders[1] / f).read_bytes() for f in files)
     ours, theirs = (
-        Checkpoint(folder, CPU, torch.float32).transformer().state_dict() for folder in folders
+        PretrainedModel(folder, CPU, torch.float32).transformer().state_dict() for folder in folders
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -205,7 +205,7 @@ def test_a_damaged_weights_file_is_named(nano_folder, tmp_path):
     weights = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="transformer cannot be loaded"):
-        Checkpoint(tmp_path / "model", CPU, torch.float32).transformer()
+        PretrainedModel(tmp_path / "model", CPU, torch.float32).transformer()
 
 
 def test_an_unknown_hub_id_says_name_and_network(compose):

@@ -6,7 +6,7 @@ from diffusers import CogVideoXPipeline
 
 from cogvx.errors import UserError
 from cogvx.model import lora, nano
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 
 INPUTS = {
     "hidden_states": torch.randn((1, 3, 16, 16, 16), generator=torch.Generator().manual_seed(0)),
@@ -34,7 +34,7 @@ def settings(rank, alpha, **others) -> lora.Lora:
 
 def trained(nano_folder, rank, alpha, **others):
     """A transformer whose adapter has been moved away from doing nothing."""
-    transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
+    transformer = PretrainedModel(nano_folder, torch.device("cpu"), torch.float32).transformer()
     settings(rank, alpha, **others).attach(transformer, seed=0)
     generator = torch.Generator().manual_seed(2)
     for parameter in lora.trainable(transformer):
@@ -60,7 +60,7 @@ def test_plain_diffusers_loads_it_at_the_trained_strength(
 
 
 def test_what_is_trained_is_the_adapter_in_fp32(nano_folder):
-    transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.bfloat16).transformer()
+    transformer = PretrainedModel(nano_folder, torch.device("cpu"), torch.bfloat16).transformer()
     settings(4, 4).attach(transformer, seed=0)
     names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
     assert len(names) == 6 * 4 * 2 and all(
@@ -70,10 +70,10 @@ def test_what_is_trained_is_the_adapter_in_fp32(nano_folder):
 
 
 def test_a_new_adapter_changes_nothing_and_follows_the_seed(nano_folder):
-    checkpoint = Checkpoint(nano_folder, torch.device("cpu"), torch.float32)
+    pretrained = PretrainedModel(nano_folder, torch.device("cpu"), torch.float32)
     states = []
     for seed in (0, 0, 1):
-        transformer = checkpoint.transformer()
+        transformer = pretrained.transformer()
         base = output(transformer)
         torch.rand(3)  # the global generator's state does not matter
         settings(4, 8, target_modules=["to_q"]).attach(transformer, seed)
@@ -106,7 +106,7 @@ def test_another_alpha_is_refused(nano_folder, tmp_path):
 
 
 def test_a_target_that_matches_nothing_is_named(nano_folder):
-    transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
+    transformer = PretrainedModel(nano_folder, torch.device("cpu"), torch.float32).transformer()
     with pytest.raises(UserError, match=r"no layer is called to_w.*attn1.to_q"):
         settings(4, 4, target_modules=["to_q", "to_w"]).attach(transformer, seed=0)
 
@@ -129,7 +129,7 @@ def test_targets_as_a_regular_expression(nano_folder, tmp_path):
     ],
 )
 def test_targets_that_cannot_be_trained_are_named(nano_folder, targets, said):
-    transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
+    transformer = PretrainedModel(nano_folder, torch.device("cpu"), torch.float32).transformer()
     with pytest.raises(UserError, match=said):
         settings(4, 4, target_modules=targets).attach(transformer, seed=0)
 
@@ -152,7 +152,7 @@ def test_wrong_lora_settings_are_refused_at_the_door(compose, override, said):
 
 
 def begun(nano_folder, path, rank, alpha, **others):
-    transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
+    transformer = PretrainedModel(nano_folder, torch.device("cpu"), torch.float32).transformer()
     asked_for = settings(rank, alpha, **others)
     asked_for.attach(transformer, seed=3)
     return transformer, asked_for.start_from(transformer, path)

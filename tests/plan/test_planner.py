@@ -185,5 +185,5 @@ def test_several_processes_are_planned_with_their_buckets(compose, nano_folder):
         recorded(compose, nano_folder, settings, ["train"], as_cuda=False)
         for settings in (["lora=null"], ["lora=null", "parallel=ddp"])
     )
-    trained = 4 * sum(p.numel() for p in phases.PlannedCheckpoint(Path(), phases.CPU, torch.float32, phases.configs_of(compose(f"model.path='{nano_folder}'"))).transformer().parameters())  # fmt: skip
+    trained = 4 * sum(p.numel() for p in phases.PlannedModel(Path(), phases.CPU, torch.float32, phases.configs_of(compose(f"model.path='{nano_folder}'"))).transformer().parameters())  # fmt: skip
     assert abs(two.most[False] - one.most[False] - trained) < 0.02 * trained

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLCogVideoX
 from cogvx.data.cache import filled
 from cogvx.errors import UserError
 from cogvx.files import read_json_lines
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 from cogvx.training import autoencoder
 
 QUICK = [
@@ -40,7 +40,7 @@ def test_it_leaves_parts_of_a_checkpoint(run, capfd):
         not (folder / autoencoder.STATE).exists()
         and "dB on 2 clips held out" in capfd.readouterr().out
     )
-    tokenizer, encoder = Checkpoint(folder, torch.device("cpu"), torch.float32).text_encoder()
+    tokenizer, encoder = PretrainedModel(folder, torch.device("cpu"), torch.float32).text_encoder()
     assert (
         tokenizer.tokenize("A red circle") == ["▁A", "▁red", "▁circle"]
         and encoder.config.d_model == 64

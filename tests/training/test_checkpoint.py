@@ -7,7 +7,7 @@ import torch
 
 from cogvx.errors import UserError
 from cogvx.model import lora
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 from cogvx.options import optimizers
 from cogvx.training import checkpoint as checkpoints
 
@@ -16,7 +16,7 @@ ADAMW = optimizers.AdamW(1e-3, 0.9, 0.95, 1e-8, 1e-2)
 
 @pytest.fixture(scope="module")
 def state(nano_folder):
-    transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.float32).transformer()
+    transformer = PretrainedModel(nano_folder, torch.device("cpu"), torch.float32).transformer()
     lora.Lora(4, 2, ["to_q"], use_rslora=False, use_dora=False, init_from=None).attach(
         transformer, seed=0
     )

@@ -7,7 +7,7 @@ import torch
 
 from cogvx.files import read_json_lines
 from cogvx.model import lora
-from cogvx.model.pretrained import Checkpoint
+from cogvx.model.pretrained import PretrainedModel
 from cogvx.training import guards, trainer
 from cogvx.training.torch_optimizer import set_learning_rate
 
@@ -111,7 +111,7 @@ def test_the_highest_loss_is_traced_to_its_clip_and_timestep(run, spoil):
 
 
 def test_the_audit_counts_every_weight_and_insists_on_fp32(nano_folder, compose):
-    transformer = Checkpoint(nano_folder, torch.device("cpu"), torch.bfloat16).transformer()
+    transformer = PretrainedModel(nano_folder, torch.device("cpu"), torch.bfloat16).transformer()
     frozen = sum(p.numel() for p in transformer.parameters())
     compose("lora.rank=4").lora.attach(transformer, seed=0)
     found = guards.audit(transformer, torch.bfloat16)
