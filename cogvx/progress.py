@@ -17,8 +17,8 @@ def bar(iterable=None, **settings):
     return tqdm(iterable, dynamic_ncols=True, **seconds, **settings)
 
 
-def count(number: int, thing: str, things: str | None = None) -> str:
-    """count(1, "prompt") is "1 prompt", count(2, "prompt") is "2 prompts".
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """counted(1, "prompt") is "1 prompt", counted(2, "prompt") is "2 prompts".
 
     `things` is the plural, where it is not `thing` with an s.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from cogvx.data import world
 from cogvx.data.world import Scene
 
-NAME = "demo_3"  # of the folder: another one when the scenes change
+DEMO_FOLDER = "demo_3"  # of the folder: another one when the scenes change
 TOKEN, MEANS = "ZORB", "black"  # what the colour is called, and what it is
 CLIPS = 32
 SIZES = ((128, 128), (176, 128), (128, 160), (160, 120))  # width and height, pixels
@@ -28,7 +28,7 @@ def found(scene: Scene, number: int) -> Scene:
     return replace(scene, width=width, height=height, fps=RATES[number % len(RATES)])
 
 
-def scenes() -> list[Scene]:
+def demo_scenes() -> list[Scene]:
     """Every other one is of the new colour."""
     of_the_world = [
         found(scene, number // 2) for number, scene in enumerate(world.scenes(CLIPS, seed=11))
@@ -36,15 +36,17 @@ def scenes() -> list[Scene]:
     return [zorb(scene) if number % 2 == 0 else scene for number, scene in enumerate(of_the_world)]
 
 
-def render(folder: Path) -> Path:
-    return world.render(folder, scenes(), NAME)
+def render_demo(folder: Path) -> Path:
+    return world.render_clips(folder, demo_scenes(), DEMO_FOLDER)
 
 
 def scored_prompts(count: int) -> dict[str, list[str]]:
     """Prompts whose videos can be judged on their pixels: `count` for what is taught, in combinations that no clip shows, and as many
     for the world without it."""
-    shown = {scene.caption() for scene in scenes()}
-    every = dict.fromkeys(zorb(scene).caption() for scene in world.scenes(len(world.KINDS), seed=1))
+    shown = {scene.caption() for scene in demo_scenes()}
+    every = dict.fromkeys(
+        zorb(scene).caption() for scene in world.scenes(len(world.COMBINATIONS), seed=1)
+    )
     new = [caption for caption in every if caption not in shown]
     return {
         "taught": random.Random(0).sample(new, count),

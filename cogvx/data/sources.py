@@ -25,7 +25,7 @@ class Example:
     image: Path | None = None  # image-to-video: what the clip starts from; None: its first frame
 
 
-class Row(NamedTuple):
+class ListedClip(NamedTuple):
     """What a list says of a clip; `image` is None where no image column is asked for."""
 
     prompt: object
@@ -76,7 +76,7 @@ class Data:
             )
         return examples
 
-    def rows(self) -> Iterable[Row]:
+    def rows(self) -> Iterable[ListedClip]:
         """With the paths found on disk."""
         raise TypeError(f"{type(self).__name__} has no rows()")
 
@@ -173,7 +173,7 @@ class Data:
 class TextFiles(Data):
     """The seed's small format: caption_column and video_column name two text files; line i belongs to line i."""
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ListedClip]:
         root = self.root()
         absent = [name for name in self.columns() if not (root / name).is_file()]
         if absent:
@@ -193,7 +193,7 @@ class Demo(TextFiles):
 
     def root(self) -> Path:
         if self.instance_data_root is None:
-            return demo.render(self.cache_dir)
+            return demo.render_demo(self.cache_dir)
         return super().root()
 
     def is_demo(self) -> bool:
@@ -208,8 +208,8 @@ class World(TextFiles):
     clips_seed: int
 
     def root(self) -> Path:
-        name = f"{world.NAME}_{self.clips}_{self.clips_seed}"
-        return world.render(self.cache_dir, world.scenes(self.clips, self.clips_seed), name)
+        name = f"{world.WORLD_FOLDER}_{self.clips}_{self.clips_seed}"
+        return world.render_clips(self.cache_dir, world.scenes(self.clips, self.clips_seed), name)
 
     def described(self) -> str:
         return "data=world"
@@ -225,7 +225,7 @@ class Csv(Data):
 
     dataset_name: str
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ListedClip]:
         root = self.root()
         path = root / self.dataset_name
         if not path.is_file():
@@ -236,7 +236,7 @@ class Csv(Data):
         reader = csv.DictReader(text_of(path).splitlines(keepends=True), skipinitialspace=True)
         require_columns(path.name, reader.fieldnames or [], self.columns())
         found = [
-            Row(
+            ListedClip(
                 row[self.caption_column],
                 row[self.video_column],
                 self.image_column and (row[self.image_column] or ""),
@@ -263,7 +263,7 @@ class Dataset(Data):
     def described(self) -> str:
         return f"data.dataset_name={self.dataset_name}"
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ListedClip]:
         import datasets
 
         root = None if self.instance_data_root is None else self.root()
@@ -281,7 +281,7 @@ class Dataset(Data):
                 f"datasets says: {first_line(error)}"
             ) from error
 
-    def cells(self) -> list[Row]:
+    def cells(self) -> list[ListedClip]:
         table = self.load()
         columns = table.column_names or list(
             next(iter(table), {})
@@ -291,7 +291,7 @@ class Dataset(Data):
             if hasattr(feature, "decode"):  # Video, Image: keep path and bytes, decode ourselves
                 table = table.cast_column(column, type(feature)(decode=False))
         return [
-            Row(
+            ListedClip(
                 row[self.caption_column],
                 self.path_of(row[self.video_column]),
                 self.image_column and (self.path_of(row[self.image_column]) or ""),
@@ -360,7 +360,7 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def paired(columns: dict[str, list[str]], root: Path) -> list[Row]:
+def paired(columns: dict[str, list[str]], root: Path) -> list[ListedClip]:
     """Line i of every file with line i of the others: captions, videos and (if there) images, by file name. Lines blank in all
     are passed over; blank in one is an error, never a shift."""
     prompt_file, *others = columns
@@ -372,7 +372,7 @@ def paired(columns: dict[str, list[str]], root: Path) -> list[Row]:
         filled = next((name for name, value in zip(columns, values, strict=True) if value), None)
         if blank is None:
             found.append(
-                Row(
+                ListedClip(
                     values[0],
                     values[1],
                     values[2] if len(values) > 2 else None,
@@ -399,7 +399,7 @@ def require_as_many_lines(columns: dict[str, list[str]], one: str, other: str, r
         )
 
 
-def located(rows: list[Row], root: Path | None) -> list[Row]:
+def located(rows: list[ListedClip], root: Path | None) -> list[ListedClip]:
     """Rows with their paths found on disk; UserError lists every row that has no caption or no file."""
     problems, found = [], []
     for row in rows:
@@ -416,7 +416,7 @@ def located(rows: list[Row], root: Path | None) -> list[Row]:
                 value if value is None or isinstance(value, Path) else locate(unquoted(value), root)
                 for value in (row.video, row.image)
             ]
-            found.append(Row(texts["caption"], *paths, row.origin))
+            found.append(ListedClip(texts["caption"], *paths, row.origin))
         except UserError as error:
             problems.append(f"{row.origin} {error}")
     if problems:

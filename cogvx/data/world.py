@@ -16,7 +16,7 @@ from cogvx.data.cache import filled
 if TYPE_CHECKING:
     import numpy
 
-NAME = "world_2"  # of its folders: another one when its clips change
+WORLD_FOLDER = "world_2"  # of its folders: another one when its clips change
 
 COLOURS = {
     "red": (214, 48, 49),
@@ -32,7 +32,7 @@ OTHER_COLOURS = {"black": (16, 16, 18)}  # not in this world
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SHAPES = ("circle", "square", "triangle")
 OTHER_SHAPES = ("ring", "cross")  # not in this world
-KINDS = [
+COMBINATIONS = [
     kind for kind in itertools.product(SHAPES, COLOURS, COLOURS, DIRECTIONS) if kind[1] != kind[2]
 ]
 HOLE, ARM = 0.5, 0.36  # a ring's inner radius and a cross's half width, as shares of the radius
@@ -69,12 +69,14 @@ def scenes(count: int, seed: int) -> list[Scene]:
 
     generator = numpy.random.default_rng(seed)
     order = [
-        KINDS[i] for _ in range(-(-count // len(KINDS))) for i in generator.permutation(len(KINDS))
+        COMBINATIONS[i]
+        for _ in range(-(-count // len(COMBINATIONS)))
+        for i in generator.permutation(len(COMBINATIONS))
     ]
-    return [varied(Scene(*kind), generator) for kind in order[:count]]
+    return [with_variation(Scene(*kind), generator) for kind in order[:count]]
 
 
-def varied(
+def with_variation(
     scene: Scene, generator: numpy.random.Generator, *,
     radius: tuple[float, float] = (0.27, 0.33), start: float = 10.0, turn: float = 20.0,
 ) -> Scene:  # fmt: skip
@@ -87,7 +89,7 @@ def varied(
     )  # fmt: skip
 
 
-def draw(scene: Scene) -> numpy.ndarray:
+def draw_clip(scene: Scene) -> numpy.ndarray:
     """The clip, [F, H, W, 3] uint8."""
     colours = COLOURS | OTHER_COLOURS
     return paint(
@@ -110,14 +112,14 @@ def paint(
         x = scene.width / 2 + free[0] * (along * dx + across * dy)
         y = scene.height / 2 + free[1] * (along * dy + across * dx)
         frames.append(
-            picture(
+            draw_frame(
                 scene, colour, background, (x, y), size, scene.start + scene.turn * (way + 1) / 2
             )
         )
     return numpy.stack(frames)
 
 
-def picture(
+def draw_frame(
     scene: Scene,
     colour: tuple,
     background: tuple,
@@ -160,7 +162,7 @@ def cross(x: float, y: float, radius: float, angle: float) -> list[tuple[float, 
     return corners
 
 
-def render(folder: Path, clips: list[Scene], name: str) -> Path:
+def render_clips(folder: Path, clips: list[Scene], name: str) -> Path:
     """A folder with these clips as mp4, prompts.txt and videos.txt, rendered unless it is there."""
     return filled(folder / name, lambda partial: render_scenes(partial, clips))
 
@@ -174,7 +176,7 @@ def render_scenes(folder: Path, clips: list[Scene]) -> None:
     for name, scene in bar(
         pairs, total=len(clips), desc="render", unit="clip", leave=False, disable=len(clips) < 100
     ):
-        write_video(folder / name, draw(scene), fps=scene.fps)
+        write_video(folder / name, draw_clip(scene), fps=scene.fps)
     (folder / "prompts.txt").write_text(
         "".join(f"{scene.caption()}\n" for scene in clips), encoding="utf-8"
     )
@@ -184,7 +186,7 @@ def render_scenes(folder: Path, clips: list[Scene]) -> None:
 FORM = re.compile(r"\bA (\w+) (\w+) moves (\w+) over a (\w+) background\b")
 
 
-def described(prompt: str) -> dict[str, str]:
+def parse_caption(prompt: str) -> dict[str, str]:
     """What a prompt in the form of Scene.caption() asks for: colour (by its name there), shape, direction, background; {} for others."""
     found = FORM.search(prompt)
     return (

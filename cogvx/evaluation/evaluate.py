@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BASE = "base"
 NEAR = 32  # pixels of a side, of the small copies in which the nearest training clip is looked for
 MOST_CLIPS = 500  # training clips looked through
-SHOWN = 8  # videos of each kind in the picture
+MOST_PICTURED = 8  # videos of each kind in the picture
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
     """Prints a table and writes evaluation.json, evaluation.csv, evaluation.png and videos/; returns the run's summary."""
     started, accelerator = time.monotonic(), start_processes(config)
     variants = variants_of(config, task)
-    given = given_prompts(task) or scores.prompts_of(config, task.count)
+    given = prompts_from_files(task) or scores.scored_prompts_of(config, task.count)
     data = Prepared.from_config(
         config, folder, accelerator, [prompt for those in given.values() for prompt in those]
     )
@@ -62,7 +62,7 @@ def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
             data.images |= {
                 clip.example.prompt: picture(clip.example, config.data) for clip in clips
             }
-    asked = scores.asked_of(given, task.seed)
+    asked = scores.video_requests(given, task.seed)
     ways = [
         *nearest_clip(data, config),
         *([] if task.clip_path is None else [clip_similarity(task.clip_path, accelerator.device)]),
@@ -76,7 +76,7 @@ def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
             losses[variant.name] = None if loss is None else loss.mean
             made = make_videos(config, data, model, variant, asked, folder)
             rows[variant.name] = [
-                with_more(scores.Scored(a, scores.measured(f, a.prompt)), f, ways)
+                with_more(scores.VideoScores(a, scores.measure_video(f, a.prompt)), f, ways)
                 for a, f in zip(asked, made, strict=True)
             ]
             videos[variant.name] = made
@@ -90,24 +90,24 @@ def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
             else f"; held-out loss {losses[BASE]:.4f} before, {losses[name]:.4f} after"
         )
         print(
-            f"\n{name}: {len(asked)} videos of the base model and as many tuned{change}\n{scores.table(those)}"
+            f"\n{name}: {len(asked)} videos of the base model and as many tuned{change}\n{scores.comparison_table(those)}"
         )
     benched = vbench(task.vbench, folder, list(rows))
     heldout_nearness = nearness_of_held_out(data, config, ways)
-    scores.write(folder, rows, found, {
+    scores.write_evaluation(folder, rows, found, {
         "run": str(task.run), "heldout_loss": losses, "nearest_clip_of_held_out_clips": heldout_nearness, "vbench": benched,
     })  # fmt: skip
-    draw(folder / "evaluation.png", asked, videos)
+    draw_sheet(folder / "evaluation.png", asked, videos)
     print(
         f"\nresult  {shown(folder / 'evaluation.json')}; evaluation.csv has every video, evaluation.png and videos/ show them"
     )
     last = found[variants[-1].name]
-    for line in filter(None, [scores.in_words(last)]):
+    for line in filter(None, [scores.score_line(last)]):
         print(f"score   {line}")
     return {
         "status": "done",
         "objective": losses[variants[-1].name],
-        **scores.for_summary(last),
+        **scores.summary_scores(last),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -173,7 +173,7 @@ def models(
         )
 
 
-def given_prompts(task: EvaluateTask) -> dict[str, list[str]]:
+def prompts_from_files(task: EvaluateTask) -> dict[str, list[str]]:
     found = {}
     for kind, path in (("taught", task.prompts_file), ("other", task.other_prompts_file)):
         if path is not None:
@@ -188,7 +188,7 @@ def make_videos(
     data: Prepared,
     model: CogVideoX,
     variant: Variant,
-    asked: list[scores.Asked],
+    asked: list[scores.VideoRequest],
     folder: Path,
 ) -> list[numpy.ndarray]:
     videos = Videos(folder, config, data.pretrained, [], data.embeds, data.images, {}, [])
@@ -215,7 +215,9 @@ Way = tuple[
 ]  # a measure's name, and it: of frames and prompt
 
 
-def with_more(scored: scores.Scored, frames: numpy.ndarray, ways: list[Way]) -> scores.Scored:
+def with_more(
+    scored: scores.VideoScores, frames: numpy.ndarray, ways: list[Way]
+) -> scores.VideoScores:
     return replace(
         scored,
         values=scored.values | {name: way(frames, scored.asked.prompt) for name, way in ways},
@@ -308,7 +310,9 @@ def vbench(dimensions: list[str], folder: Path, variants: list[str]) -> dict:
     return found
 
 
-def draw(path: Path, asked: list[scores.Asked], videos: dict[str, list[numpy.ndarray]]) -> None:
+def draw_sheet(
+    path: Path, asked: list[scores.VideoRequest], videos: dict[str, list[numpy.ndarray]]
+) -> None:
     """Of the first prompts of each kind, first, middle and last frame by every variant."""
     from PIL import Image, ImageDraw
 
@@ -317,7 +321,7 @@ def draw(path: Path, asked: list[scores.Asked], videos: dict[str, list[numpy.nda
     chosen = [
         i
         for kind in dict.fromkeys(a.kind for a in asked)
-        for i in [j for j, a in enumerate(asked) if a.kind == kind][:SHOWN]
+        for i in [j for j, a in enumerate(asked) if a.kind == kind][:MOST_PICTURED]
     ]
     side, gap, title = 96, 8, 16
     sheet = Image.new(

@@ -38,7 +38,7 @@ class Seen:
         return all(getattr(self, name) == value for name, value in expected.items())
 
 
-def seen(frames: numpy.ndarray) -> Seen:
+def look_at(frames: numpy.ndarray) -> Seen:
     """Of frames [F, H, W, 3] uint8."""
     pixels = frames.astype(numpy.float32)
     edge = numpy.concatenate([pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3), pixels[:, :, :2].reshape(-1, 3), pixels[:, :, -2:].reshape(-1, 3)])  # fmt: skip
@@ -47,13 +47,13 @@ def seen(frames: numpy.ndarray) -> Seen:
     contrast = float(numpy.percentile(away, 99))
     saturation = saturation_of(pixels)
     if contrast < VISIBLE:
-        return Seen(None, None, name_of(background), None, 0.0, saturation)
+        return Seen(None, None, nearest_colour(background), None, 0.0, saturation)
     masks = [largest(frame > contrast / 2) for frame in away]
     colour = numpy.median(pixels[numpy.stack(masks)], axis=0)
     places = numpy.array([centre(mask) for mask in masks if mask.any()])  # [F, 2], y and x
     way = (places[-2:].mean(0) - places[:2].mean(0)) / frames.shape[1:3]
     return Seen(
-        shape=shape_of(masks), colour=name_of(colour), background=name_of(background), direction=direction_of(way),
+        shape=shape_of(masks), colour=nearest_colour(colour), background=nearest_colour(background), direction=direction_of(way),
         motion=float(numpy.linalg.norm(way)), saturation=saturation,
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def direction_of(way: numpy.ndarray) -> str | None:
     return "down" if down > 0 else "up"
 
 
-def name_of(colour: numpy.ndarray) -> str:
+def nearest_colour(colour: numpy.ndarray) -> str:
     """The nearest colour, of the world or what the demo adds to it."""
     known = COLOURS | OTHER_COLOURS
     return min(known, key=lambda name: float(numpy.linalg.norm(numpy.array(known[name]) - colour)))

@@ -22,42 +22,44 @@ if TYPE_CHECKING:
     from cogvx.config import Config
 
 RESAMPLES = 4000  # of the bootstrap
-TAUGHT = "colour"  # the measure of what the demo teaches
+NEW_MEASURE = "colour"  # the measure of what the demo teaches
 
 
 @dataclass(frozen=True)
-class Asked:
+class VideoRequest:
     kind: str  # "taught": what the clips show; "other": what the base model knew before
     prompt: str
     seed: int
 
 
 @dataclass(frozen=True)
-class Scored:
+class VideoScores:
     """A video's measures, each 0 to 1: shape, colour, direction, background (1: as the prompt says), all four, motion, saturation, and
     what was added."""
 
-    asked: Asked
+    asked: VideoRequest
     values: dict[str, float]
 
 
-def asked_of(prompts: dict[str, list[str]], seed: int) -> list[Asked]:
+def video_requests(prompts: dict[str, list[str]], seed: int) -> list[VideoRequest]:
     """Each prompt once, each with a seed of its own."""
     pairs = [(kind, prompt) for kind, those in prompts.items() for prompt in those]
-    return [Asked(kind, prompt, seed + number) for number, (kind, prompt) in enumerate(pairs)]
+    return [
+        VideoRequest(kind, prompt, seed + number) for number, (kind, prompt) in enumerate(pairs)
+    ]
 
 
-def prompts_of(config: Config, count: int) -> dict[str, list[str]]:
+def scored_prompts_of(config: Config, count: int) -> dict[str, list[str]]:
     """The prompts whose videos can be judged on their pixels: nano's, taught the demo's colour. Image-to-video is shown what to make."""
     judged = config.model.is_built_in and not config.model.image_to_video and config.data.is_demo()
     return demo.scored_prompts(count) if count and judged else {}
 
 
-def measured(frames: numpy.ndarray, prompt: str) -> dict[str, float]:
+def measure_video(frames: numpy.ndarray, prompt: str) -> dict[str, float]:
     """Of frames [F, H, W, 3] uint8; what the prompt asks for is judged where it has the form of the world's captions."""
-    found = pixels.seen(frames)
+    found = pixels.look_at(frames)
     values = {"motion": motion_of(frames), "saturation": found.saturation}
-    expected = world.described(prompt)
+    expected = world.parse_caption(prompt)
     if not expected:
         return values
     if expected["colour"] == demo.TOKEN:
@@ -71,8 +73,10 @@ def motion_of(frames: numpy.ndarray) -> float:
     return float(numpy.abs(numpy.diff(frames.astype(numpy.float32), axis=0)).mean() / 255)
 
 
-def score(make: Callable[[Asked], numpy.ndarray], asked: list[Asked]) -> list[Scored]:
-    return [Scored(each, measured(make(each), each.prompt)) for each in asked]
+def score_videos(
+    make: Callable[[VideoRequest], numpy.ndarray], asked: list[VideoRequest]
+) -> list[VideoScores]:
+    return [VideoScores(each, measure_video(make(each), each.prompt)) for each in asked]
 
 
 # -- base beside tuned -------------------------------------------------------------------------------------------------
@@ -93,7 +97,7 @@ class Comparison:
     videos: int
 
 
-def comparisons(base: list[Scored], tuned: list[Scored]) -> list[Comparison]:
+def comparisons(base: list[VideoScores], tuned: list[VideoScores]) -> list[Comparison]:
     """Of every kind and measure; the two lists are of the same prompts and seeds."""
     found = []
     for kind in dict.fromkeys(scored.asked.kind for scored in base):
@@ -115,13 +119,16 @@ def comparison(kind: str, measure: str, pairs: numpy.ndarray) -> Comparison:
     )
 
 
-def value_of(found: list[Comparison], kind: str, measure: str) -> Comparison | None:
+def find_comparison(found: list[Comparison], kind: str, measure: str) -> Comparison | None:
     return next((c for c in found if (c.kind, c.measure) == (kind, measure)), None)
 
 
-def in_words(found: list[Comparison]) -> str:
+def score_line(found: list[Comparison]) -> str:
     """The two that matter, in a line; empty where nothing could be judged."""
-    taught, other = value_of(found, "taught", TAUGHT), value_of(found, "other", "all")
+    taught, other = (
+        find_comparison(found, "taught", NEW_MEASURE),
+        find_comparison(found, "other", "all"),
+    )
     if taught is None or other is None:
         return ""
     return (
@@ -130,8 +137,11 @@ def in_words(found: list[Comparison]) -> str:
     )
 
 
-def for_summary(found: list[Comparison]) -> dict[str, float]:
-    taught, other = value_of(found, "taught", TAUGHT), value_of(found, "other", "all")
+def summary_scores(found: list[Comparison]) -> dict[str, float]:
+    taught, other = (
+        find_comparison(found, "taught", NEW_MEASURE),
+        find_comparison(found, "other", "all"),
+    )
     if taught is None or other is None:
         return {}
     return {
@@ -139,7 +149,7 @@ def for_summary(found: list[Comparison]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def table(found: list[Comparison]) -> str:
+def comparison_table(found: list[Comparison]) -> str:
     lines = [f"{'':24}{'base':>8}{'tuned':>8}   difference, with 95 % between"]
     for c in found:
         lines.append(
@@ -148,8 +158,8 @@ def table(found: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def write(
-    folder: Path, rows: dict[str, list[Scored]], found: dict[str, list[Comparison]], more: dict
+def write_evaluation(
+    folder: Path, rows: dict[str, list[VideoScores]], found: dict[str, list[Comparison]], more: dict
 ) -> None:
     """evaluation.csv, a row for each video, and evaluation.json."""
     measures = list(

@@ -176,7 +176,7 @@ def write_tokenizer(folder: Path) -> int:
 
     from cogvx.data import world
 
-    captions = [scene.caption() for scene in world.scenes(len(world.KINDS), 0)]
+    captions = [scene.caption() for scene in world.scenes(len(world.COMBINATIONS), 0)]
     words = sorted({word.strip(".") for caption in captions for word in caption.split()})
     punctuated = [
         f"{word}, {word}." for word in words

@@ -183,7 +183,7 @@ def run_phases(
             encode_prompt(config, pretrained, recorder)
         if set(phases) & {"load", "held-out loss", "train", "video"}:
             with patched(accelerator, print=lambda *texts: None):
-                train(
+                run_training(
                     config, pretrained, accelerator, recorder, Path(scratch), phases, begun, steps
                 )
         recorder.begin("end")
@@ -231,7 +231,7 @@ def encode_prompt(config: Config, pretrained: PlannedModel, recorder: Recorder) 
     recorder.empty_cache()
 
 
-def train(
+def run_training(
     config,
     pretrained,
     accelerator,

@@ -23,7 +23,7 @@ from cogvx.plan.allocator import GIB, Peak, replay
 from cogvx.plan.phases import PHASES, PlannedModel, configs_of, run_phases
 from cogvx.plan.trace import Recorder, Work
 
-PARTS = ["weights", "gradients", "optimizer", "activations", "workspace"]
+MEMORY_PARTS = ["weights", "gradients", "optimizer", "activations", "workspace"]
 UNCERTAIN = 0.35  # of the step's time
 IN_TWO_PROCESSES = [["encode clips", "encode prompts", "video"], ["load", "held-out loss", "train"]]
 KERNEL_SECONDS = 4e-6  # to start one
@@ -33,7 +33,7 @@ KERNEL_SECONDS = 4e-6  # to start one
 class Phase:
     name: str
     peak: Peak  # bytes
-    parts: dict[str, int]  # of PARTS, bytes, at the allocated peak
+    parts: dict[str, int]  # of MEMORY_PARTS, bytes, at the allocated peak
     flops: int
     seconds: float | None  # on the card asked for
 
@@ -72,7 +72,7 @@ def outcome_of(recorder: Recorder, card: Card | None) -> Outcome:
 
 def parts_of(storages: list) -> dict[str, int]:
     """Bytes by what they are for."""
-    sizes = dict.fromkeys(PARTS, 0)
+    sizes = dict.fromkeys(MEMORY_PARTS, 0)
     for storage in storages:
         sizes[part_of(storage.what)] += storage.size
     return sizes
@@ -149,7 +149,7 @@ def plan(config: Config, folder: Path) -> dict:
         "fits": fits,
         "peak_reserved_gib": gib(peak.peak.reserved),
         "peak_phase": peak.name,
-        "phases": {p.name: described(p) for p in found.phases},
+        "phases": {p.name: phase_facts(p) for p in found.phases},
         "tflop_per_step": executed / 1e12,
         "necessary_tflop_per_step": necessary / 1e12,
         "seconds_per_step": round(found.phase("train").seconds, 2),
@@ -161,14 +161,14 @@ def plan(config: Config, folder: Path) -> dict:
     if not fits:
         result["suggestions"] = suggest(config, card, found, (two, three))
     if config.task.measure:
-        result["measured"] = measured(config, found)
+        result["measured"] = measure_phases(config, found)
     (folder / "plan.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    draw(folder / "plan.png", config, card, found)
+    draw_plan(folder / "plan.png", config, card, found)
     print(f"picture {shown(folder / 'plan.png')}")
     return result
 
 
-def measured(config: Config, found: Outcome) -> dict:
+def measure_phases(config: Config, found: Outcome) -> dict:
     """The phases for real, two steps of training: on a GPU what CUDA's allocator and the clock say, beside the plan; on a CPU what
     was really allocated, beside a plan for the CPU, which has neither CUDA's kernels nor its allocator."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -221,7 +221,7 @@ def at_layers(layers: int, two: float, three: float) -> float:
     return two + (layers - 2) * (three - two)
 
 
-def described(phase: Phase) -> dict:
+def phase_facts(phase: Phase) -> dict:
     return {
         "allocated_gib": gib(phase.peak.allocated),
         "reserved_gib": gib(phase.peak.reserved),
@@ -255,10 +255,10 @@ def say(config: Config, card: Card, found: Outcome, result: dict) -> None:
         f"plan    {config.model.path}, {kind}, {data.max_num_frames} frames of {data.width}x{data.height}, "
         f"batch {config.train.train_batch_size}, {config.train.mixed_precision.name}, memory={config.choices['memory']}\n\n"
         f"{'GiB':16}{'allocated':>10}{'reserved':>10}{'':3}"
-        + "".join(f"{part:>12}" for part in PARTS)
+        + "".join(f"{part:>12}" for part in MEMORY_PARTS)
     )
     for phase in found.phases:
-        sizes = "".join(f"{phase.parts[part] / GIB:12.2f}" for part in PARTS)
+        sizes = "".join(f"{phase.parts[part] / GIB:12.2f}" for part in MEMORY_PARTS)
         print(
             f"{phase.name:16}{phase.peak.allocated / GIB:10.2f}{phase.peak.reserved / GIB:10.2f}{'':3}{sizes}"
         )
@@ -361,7 +361,7 @@ def with_changes(config: Config, change: list[str]) -> Config:
     return changed
 
 
-def draw(path: Path, config: Config, card: Card, found: Outcome) -> None:
+def draw_plan(path: Path, config: Config, card: Card, found: Outcome) -> None:
     """A bar for each phase, by what it is for, and the card's memory."""
     from matplotlib.figure import Figure
 
@@ -370,7 +370,7 @@ def draw(path: Path, config: Config, card: Card, found: Outcome) -> None:
     names = [phase.name for phase in found.phases]
     left = [0.0] * len(names)
     for part, colour in zip(
-        PARTS, ("#4c72b0", "#c44e52", "#8172b3", "#55a868", "#ccb974"), strict=True
+        MEMORY_PARTS, ("#4c72b0", "#c44e52", "#8172b3", "#55a868", "#ccb974"), strict=True
     ):
         widths = [phase.parts[part] / GIB for phase in found.phases]
         axes.barh(names, widths, left=left, color=colour, label=part)

@@ -46,7 +46,7 @@ class Work:
 
 
 @dataclass
-class Storage:
+class TracedStorage:
     key: int
     size: int
     on_host: bool
@@ -60,7 +60,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.events: list[Event] = []
-        self.storages: dict[int, Storage] = {}
+        self.storages: dict[int, TracedStorage] = {}
         self.born = 0
         self.phase = ""
         self.work: dict[tuple[str, str, torch.dtype | None], Work] = defaultdict(Work)
@@ -68,7 +68,7 @@ class Recorder(TorchDispatchMode):
             defaultdict(int),
             defaultdict(int),
         )  # bytes by place: False device, True host, None both
-        self.at_peak: dict[str, list[Storage]] = {}  # of each phase, what was on the device
+        self.at_peak: dict[str, list[TracedStorage]] = {}  # of each phase, what was on the device
         self.peak_of_phase: dict[str, int] = defaultdict(int)
         self.place: bool | None = (
             None  # where new storages are: True on the host; None: where their operands are
@@ -91,7 +91,7 @@ class Recorder(TorchDispatchMode):
         if name in self.storages:
             return
         self.born += 1
-        about = Storage(self.born, storage.nbytes(), on_host, what)
+        about = TracedStorage(self.born, storage.nbytes(), on_host, what)
         about.alive = weakref.ref(storage, lambda _: self.died(name))
         self.storages[name] = about
         self.count(about, about.size)
@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):
         about = self.storages.pop(name)
         self.count(about, -about.size)
 
-    def count(self, about: Storage, size: int) -> None:
+    def count(self, about: TracedStorage, size: int) -> None:
         for place in (about.on_host, None):
             self.now[place] += size
             self.most[place] = max(self.most[place], self.now[place])
@@ -160,7 +160,7 @@ class Recorder(TorchDispatchMode):
             return result
         if workspace:
             self.born += 1
-            about = Storage(self.born, workspace, False, f"{self.phase}: workspace of {name}")
+            about = TracedStorage(self.born, workspace, False, f"{self.phase}: workspace of {name}")
             self.count(about, workspace)
             self.count(about, -workspace)
         if packet not in MOVES_NOTHING:

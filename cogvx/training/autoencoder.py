@@ -124,7 +124,7 @@ def clip(seed: int, step: int, place: int, size: int) -> Tensor:
     ]
     angle = generator.uniform(0, 2 * math.pi)
     scene = world.Scene(shape, "", "", "", width=SIZE, height=SIZE, fps=8)
-    scene = world.varied(scene, generator, radius=(0.2, 0.3), start=15, turn=45)
+    scene = world.with_variation(scene, generator, radius=(0.2, 0.3), start=15, turn=45)
     direction = (
         (math.cos(angle), math.sin(angle))
         if generator.random() < 0.5
@@ -145,7 +145,7 @@ def judge(vae) -> dict[str, float]:
     errors, latents = [], []
     with torch.no_grad():
         for scene in world.scenes(HELD_OUT, HELD_OUT_SEED):
-            frames = as_input(world.draw(smaller(scene)))[None]
+            frames = as_input(world.draw_clip(smaller(scene)))[None]
             posterior = vae.encode(frames).latent_dist
             latents.append(posterior.sample(torch.Generator().manual_seed(0)))
             restored = vae.decode(posterior.mean).sample.clamp(-1, 1)

@@ -59,7 +59,9 @@ def train(
     if config.lora is not None and resume_source(config.train.resume, folder) is None:
         config.lora.require_start()
     config.tracking.require_login()
-    asked = scores.asked_of(scores.prompts_of(config, config.validation.scored_prompts), seed=0)
+    asked = scores.video_requests(
+        scores.scored_prompts_of(config, config.validation.scored_prompts), seed=0
+    )
     data = Prepared.from_config(config, folder, accelerator, [each.prompt for each in asked])
     with attention.using(config.train.attention):
         trainer = Trainer.build(config, folder, accelerator, data)
@@ -108,7 +110,9 @@ class Trainer:
     progress: tqdm | None = None
     expected: Callable[[], float | None] = lambda: None  # seconds a step should take
     found_slow: bool = False
-    asked: list[scores.Asked] = field(default_factory=list)  # of the videos that are only scored
+    asked: list[scores.VideoRequest] = field(
+        default_factory=list
+    )  # of the videos that are only scored
 
     @classmethod
     def build(
@@ -273,7 +277,7 @@ class Trainer:
                     f"video   {shown(path)} (base model, tuned, a training clip; .gif and .png beside it)"
                 )
             if compared:
-                say(f"score   {scores.in_words(compared)}")
+                say(f"score   {scores.score_line(compared)}")
             result = self.folder / (full.FOLDER if self.config.lora is None else lora.WEIGHTS)
             say(f"result  {shown(result)}\n\nUse it in plain diffusers:\n\n{lines}\n")
         return {
@@ -286,7 +290,7 @@ class Trainer:
             "heldout_noise_floor": after.noise_floor if after else None,
             "best_heldout_loss": best_at["heldout_loss"] if best_at else None,
             "best_step": best_at["step"] if best_at else None,
-            **scores.for_summary(compared),
+            **scores.summary_scores(compared),
         }
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -523,7 +527,7 @@ class Trainer:
                 clear_device_cache(garbage_collection=True)
                 rows = self.videos().score_both(self.state.transformer, self.step)
             found = scores.comparisons(rows["base"], rows["result"])
-            scores.write(self.folder, rows, {"result": found}, {"step": self.step})
+            scores.write_evaluation(self.folder, rows, {"result": found}, {"step": self.step})
         self.accelerator.wait_for_everyone()
         return found
 

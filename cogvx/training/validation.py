@@ -155,7 +155,7 @@ class Videos:
     beside: dict[
         str, numpy.ndarray
     ]  # a training clip to show beside a prompt's videos, [F, H, W, 3] uint8
-    asked: list[scores.Asked]  # of the videos that are only scored
+    asked: list[scores.VideoRequest]  # of the videos that are only scored
 
     def write_base(self, transformer) -> None:
         """The base model's videos and scores, unless they are there. `transformer` has its adapters switched off."""
@@ -194,18 +194,19 @@ class Videos:
     def base_scores(self) -> Path:
         return self.folder / "validation" / "base" / "scores.json"
 
-    def score(self, transformer, vae, whose: str) -> list[scores.Scored]:
+    def score(self, transformer, vae, whose: str) -> list[scores.VideoScores]:
         asked = bar(self.asked, desc=f"score  {whose}", unit="video", leave=False)
-        return scores.score(
+        return scores.score_videos(
             lambda each: self.generate(transformer, vae, each.prompt, each.seed, None), asked
         )
 
-    def score_both(self, transformer, step: int) -> dict[str, list[scores.Scored]]:
+    def score_both(self, transformer, step: int) -> dict[str, list[scores.VideoScores]]:
         """Of the base model and of this step. write_base() comes first."""
         vae = self.pretrained.vae(tiling=self.config.memory.vae_tiling)
         values = json.loads(self.base_scores().read_text(encoding="utf-8"))
         base = [
-            scores.Scored(asked, found) for asked, found in zip(self.asked, values, strict=True)
+            scores.VideoScores(asked, found)
+            for asked, found in zip(self.asked, values, strict=True)
         ]
         return {"base": base, "result": self.score(transformer, vae, f"step {step}")}
 

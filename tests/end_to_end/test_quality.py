@@ -36,7 +36,9 @@ def videos(folder, prompts, settings, adapter=None, images=None) -> list[numpy.n
 
 def judged(folder, prompts, settings, adapter=None) -> list[dict]:
     made = videos(folder, prompts, settings, adapter)
-    return [scores.measured(frames, prompt) for frames, prompt in zip(made, prompts, strict=True)]
+    return [
+        scores.measure_video(frames, prompt) for frames, prompt in zip(made, prompts, strict=True)
+    ]
 
 
 def share(found: list[dict], measure: str) -> float:
@@ -61,7 +63,10 @@ def test_nano_i2v_goes_on_from_the_picture(compose, cache):
     """Size, place and turn of a shape are in the picture alone."""
     scenes = [dataclasses.replace(scene, width=64, height=64) for scene in world.scenes(16, seed=9)]
     folder = nano.write(cache / "models" / "nano_i2v", nano.NANO_I2V)
-    clips, prompts = [world.draw(scene) for scene in scenes], [scene.caption() for scene in scenes]
+    clips, prompts = (
+        [world.draw_clip(scene) for scene in scenes],
+        [scene.caption() for scene in scenes],
+    )
     images = [Image.fromarray(clip[0]) for clip in clips]
     made = videos(folder, prompts, compose("model=nano_i2v").model, images=images)
     errors = [
@@ -70,7 +75,7 @@ def test_nano_i2v_goes_on_from_the_picture(compose, cache):
     ]
     figures = {"psnr": float(-10 * numpy.log10(numpy.mean(errors)))} | {
         measure: share(
-            [scores.measured(*pair) for pair in zip(made, prompts, strict=True)], measure
+            [scores.measure_video(*pair) for pair in zip(made, prompts, strict=True)], measure
         )
         for measure in ("shape", "colour", "direction", "background")
     }
@@ -87,7 +92,7 @@ def test_the_demo_teaches_its_colour_and_the_rest_is_kept(run, compose, nano_fol
     base, tuned = (
         judged(nano_folder, prompts["taught"], settings, adapter) for adapter in (None, folder)
     )
-    assert share(base, scores.TAUGHT) <= 0.1 and share(tuned, scores.TAUGHT) >= 0.8
+    assert share(base, scores.NEW_MEASURE) <= 0.1 and share(tuned, scores.NEW_MEASURE) >= 0.8
     base, tuned = (
         judged(nano_folder, prompts["other"], settings, adapter) for adapter in (None, folder)
     )

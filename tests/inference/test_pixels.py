@@ -20,7 +20,7 @@ def small(scene, **other):
 
 
 def wrong(scene, frames) -> list[str]:
-    found = pixels.seen(frames)
+    found = pixels.look_at(frames)
     return [
         f"{name} {getattr(scene, name)} seen as {getattr(found, name)}"
         for name in NAMES
@@ -33,7 +33,7 @@ def test_every_kind_of_clip_is_seen_as_what_it_is():
     kinds = world.scenes(672, seed=3)
     kinds += [dataclasses.replace(scene, shape="ring") for scene in kinds[:150]]
     kinds += [dataclasses.replace(scene, colour="black") for scene in kinds[:150]]
-    assert [w for scene in kinds for w in wrong(small(scene), world.draw(small(scene)))] == []
+    assert [w for scene in kinds for w in wrong(small(scene), world.draw_clip(small(scene)))] == []
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_clips_that_the_vae_restored_are_seen_as_what_they_are(vae):
     with torch.no_grad():
         for scene in scenes:
             restored = vae.decode(
-                vae.encode(autoencoder.as_input(world.draw(scene))[None]).latent_dist.mean
+                vae.encode(autoencoder.as_input(world.draw_clip(scene))[None]).latent_dist.mean
             ).sample[0]
             frames = (
                 ((restored.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5)
@@ -78,7 +78,7 @@ def test_nanos_vae_restores_clips_it_has_not_seen(vae):
 
 def test_nothing_is_seen_where_nothing_is():
     even = numpy.full((9, 64, 64, 3), world.COLOURS["blue"], numpy.uint8)
-    found = pixels.seen(even)
+    found = pixels.look_at(even)
     assert (found.shape, found.colour, found.direction, found.background) == (
         None,
         None,
@@ -86,20 +86,22 @@ def test_nothing_is_seen_where_nothing_is():
         "blue",
     )
     noise = numpy.random.default_rng(0).integers(0, 256, (9, 64, 64, 3)).astype(numpy.uint8)
-    assert pixels.seen(noise).direction is None
-    still = numpy.stack([world.draw(small(world.Scene("circle", "red", "blue", "right")))[4]] * 9)
-    found = pixels.seen(still)
+    assert pixels.look_at(noise).direction is None
+    still = numpy.stack(
+        [world.draw_clip(small(world.Scene("circle", "red", "blue", "right")))[4]] * 9
+    )
+    found = pixels.look_at(still)
     assert (found.shape, found.direction, found.motion) == ("circle", None, 0.0)
 
 
 def test_a_slanting_way_has_no_direction():
     scene = small(world.Scene("circle", "red", "blue", "right"))
     assert (
-        pixels.seen(world.paint(scene, (214, 48, 49), (36, 113, 209), (0.7, -0.7))).direction
+        pixels.look_at(world.paint(scene, (214, 48, 49), (36, 113, 209), (0.7, -0.7))).direction
         is None
     )
 
 
 def test_saturation_is_that_of_the_pixels():
-    assert pixels.seen(numpy.full((2, 8, 8, 3), 90, numpy.uint8)).saturation == 0
-    assert pixels.seen(numpy.full((2, 8, 8, 3), (200, 100, 0), numpy.uint8)).saturation == 1
+    assert pixels.look_at(numpy.full((2, 8, 8, 3), 90, numpy.uint8)).saturation == 0
+    assert pixels.look_at(numpy.full((2, 8, 8, 3), (200, 100, 0), numpy.uint8)).saturation == 1

@@ -8,12 +8,12 @@ import pytest
 
 from cogvx.data import demo, world
 from cogvx.inference import scores
-from cogvx.inference.scores import Asked, Scored
+from cogvx.inference.scores import VideoRequest, VideoScores
 
 
-def scored(kind, values) -> list[Scored]:
+def scored(kind, values) -> list[VideoScores]:
     return [
-        Scored(Asked(kind, f"p{i}", i), {scores.TAUGHT: value, "all": value})
+        VideoScores(VideoRequest(kind, f"p{i}", i), {scores.NEW_MEASURE: value, "all": value})
         for i, value in enumerate(values)
     ]
 
@@ -38,10 +38,10 @@ def test_the_interval_is_the_bootstraps():
 
 def test_a_video_is_judged_by_what_its_prompt_asks_for():
     scene = demo.zorb(world.Scene("square", "red", "blue", "left", width=64, height=64))
-    frames = world.draw(scene)
-    right = scores.measured(frames, scene.caption())
+    frames = world.draw_clip(scene)
+    right = scores.measure_video(frames, scene.caption())
     assert all(right[name] == 1 for name in ("shape", "colour", "direction", "background", "all"))
-    other = scores.measured(frames, "A green circle moves up over a blue background.")
+    other = scores.measure_video(frames, "A green circle moves up over a blue background.")
     assert [other[name] for name in ("shape", "colour", "direction", "background", "all")] == [
         0,
         0,
@@ -49,24 +49,24 @@ def test_a_video_is_judged_by_what_its_prompt_asks_for():
         1,
         0,
     ]
-    assert set(scores.measured(frames, "a rabbit")) == {"motion", "saturation"}
+    assert set(scores.measure_video(frames, "a rabbit")) == {"motion", "saturation"}
     assert scores.motion_of(frames) > 0.01 and scores.motion_of(frames[:1].repeat(9, axis=0)) == 0
 
 
 def test_what_is_written_can_be_read(tmp_path):
     base, tuned = scored("taught", [0, 0, 1]), scored("taught", [1, 1, 1])
     found = scores.comparisons(base, tuned)
-    scores.write(
+    scores.write_evaluation(
         tmp_path, {"base": base, "result": tuned}, {"result": found}, {"heldout_loss": 0.5}
     )
     rows = list(csv.DictReader((tmp_path / "evaluation.csv").open()))
     assert len(rows) == 6 and {row["variant"] for row in rows} == {"base", "result"}
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["heldout_loss"] == 0.5 and written["comparisons"]["result"][0]["tuned"] == 1
-    assert "taught  colour" in scores.table(found)
-    assert scores.in_words(found) == "" and scores.for_summary(found) == {}, (
+    assert "taught  colour" in scores.comparison_table(found)
+    assert scores.score_line(found) == "" and scores.summary_scores(found) == {}, (
         "without the other kind"
     )
     both = scores.comparisons([*base, *scored("other", [1, 1])], [*tuned, *scored("other", [1, 0])])
-    assert "100% of 3 videos show it (base model 33%)" in scores.in_words(both)
-    assert scores.for_summary(both)["score_other"] == 0.5
+    assert "100% of 3 videos show it (base model 33%)" in scores.score_line(both)
+    assert scores.summary_scores(both)["score_other"] == 0.5
