@@ -6,6 +6,7 @@ nearest training clip; the held-out loss; as options, a CLIP model's agreement o
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,8 +22,9 @@ from cogvx.data.video import read_clip, to_bytes
 from cogvx.errors import UserError, first_line
 from cogvx.files import read_json, shown
 from cogvx.inference import scores
-from cogvx.model import attention, blocks, full, lora
+from cogvx.model import attention, blocks
 from cogvx.model.cogvideox import CogVideoX
+from cogvx.model.trained_weights import weights_of
 from cogvx.progress import bar
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.prepare import Prepared, picture, start_processes
@@ -119,7 +121,7 @@ def variants_of(config: Config, task: EvaluateTask) -> list[Variant]:
     """The base first. UserError when the run has no weights, or strengths are asked of full fine-tuning."""
     run = task.run
     places = {path.name: path for path in checkpoints.all_complete(run)} if task.checkpoints else {}
-    result = run / (full.FOLDER if config.lora is None else lora.WEIGHTS)
+    result = run / weights_of(config.lora).result
     if result.exists():
         places["result"] = run
     elif not places:
@@ -129,7 +131,7 @@ def variants_of(config: Config, task: EvaluateTask) -> list[Variant]:
                 f"task.run={run} has no result ({result.name}) and no checkpoint: let it finish, or train.resume={run}"
             )
         places[kept[-1].name] = kept[-1]
-    if config.lora is None and list(task.strengths) != [1.0]:
+    if not weights_of(config.lora).has_strength and list(task.strengths) != [1.0]:
         raise UserError(
             "task.strengths is for a LoRA; after full fine-tuning (lora=null) there is one strength: task.strengths=[1.0]"
         )
@@ -146,31 +148,17 @@ def models(
     config: Config, data: Prepared, variants: list[Variant], accelerator: Accelerator
 ) -> Iterator[tuple[Variant, CogVideoX]]:
     """Each variant as a model, one at a time."""
-    device, geometry = data.pretrained.device, data.pretrained.geometry()
-    transformer, held = None, None
-    for variant in variants:
-        if config.lora is None or transformer is None:
-            transformer = data.pretrained.transformer()
-            if config.lora is not None:
-                config.lora.attach(transformer, config.seed)
-            elif variant.place is not None:
-                full.load(transformer, variant.place)
-            blocks.arrange(transformer, config.memory, recompute=False, device=device)
-        if config.lora is not None and variant.place is None:
-            transformer.disable_adapters()
-        elif config.lora is not None:
-            transformer.enable_adapters()
-            if held != variant.place:
-                lora.load(transformer, variant.place)
-            transformer.set_adapters("default", weights=variant.strength)
-            held = variant.place
-        noise_scheduler = data.pretrained.noise_scheduler()
-        yield (
-            variant,
-            CogVideoX(
-                transformer, noise_scheduler, geometry, device=device, dtype=data.pretrained.dtype
-            ),
-        )
+    pretrained = data.pretrained
+    device, geometry, dtype = pretrained.device, pretrained.geometry(), pretrained.dtype
+    arrange = functools.partial(
+        blocks.arrange, memory=config.memory, recompute=False, device=device
+    )
+    transformers = weights_of(config.lora).variants(
+        pretrained, config.seed, [(v.place, v.strength) for v in variants], arrange
+    )
+    for variant, transformer in zip(variants, transformers, strict=True):
+        scheduler = pretrained.noise_scheduler()
+        yield variant, CogVideoX(transformer, scheduler, geometry, device=device, dtype=dtype)
 
 
 def prompts_from_files(task: EvaluateTask) -> dict[str, list[str]]:

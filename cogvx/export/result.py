@@ -9,8 +9,8 @@ import numpy
 from PIL import Image
 
 from cogvx.config import Config
-from cogvx.model import full, lora
 from cogvx.model.pretrained import PretrainedModel
+from cogvx.model.trained_weights import FullWeights, LoraWeights
 from cogvx.records.usage import SETTINGS, snippet
 
 IMAGE = "first_frame.png"
@@ -19,6 +19,7 @@ IMAGE = "first_frame.png"
 def deliver(
     folder: Path,
     transformer,
+    weights: LoraWeights | FullWeights,
     config: Config,
     prompt: str,
     image: numpy.ndarray | None,
@@ -26,26 +27,14 @@ def deliver(
 ) -> str:
     """Writes the weights and SETTINGS into the run's folder; returns the lines that use them, with this prompt and, for
     image-to-video, this image [H, W, 3] uint8, which is written too."""
-    if config.lora is None:
-        full.save(transformer, folder, pretrained.dtype)
-        strength = {}
-    else:
-        lora.save(transformer, folder)
-        strength = {
-            "rank": config.lora.rank,
-            "lora_alpha": config.lora.lora_alpha,
-            "lora_scale": config.lora.scale,
-            "lora_scale_note": "applied by load_lora_weights itself, from the file's metadata; set no adapter weight for it",
-        }
+    weights.save_result(transformer, folder, pretrained.dtype)
     sampling, data, geometry = config.validation, config.data, pretrained.geometry()
     settings = {
-        "pipeline": "CogVideoXImageToVideoPipeline"
-        if geometry.image_to_video
-        else "CogVideoXPipeline",
+        "pipeline": geometry.pipeline,
         "base_model": config.model.path,
         "revision": pretrained.hub_commit() or config.model.revision,
         "torch_dtype": config.train.mixed_precision.value,
-        **strength,
+        **weights.inference_settings(),
         "id_token": data.id_token,
         "image": None if image is None else str(folder / IMAGE),
         "call": {

@@ -64,6 +64,11 @@ class Geometry:
     def image_to_video(self) -> bool:
         return self.in_channels == 2 * self.latent_channels
 
+    @property
+    def pipeline(self) -> str:
+        """The name of the diffusers class that generates videos with this model."""
+        return "CogVideoXImageToVideoPipeline" if self.image_to_video else "CogVideoXPipeline"
+
     def padding(self, latent_frames: int) -> int:
         """Latent frames put in front of a clip so that whole tokens come out (1.5; CogVideoXPipeline drops as many again)."""
         return -latent_frames % (self.patch_size_t or 1)

@@ -114,11 +114,8 @@ def write_random_parts(folder: Path, tiny: Tiny) -> None:
 
 def write_settings(folder: Path, tiny: Tiny) -> None:
     noise_scheduler(tiny.snr_shift_scale).save_pretrained(folder / "scheduler")
-    pipeline = (
-        "CogVideoXImageToVideoPipeline" if tiny.geometry.image_to_video else "CogVideoXPipeline"
-    )
     (folder / "model_index.json").write_text(
-        json.dumps({"_class_name": pipeline} | PARTS, indent=2), encoding="utf-8"
+        json.dumps({"_class_name": tiny.geometry.pipeline} | PARTS, indent=2), encoding="utf-8"
     )
 
 

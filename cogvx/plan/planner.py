@@ -18,6 +18,7 @@ from cogvx.compose import compose_config
 from cogvx.config import Config
 from cogvx.errors import UserError
 from cogvx.files import shown
+from cogvx.model.trained_weights import weights_of
 from cogvx.options.cards import CARDS, Card
 from cogvx.plan.allocator import GIB, Peak, replay
 from cogvx.plan.phases import PHASES, PlannedModel, configs_of, run_phases
@@ -247,10 +248,7 @@ def cache_bytes(config: Config) -> int:
 
 
 def say(config: Config, card: Card, found: Outcome, result: dict) -> None:
-    data, kind = (
-        config.data,
-        "full fine-tuning" if config.lora is None else f"LoRA rank {config.lora.rank}",
-    )
+    data, kind = config.data, weights_of(config.lora)
     print(
         f"plan    {config.model.path}, {kind}, {data.max_num_frames} frames of {data.width}x{data.height}, "
         f"batch {config.train.train_batch_size}, {config.train.mixed_precision.name}, memory={config.choices['memory']}\n\n"
@@ -327,7 +325,7 @@ def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outc
 
 
 def changes_of(config: Config) -> list[list[str]]:
-    if config.lora is None:
+    if not weights_of(config.lora).freezes_base:
         return [
             ["memory=balanced"],
             ["memory=balanced", "optimizer=adamw8bit"],
@@ -345,7 +343,8 @@ def changes_of(config: Config) -> list[list[str]]:
 
 def with_changes(config: Config, change: list[str]) -> Config:
     """This configuration with these overrides of memory, optimizer and length."""
-    kind = [] if config.lora is not None else ["lora=null", "train.mixed_precision=bf16"]
+    frozen = weights_of(config.lora).freezes_base
+    kind = [] if frozen else ["lora=null", "train.mixed_precision=bf16"]
     values = compose_config(
         [*kind, *(override for override in change if not override.startswith("data."))]
     )

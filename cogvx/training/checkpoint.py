@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from cogvx.errors import UserError, listed
+from cogvx.model.trained_weights import FullWeights, LoraWeights
 from cogvx.options import optimizers
 from cogvx.training.on_cpu import Masters
 from cogvx.training.torch_optimizer import unwrapped
@@ -28,11 +29,14 @@ AVERAGED = "averaged"  # a folder with the averaged weights, where those are jud
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What changes while training. `weights` is the module model.lora or model.full, which saves and loads what is trained;
-    `optimizer` and `scaler` are anything with state_dict and load_state_dict, `average` a diffusers EMAModel."""
+    """What changes while training.
+
+    `optimizer` and `scaler` are anything with state_dict and load_state_dict; `average` is a
+    diffusers EMAModel.
+    """
 
     transformer: object
-    weights: object
+    weights: LoraWeights | FullWeights
     parameters: list[torch.nn.Parameter]
     optimizer: object
     settings: optimizers.Optimizer  # the optimizer's own
@@ -65,6 +69,10 @@ class TrainingState:
         (folder / MANIFEST).write_text(json.dumps(about, indent=2), encoding="utf-8")
         for path in [*files, folder / MANIFEST]:
             flush_to_disk(path)
+
+    def base_model(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context the transformer is the base model."""
+        return self.weights.base_model(self.transformer)
 
     def require_fit(self, folder: Path) -> None:
         """UserError when a checkpoint is not one of this model and configuration."""

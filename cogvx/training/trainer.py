@@ -24,8 +24,9 @@ from cogvx.errors import UserError
 from cogvx.export import result as export
 from cogvx.files import shown
 from cogvx.inference import scores
-from cogvx.model import attention, blocks, full, lora
+from cogvx.model import attention, blocks, lora
 from cogvx.model.cogvideox import CogVideoX
+from cogvx.model.trained_weights import FullWeights, LoraWeights, weights_of
 from cogvx.options.train import PROFILE_AFTER, TimestepSampling
 from cogvx.progress import bar
 from cogvx.records import record
@@ -56,8 +57,8 @@ def train(
 ) -> dict:
     """task=train: the main job. Returns the run's summary. expected(): seconds a step should take, when that is known."""
     started, accelerator = time.monotonic(), start_processes(config)
-    if config.lora is not None and resume_source(config.train.resume, folder) is None:
-        config.lora.require_start()
+    if resume_source(config.train.resume, folder) is None:
+        weights_of(config.lora).require_start()
     config.tracking.require_login()
     asked = scores.video_requests(
         scores.scored_prompts_of(config, config.validation.scored_prompts), seed=0
@@ -118,9 +119,12 @@ class Trainer:
     def build(
         cls, config: Config, folder: Path, accelerator: Accelerator, data: Prepared
     ) -> Trainer:
-        say, weights = accelerator.print, full if config.lora is None else lora
+        say, weights = accelerator.print, weights_of(config.lora)
         source = resume_source(config.train.resume, folder)
-        transformer, found = load_to_train(config, data, resumed=source is not None)
+        transformer = weights.attach(data.pretrained, config.seed)
+        found = [weights.describe(transformer)]
+        if source is None:
+            found += weights.start(transformer)
         types, masters = guards.audit(transformer, data.pretrained.dtype), None
         if config.memory.offload_optimizer:
             masters = Masters(
@@ -135,7 +139,7 @@ class Trainer:
             *found,
             f"types   {guards.in_words(types)}",
             speed_in_words(config, transformer, data),
-            *(f"warning {w}" for w in learning_rate_warnings(config)),
+            *(f"warning {w}" for w in learning_rate_warnings(config, weights)),
         ):
             say(line)
         optimizer = accelerator.prepare(
@@ -252,6 +256,7 @@ class Trainer:
                 lines = export.deliver(
                     self.folder,
                     self.state.transformer,
+                    self.state.weights,
                     self.config,
                     prompt,
                     self.data.images.get(prompt),
@@ -278,7 +283,7 @@ class Trainer:
                 )
             if compared:
                 say(f"score   {scores.score_line(compared)}")
-            result = self.folder / (full.FOLDER if self.config.lora is None else lora.WEIGHTS)
+            result = self.folder / self.state.weights.result
             say(f"result  {shown(result)}\n\nUse it in plain diffusers:\n\n{lines}\n")
         return {
             "status": "done",
@@ -435,7 +440,7 @@ class Trainer:
             if self.state.average is not None and not base:
                 trained = self.heldout_loss()
                 values["heldout_loss_trained"] = trained and trained.mean
-            with self.base_model() if base else self.state.averaged():
+            with self.state.base_model() if base else self.state.averaged():
                 found = self.heldout_loss(base=base)
         if not base:
             self.judged = (step, found)
@@ -468,17 +473,6 @@ class Trainer:
             )
         return found
 
-    def base_model(self):
-        """A context with the model as it was before training: the base model without the LoRA. With lora=null it is used before
-        any trained weights are loaded."""
-        return contextlib.nullcontext() if self.config.lora is None else self.adapters_off()
-
-    @contextlib.contextmanager
-    def adapters_off(self):
-        self.state.transformer.disable_adapters()
-        yield
-        self.state.transformer.enable_adapters()
-
     @contextlib.contextmanager
     def not_timed(self):
         """Validation and checkpoints do not count into a step's seconds, nor into the time that the progress bar expects."""
@@ -498,7 +492,7 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             return []
         videos, written = self.videos(), []
-        with self.not_timed(), self.base_model() if base else self.state.averaged():
+        with self.not_timed(), self.state.base_model() if base else self.state.averaged():
             clear_device_cache(
                 garbage_collection=True
             )  # what training keeps for its next step is in the way of the VAE
@@ -629,48 +623,9 @@ def speed_in_words(config: Config, transformer: torch.nn.Module, data: Prepared)
     )
 
 
-def load_to_train(
-    config: Config, data: Prepared, *, resumed: bool
-) -> tuple[torch.nn.Module, list[str]]:
-    """The transformer with what is to be trained in it, and lines that say what that is."""
-    if config.lora is None:
-        transformer = data.pretrained.transformer(torch.float32)
-        full.attach(transformer)
-        lines = [
-            f"full    every weight: {count(transformer):.2f} M trainable parameters, kept in fp32"
-        ]
-    else:
-        transformer, settings = data.pretrained.transformer(), config.lora
-        settings.attach(transformer, config.seed)
-        start = None if resumed else settings.init_from
-        variant = (", rsLoRA" if settings.use_rslora else "") + (
-            ", DoRA" if settings.use_dora else ""
-        )
-        modules = lora.count_modules(lora.state(transformer))
-        lines = [
-            f"lora    rank {settings.rank}, alpha {settings.lora_alpha:g}{variant} on {modules} layers: "
-            f"{count(transformer):.2f} M trainable parameters"
-        ]
-        lines += [] if start is None else [f"init    {settings.start_from(transformer, start)}"]
-    return transformer, lines
-
-
-def count(transformer: torch.nn.Module) -> float:
-    """Trainable parameters, in millions."""
-    return sum(parameter.numel() for parameter in lora.trainable(transformer)) / 1e6
-
-
-FULL_RATE = 1e-4  # CogVideo's own trainer: 1e-5 for full fine-tuning
-
-
-def learning_rate_warnings(config: Config) -> list[str]:
+def learning_rate_warnings(config: Config, weights: LoraWeights | FullWeights) -> list[str]:
     optimizer, schedule = config.optimizer, config.scheduler
-    found, rate = optimizer.warnings(), optimizer.learning_rate
-    if config.lora is None and rate > FULL_RATE and not optimizer.finds_its_own_rate:
-        found.append(
-            f"optimizer.learning_rate={rate:g} with lora=null: "
-            f"1e-5 is usual when every weight is trained"
-        )
+    found = [*optimizer.warnings(), *weights.warnings(optimizer)]
     if optimizer.averages_weights and schedule.decays:
         found.append(
             f"optimizer={config.choices['optimizer']} is meant for scheduler=constant_with_warmup; "

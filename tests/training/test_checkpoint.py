@@ -8,24 +8,25 @@ import torch
 from cogvx.errors import UserError
 from cogvx.model import lora
 from cogvx.model.pretrained import PretrainedModel
+from cogvx.model.trained_weights import LoraWeights
 from cogvx.options import optimizers
 from cogvx.training import checkpoint as checkpoints
 
+LORA = lora.Lora(4, 2, ["to_q"], use_rslora=False, use_dora=False, init_from=None)
 ADAMW = optimizers.AdamW(1e-3, 0.9, 0.95, 1e-8, 1e-2)
 
 
 @pytest.fixture(scope="module")
 def state(nano_folder):
     transformer = PretrainedModel(nano_folder, torch.device("cpu"), torch.float32).transformer()
-    lora.Lora(4, 2, ["to_q"], use_rslora=False, use_dora=False, init_from=None).attach(
-        transformer, seed=0
-    )
+    LORA.attach(transformer, seed=0)
     return state_of(transformer, torch.optim.AdamW(lora.trainable(transformer)))
 
 
 def state_of(transformer, optimizer):
+    weights = LoraWeights(LORA)
     return checkpoints.TrainingState(
-        transformer, lora, lora.trainable(transformer), optimizer, ADAMW, None, None
+        transformer, weights, lora.trainable(transformer), optimizer, ADAMW, None, None
     )
 
 
