@@ -16,7 +16,7 @@ from cogvx.runs import processes  # noqa: E402
 
 processes.quiet_libraries()
 
-from cogvx.config import compose_config  # noqa: E402
+from cogvx.compose import compose_config  # noqa: E402
 from cogvx.plan.allocator import GIB  # noqa: E402
 from cogvx.plan.phases import run_phases  # noqa: E402
 

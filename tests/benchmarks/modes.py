@@ -11,7 +11,7 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(PROJECT)]
 
-from cogvx.config import compose_config  # noqa: E402
+from cogvx.compose import compose_config  # noqa: E402
 from cogvx.options.cards import CARDS  # noqa: E402
 from cogvx.plan.allocator import GIB  # noqa: E402
 from cogvx.plan.phases import PHASES  # noqa: E402

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from transformers import T5Config, T5EncoderModel  # noqa: E402
 
-from cogvx.config import compose_config  # noqa: E402
+from cogvx.compose import compose_config  # noqa: E402
 from cogvx.model import nano  # noqa: E402
 from cogvx.model.pretrained import PretrainedModel  # noqa: E402
 from cogvx.records import record  # noqa: E402
