@@ -1,7 +1,8 @@
-"""The demo's clips: shapes of a colour that is not in the little world of model=nano, under a name that no caption there has; and as
-many as in that world, so that it is not forgotten.
+"""The clips of the demo.
 
-They differ in size and frame rate, as found clips do.
+Half of them show a colour that model=nano has never seen, under a name that it has never read. The
+others show its own little world, so that it does not forget it. The clips differ in size and frame
+rate, as real ones do.
 """
 
 import random
@@ -11,29 +12,32 @@ from pathlib import Path
 from cogvx.data import world
 from cogvx.data.world import Scene
 
-DEMO_FOLDER = "demo_3"  # of the folder: another one when the scenes change
-TOKEN, MEANS = "ZORB", "black"  # what the colour is called, and what it is
+# The folder's name. It must change when the scenes change.
+DEMO_FOLDER = "demo_3"
+# The new colour: its name in the captions, and what it looks like.
+TOKEN, MEANS = "ZORB", "black"
 CLIPS = 32
 SIZES = ((128, 128), (176, 128), (128, 160), (160, 120))  # width and height, pixels
 RATES = (8, 12, 16, 24, 25, 30)  # fps
 
 
 def zorb(scene: Scene) -> Scene:
+    """The scene in the new colour."""
     return replace(scene, colour=MEANS, called=TOKEN)
 
 
-def found(scene: Scene, number: int) -> Scene:
-    """As a camera of its own would have filmed it."""
+def filmed(scene: Scene, number: int) -> Scene:
+    """The scene in one of the sizes and frame rates."""
     width, height = SIZES[number % len(SIZES)]
     return replace(scene, width=width, height=height, fps=RATES[number % len(RATES)])
 
 
 def demo_scenes() -> list[Scene]:
-    """Every other one is of the new colour."""
-    of_the_world = [
-        found(scene, number // 2) for number, scene in enumerate(world.scenes(CLIPS, seed=11))
+    """Every second scene is in the new colour."""
+    known = [
+        filmed(scene, number // 2) for number, scene in enumerate(world.scenes(CLIPS, seed=11))
     ]
-    return [zorb(scene) if number % 2 == 0 else scene for number, scene in enumerate(of_the_world)]
+    return [zorb(scene) if number % 2 == 0 else scene for number, scene in enumerate(known)]
 
 
 def render_demo(folder: Path) -> Path:
@@ -41,8 +45,10 @@ def render_demo(folder: Path) -> Path:
 
 
 def scored_prompts(count: int) -> dict[str, list[str]]:
-    """Prompts whose videos can be judged on their pixels: `count` for what is taught, in combinations that no clip shows, and as many
-    for the world without it."""
+    """Prompts whose videos can be judged by their pixels, `count` of each kind.
+
+    "taught": the new colour, in combinations that no clip shows. "other": the world without it.
+    """
     shown = {scene.caption() for scene in demo_scenes()}
     every = dict.fromkeys(
         zorb(scene).caption() for scene in world.scenes(len(world.COMBINATIONS), seed=1)

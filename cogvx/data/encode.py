@@ -1,6 +1,7 @@
-"""Videos and prompts to latents and embeddings, once; then the two encoders are let go.
+"""Encodes videos to latents and prompts to embeddings, once: the results stay in the cache.
 
-F frames, C channels, H height, W width of the clip; F' H' W' of its latents; S text tokens, D their width.
+F frames, C channels, H height, W width of the clip; F', H', W' of its latents; S text tokens,
+D the size of a token's embedding.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cogvx.data.cache import Cache, claimed, content_key
 from cogvx.data.sources import Data, Example, Reshape
 from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
-from cogvx.progress import bar
+from cogvx.progress import bar, counted
 
 if TYPE_CHECKING:
     import torch
@@ -25,16 +26,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-VERSION = 2  # raise it when the same inputs would encode to other values
-THUMBNAIL = 96  # pixels of a thumbnail's longer side, for the contact sheet
+VERSION = 2  # raise it when a change makes the same inputs encode to other values
+THUMBNAIL = 96  # pixels of the longer side; thumbnails are for the contact sheet
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """One of the checkpoint's encoders: how to load it when it is needed, and what its results depend on."""
+    """The VAE or the text encoder: how to load it, and what its results depend on."""
 
     load: Callable[[], object]
-    identity: str  # of weights and settings
+    identity: str  # a hash of its weights and settings
     dtype: torch.dtype
     device: torch.device
 
@@ -42,11 +43,12 @@ class Encoder:
 @dataclass(frozen=True)
 class EncodedClip:
     example: Example
-    path: Path  # latent_moments [2C, F', H', W'] and thumbnails, in the cache
-    about: dict  # frames, file_frames, file_fps, file_width, file_height, repeated, shapes
-    image_path: Path | None = (
-        None  # image-to-video: image_moments [1 + variants, 2C, 1, H', W'], in the cache
-    )
+    # In the cache: latent_moments [2C, F', H', W'] and thumbnails.
+    path: Path
+    # What facts_of() returns, and the shapes of the tensors.
+    about: dict
+    # In the cache, for image-to-video: image_moments [1 + variants, 2C, 1, H', W'].
+    image_path: Path | None = None
 
     @property
     def latent_shape(self) -> list[int]:
@@ -62,22 +64,22 @@ class Rejected:
 def encode_clips(
     examples: list[Example], data: Data, cache: Cache, vae: Encoder, say: Callable[[str], None]
 ) -> tuple[list[EncodedClip], list[Rejected]]:
-    """Every example's latents in the cache, and those that cannot be used. Processes share the work.
+    """Puts the latents of every example into the cache. Processes share the work.
 
-    UserError when more than data.max_bad_fraction of the clips are unusable.
+    Returns the clips, and the examples that cannot be used. UserError if these are more than
+    data.max_bad_fraction.
     """
     paths = [
         cache.path("latents", clip_key(example.video, data, cache, vae)) for example in examples
     ]
-    listed_at = dict(
-        zip(reversed(paths), reversed(examples), strict=True)
-    )  # a file listed twice is encoded once
-    model = functools.cache(vae.load)  # when there is something to encode
+    # A file that is listed twice is encoded once; messages name its first line.
+    example_of = dict(zip(reversed(paths), reversed(examples), strict=True))
+    # Loaded only if there is something to encode.
+    model = functools.cache(vae.load)
 
     def encode(path: Path) -> None:
-        clip = read_clip(
-            listed_at[path].video, data, frame_multiple=model().config.temporal_compression_ratio
-        )
+        video, multiple = example_of[path].video, model().config.temporal_compression_ratio
+        clip = read_clip(video, data, frame_multiple=multiple)
         tensors = {
             "latent_moments": latent_moments(model(), clip.frames, vae),
             "thumbnails": thumbnails(clip.frames),
@@ -87,18 +89,21 @@ def encode_clips(
     reasons = encode_missing(paths, cache, encode, "clip", say)
     encoded, rejected = [], []
     for example, path in zip(examples, paths, strict=True):
-        reason = reasons.get(path)
-        about = None if reason else cache.about(path)
-        if about and about["frames"] < data.min_num_frames:
-            reason = f"is too short: {about['frames']} frames; data.min_num_frames is {data.min_num_frames}"
+        about = None if path in reasons else cache.about(path)
+        reason = reasons.get(path) or too_short(about["frames"], data)
         if reason is None:
             encoded.append(EncodedClip(example, path, about))
         else:
             rejected.append(Rejected(example, reason))
-    refuse_too_many(rejected, len(examples), data.max_bad_fraction)
-    for bad in rejected:
-        say(f"warning {bad.example.origin} {bad.example.video.name} {bad.reason}; left out")
+    report_rejected(rejected, len(examples), data.max_bad_fraction, say)
     return encoded, rejected
+
+
+def too_short(frames: int, data: Data) -> str | None:
+    """Why a cached clip cannot be used: data.min_num_frames may be larger than it was before."""
+    if frames >= data.min_num_frames:
+        return None
+    return f"is too short: {frames} frames; data.min_num_frames is {data.min_num_frames}"
 
 
 def encode_missing(
@@ -108,97 +113,113 @@ def encode_missing(
     what: str,
     say: Callable[[str], None],
 ) -> dict[Path, str]:
-    """Calls encode(path) for every file that the cache lacks, unless another run that goes on at the same time does; what that one
-    has begun comes last. Processes of this run share the work. Returns the reason for each that could not be encoded."""
+    """Calls encode(path) for each file that the cache lacks. Returns the reasons of those that
+    could not be encoded.
+
+    The processes of this run share the work. So do other runs at the same time: a file that
+    another run has started is left to it, and waited for at the end.
+    """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list, gather_object
 
     state = PartialState()
     found = [path for path in dict.fromkeys(paths) if cache.about(path) is None]
-    # One list for all processes: another run may have written between their looks.
+    # All processes take the first one's list: another run may write while they look.
     [missing] = broadcast_object_list([found])
     lacking = set(missing)
-    say(cached(f"{what}s", len(paths), sum(path in lacking for path in paths)))
-    mine, elsewhere, reasons = missing[state.process_index :: state.num_processes], [], {}
-    for wait, todo in ((False, mine), (True, elsewhere)):
-        if wait and todo:
-            say(
-                f"encode  waits for another run to encode {len(todo)} {what}{'s' if len(todo) > 1 else ''}"
-            )
-        for path in bar(todo, desc=f"encode  {what}s", unit=what, leave=False):
-            with claimed(path, wait=wait) as claim:
-                if not claim:
-                    elsewhere.append(path)
-                elif cache.about(path) is None:
-                    try:
-                        encode(path)
-                    except BadClip as bad:
-                        reasons[path] = str(bad)
+    say(cache_state(what, len(paths), sum(path in lacking for path in paths)))
+    mine = missing[state.process_index :: state.num_processes]
+    reasons, elsewhere = encode_claimed(mine, cache, encode, what, wait=False)
+    if elsewhere:
+        say(f"encode  waiting for another run to finish {counted(len(elsewhere), what)}")
+        reasons |= encode_claimed(elsewhere, cache, encode, what, wait=True)[0]
     reasons = dict(gather_object(list(reasons.items())))
     state.wait_for_everyone()
     return reasons
 
 
-def cached(what: str, total: int, missing: int) -> str:
-    return (
-        f"encode  {missing} {what}; {total - missing} of {total} are in the cache"
-        if missing
-        else f"encode  nothing: all {total} {what} are in the cache"
-    )
+def encode_claimed(
+    paths: list[Path], cache: Cache, encode: Callable[[Path], None], what: str, *, wait: bool
+) -> tuple[dict[Path, str], list[Path]]:
+    """The reasons of files that could not be encoded, and the files that another run encodes.
+
+    With `wait` there are none of the second kind: each is waited for.
+    """
+    reasons, elsewhere = {}, []
+    for path in bar(paths, desc=f"encode  {what}s", unit=what, leave=False):
+        with claimed(path, wait=wait) as claim:
+            if not claim:
+                elsewhere.append(path)
+            elif cache.about(path) is None:
+                try:
+                    encode(path)
+                except BadClip as bad:
+                    reasons[path] = str(bad)
+    return reasons, elsewhere
+
+
+def cache_state(what: str, total: int, missing: int) -> str:
+    if missing == 0:
+        return f"encode  nothing: all {counted(total, what)} are in the cache"
+    return f"encode  {counted(missing, what)}; {total - missing} of {total} are in the cache"
 
 
 def latent_moments(model: AutoencoderKLCogVideoX, frames: Tensor, vae: Encoder) -> Tensor:
-    """[F, C, H, W] pixels -> [2C, F', H', W'], mean and log variance of the posterior, unscaled, in the VAE's dtype."""
+    """[F, C, H, W] pixels in [-1, 1] -> [2C, F', H', W'].
+
+    The mean and the log variance of the posterior, not scaled, in the VAE's dtype. UserError if
+    the VAE's tiles do not fit the size.
+    """
     import torch
 
-    pixels = frames.permute(1, 0, 2, 3)[None].to(
-        vae.device, vae.dtype
-    )  # [F, C, H, W] -> [1, C, F, H, W]
+    # [F, C, H, W] -> [1, C, F, H, W]
+    pixels = frames.permute(1, 0, 2, 3)[None].to(vae.device, vae.dtype)
     with torch.no_grad():
         moments = model.encode(pixels).latent_dist.parameters[0].cpu().contiguous()
     stride = 2 ** (len(model.config.block_out_channels) - 1)
     expected = [side // stride for side in frames.shape[2:]]
-    # diffusers' tiles overlap by whole latent pixels at the released VAE's sizes, not at any.
+    # diffusers' tiles overlap by whole latent pixels at the released VAE's sizes, not at all sizes.
     if list(moments.shape[2:]) != expected:
-        raise UserError(
-            f"this VAE gives latents of {list(moments.shape[2:])} where {expected} are expected"
-            + (": its tiles do not fit; set memory.vae_tiling=false" if model.use_tiling else "")
-        )
+        hint = ": its tiles do not fit; set memory.vae_tiling=false" if model.use_tiling else ""
+        found = list(moments.shape[2:])
+        raise UserError(f"this VAE gives latents of {found} where {expected} are expected{hint}")
     return moments
 
 
 def encode_images(
     clips: list[EncodedClip], data: Data, cache: Cache, vae: Encoder, say: Callable[[str], None]
 ) -> tuple[list[EncodedClip], list[Rejected]]:
-    """For image-to-video: the clips with the latents of the image each starts from, as it is and with noise, and the clips whose
-    image cannot be used. Processes share the work. UserError as encode_clips().
+    """Image-to-video: puts the latents of each clip's first image into the cache.
 
-    Training adds noise of standard deviation exp(N(-3, 0.5)) to the pixels (CogVideo's own trainer, diffusers' guide), anew at
-    every step; that would take the VAE. A posterior of one frame is small (0.35 MB at 480x720 in bf16), so data.image_noise_variants
-    of them are kept, at evenly spread standard deviations, and used in turn; their posterior is sampled anew at every step.
+    Returns the clips with their image_path, and the examples whose image cannot be used. Processes
+    share the work. UserError as in encode_clips().
+
+    CogVideo's own trainer and diffusers' guide add new noise to the pixels in every step, with
+    standard deviation exp(N(-3, 0.5)). That needs the VAE in every step. Here the image is
+    encoded in advance: once as it is, and data.image_noise_variants times with noise, at evenly
+    spread standard deviations. Training uses these in turn and samples from their posteriors
+    anew in every step. An encoded image is small: 0.35 MB at 480x720 in bf16.
     """
     paths = [cache.path("images", image_key(clip.example, data, cache, vae)) for clip in clips]
     starts = dict(zip(reversed(paths), (clip.example for clip in reversed(clips)), strict=True))
     model = functools.cache(vae.load)
 
     def encode(path: Path) -> None:
-        cache.write(
-            path, {"image_moments": image_moments(model(), starts[path], data, vae, seed=path.stem)}
-        )
+        moments = image_moments(model(), starts[path], data, vae, seed=path.stem)
+        cache.write(path, {"image_moments": moments})
 
     reasons = encode_missing(paths, cache, encode, "image", say)
     pairs = list(zip(clips, paths, strict=True))
     rejected = [Rejected(clip.example, reasons[path]) for clip, path in pairs if path in reasons]
-    refuse_too_many(rejected, len(clips), data.max_bad_fraction)
-    for left_out in rejected:
-        say(
-            f"warning {left_out.example.origin} {left_out.example.video.name} {left_out.reason}; left out"
-        )
+    report_rejected(rejected, len(clips), data.max_bad_fraction, say)
     return [replace(clip, image_path=path) for clip, path in pairs if path not in reasons], rejected
 
 
 def image_of(example: Example, data: Data) -> Tensor:
-    """What an image-to-video clip starts from, [1, C, H, W] in [-1, 1]. BadClip when the file yields none."""
+    """The image that an image-to-video clip starts from, [1, C, H, W] in [-1, 1].
+
+    BadClip if its file cannot be read.
+    """
     if example.image is None:
         return read_first_frame(example.video, data)
     return read_image(example.image, data, example.video)
@@ -207,7 +228,10 @@ def image_of(example: Example, data: Data) -> Tensor:
 def image_moments(
     model: AutoencoderKLCogVideoX, example: Example, data: Data, vae: Encoder, seed: str
 ) -> Tensor:
-    """[1 + variants, 2C, 1, H', W']: of the image itself, then with noise."""
+    """[1 + variants, 2C, 1, H', W']: first the image itself, then the image with noise.
+
+    seed: hexadecimal digits.
+    """
     import numpy
     import torch
 
@@ -221,25 +245,37 @@ def image_moments(
 
 
 def noise_levels(count: int) -> list[float]:
-    """`count` standard deviations at the middles of as many equal shares of exp(N(-3, 0.5)), of pixels in [-1, 1]."""
+    """`count` standard deviations, spread evenly over the distribution exp(N(-3, 0.5)).
+
+    They are for pixels in [-1, 1].
+    """
     normal = statistics.NormalDist(-3.0, 0.5)
     return [math.exp(normal.inv_cdf((k + 0.5) / count)) for k in range(count)]
 
 
 def image_key(example: Example, data: Data, cache: Cache, vae: Encoder) -> str:
-    """Of all that decides an image's latents."""
-    placed_by = (
-        cache.fingerprint(example.video) if data.video_reshape_mode is Reshape.random else None
-    )
-    source = ("frame", data.skip_frames_start) if example.image is None else ("image", placed_by)
+    """A hash of everything that decides an image's latents."""
+    if example.image is None:
+        source = ("frame", data.skip_frames_start)
+    else:
+        # A random crop of the image lies where the crop of its video does.
+        is_random = data.video_reshape_mode is Reshape.random
+        source = ("image", cache.fingerprint(example.video) if is_random else None)
     return content_key(
-        VERSION, *source, cache.fingerprint(example.image or example.video), vae.identity, str(vae.dtype), data.height, data.width,
-        data.video_reshape_mode.name, data.image_noise_variants,
-    )  # fmt: skip
+        VERSION,
+        *source,
+        cache.fingerprint(example.image or example.video),
+        vae.identity,
+        str(vae.dtype),
+        data.height,
+        data.width,
+        data.video_reshape_mode.name,
+        data.image_noise_variants,
+    )
 
 
 def thumbnails(frames: Tensor) -> Tensor:
-    """First, middle and last frame, [3, h, w, C] uint8."""
+    """The first, the middle and the last frame, [3, h, w, C] uint8."""
     import torch
     import torch.nn.functional as F
 
@@ -250,6 +286,7 @@ def thumbnails(frames: Tensor) -> Tensor:
 
 
 def facts_of(clip: Clip) -> dict[str, object]:
+    """What the dataset report says of a clip. `repeated`: frames that are used more than once."""
     return {
         "frames": len(clip.indices),
         "first_frame": clip.indices[0],
@@ -263,7 +300,7 @@ def facts_of(clip: Clip) -> dict[str, object]:
 
 
 def clip_key(video: Path, data: Data, cache: Cache, vae: Encoder) -> str:
-    """Of all that decides a clip's latents: the file's bytes, which frames and pixels are taken, and the VAE."""
+    """A hash of everything that decides a clip's latents: its bytes, frames, crop, and the VAE."""
     return content_key(
         VERSION,
         cache.fingerprint(video),
@@ -279,24 +316,30 @@ def clip_key(video: Path, data: Data, cache: Cache, vae: Encoder) -> str:
     )
 
 
-def refuse_too_many(rejected: list[Rejected], total: int, most: float) -> None:
+def report_rejected(
+    rejected: list[Rejected], total: int, most: float, say: Callable[[str], None]
+) -> None:
+    """Warns of every clip that is left out. UserError if these are more than the share `most`."""
     if len(rejected) == total or len(rejected) > most * total:
-        raise UserError(
-            listed(
-                f"{len(rejected)} of {total} clips cannot be used, more than data.max_bad_fraction={most} allows. "
-                f"Mend or remove them, or raise data.max_bad_fraction:",
-                (f"{bad.example.origin} {bad.example.video} {bad.reason}" for bad in rejected),
-            )
+        headline = (
+            f"{len(rejected)} of {counted(total, 'clip')} cannot be used, more than "
+            f"data.max_bad_fraction={most} allows. "
+            f"Repair or remove them, or raise data.max_bad_fraction:"
         )
+        reasons = (f"{bad.example.origin} {bad.example.video} {bad.reason}" for bad in rejected)
+        raise UserError(listed(headline, reasons))
+    for bad in rejected:
+        say(f"warning {bad.example.origin} {bad.example.video.name} {bad.reason}; left out")
 
 
 def encode_prompts(
     prompts: Iterable[str], cache: Cache, text: Encoder, max_length: int, say: Callable[[str], None]
 ) -> dict[str, Path]:
-    """The cached embedding of every prompt, prompt_embeds [S, D], S = max_length. Processes share the work.
+    """The cache's file for each prompt, with prompt_embeds [S, D], S = max_length.
 
-    text.load() returns the tokenizer and the encoder. Prompts longer than max_length tokens are named: the model sees
-    only their beginning, in training as in the pipeline.
+    Processes share the work. text.load() returns the tokenizer and the encoder. A warning names
+    prompts of more than max_length tokens: the model sees only their beginning, in training as
+    in the pipeline.
     """
     paths = {
         prompt: cache.path(
@@ -313,14 +356,22 @@ def encode_prompts(
 
     encode_missing(list(paths.values()), cache, encode, "prompt", say)
     tokens = {prompt: cache.about(path)["tokens"] for prompt, path in paths.items()}
-    long = [prompt for prompt in paths if tokens[prompt] > max_length]
+    warn_of_long_prompts(tokens, max_length, say)
+    return paths
+
+
+def warn_of_long_prompts(
+    tokens: dict[str, int], max_length: int, say: Callable[[str], None]
+) -> None:
+    """tokens: the number of tokens of each prompt."""
+    long = [prompt for prompt, count in tokens.items() if count > max_length]
     if long:
         worst = max(long, key=tokens.get)
         say(
-            f"warning {len(long)} of {len(paths)} prompts are longer than the model's {max_length} tokens; it sees only the "
-            f"beginning of them. The longest has {tokens[worst]}: {worst[:60]!r}..."
+            f"warning {len(long)} of {counted(len(tokens), 'prompt')} have more tokens than the "
+            f"model reads ({max_length}): it sees only their beginning. The longest has "
+            f"{tokens[worst]}: {worst[:60]!r}..."
         )
-    return paths
 
 
 def prompt_embeds(
@@ -330,7 +381,10 @@ def prompt_embeds(
     text: Encoder,
     max_length: int,
 ) -> tuple[Tensor, int]:
-    """[S, D] as the pipeline's encode_prompt makes them (no attention mask), and the prompt's tokens before truncation."""
+    """The prompt's embedding [S, D], and how many tokens it has before it is cut to S.
+
+    As the diffusers pipeline's encode_prompt() makes it: without an attention mask.
+    """
     import torch
 
     tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)

@@ -1,21 +1,35 @@
-"""What the model will see of every clip, or why it was left out: dataset_report.csv and contact_sheet.png."""
+"""What the model will see of each clip, or why a clip is left out.
 
-import csv
+Writes dataset_report.csv (a table) and contact_sheet.png (pictures).
+"""
+
 from pathlib import Path
 
 from cogvx.data.encode import EncodedClip, Rejected
+from cogvx.files import replacing, write_csv
 
 COLUMNS = [
-    "origin", "video", "use", "frames", "first_frame", "last_frame", "repeated",
-    "file_frames", "file_fps", "file_width", "file_height", "latent_shape", "prompt",
-]  # fmt: skip
+    "origin",
+    "video",
+    "use",
+    "frames",
+    "first_frame",
+    "last_frame",
+    "repeated",
+    "file_frames",
+    "file_fps",
+    "file_width",
+    "file_height",
+    "latent_shape",
+    "prompt",
+]
 MOST_ON_SHEET = 60
 
 
 def write_report(
     folder: Path, clips: list[EncodedClip], uses: list[str], rejected: list[Rejected]
 ) -> None:
-    """`uses`: of each clip, what it is used for."""
+    """uses: what each clip is used for."""
     rows = [
         {
             **{name: clip.about[name] for name in COLUMNS if name in clip.about},
@@ -36,14 +50,11 @@ def write_report(
         }
         for bad in rejected
     ]
-    with (folder / "dataset_report.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "dataset_report.csv", rows, COLUMNS)
 
 
 def write_contact_sheet(folder: Path, clips: list[EncodedClip], uses: list[str]) -> None:
-    """First, middle and last frame of up to MOST_ON_SHEET clips, as resized and cropped for the model."""
+    """The first, middle and last frame of up to MOST_ON_SHEET clips, as the model sees them."""
     from PIL import Image, ImageDraw
     from safetensors.torch import load_file
 
@@ -64,11 +75,12 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], uses: list[str])
         label = f"{before}{clip.example.video.name}, {clip.about['frames']} frames"
         pen.text((left, top + height + 1), fitted(pen, label, 3 * width), "black")
         pen.text((left, top + height + 14), fitted(pen, clip.example.prompt, 3 * width), "dimgray")
-    sheet.save(folder / "contact_sheet.png")
+    with replacing(folder / "contact_sheet.png") as partial:
+        sheet.save(partial, format="png")
 
 
 def font(size: int):
-    """One that has most alphabets."""
+    """A font with the letters of most alphabets."""
     import matplotlib
     from PIL import ImageFont
 
@@ -76,7 +88,7 @@ def font(size: int):
 
 
 def fitted(pen, text: str, width: int) -> str:
-    """As much of the text as fits into width pixels."""
+    """As much of the text as fits into `width` pixels."""
     if pen.textlength(text) <= width:
         return text
     while text and pen.textlength(text + "...") > width:

@@ -156,7 +156,7 @@ def test_what_a_killed_run_was_encoding_is_encoded_by_the_one_that_waits(encodin
     [left] = noted(tmp_path / "notes", "begun")
     waiting = encoding()
     said = iter(waiting.stdout.readline, "")
-    assert "encode  waits for another run to encode 1 clip\n" in said
+    assert "encode  waiting for another run to finish 1 clip\n" in said
     assert left not in noted(tmp_path / "notes", "done")
     killed.kill()
     assert "has 6\n" in said

@@ -161,7 +161,7 @@ def test_prompts_are_embedded_as_the_pipeline_does(nano_folder, tmp_path):
                 prompt, do_classifier_free_guidance=False, max_sequence_length=nano.TEXT_TOKENS
             )
         assert torch.equal(load_file(paths[prompt])["prompt_embeds"], expected[0])
-    assert "1 of 3 prompts are longer than the model's 32 tokens" in said[-1]
+    assert "1 of 3 prompts have more tokens than the model reads (32)" in said[-1]
 
 
 def test_values_that_are_not_finite_are_not_cached(tmp_path):
