@@ -27,6 +27,7 @@ from cogvx.files import shown
 from cogvx.records import comparison, record
 from cogvx.runs import engines, grid, pool, processes
 from cogvx.runs.pool import STOPPED
+from cogvx.start import start_task
 
 SWEEPS = configuration.PROJECT / "sweeps"
 exit_codes: list[int] = []
@@ -52,7 +53,7 @@ def say(error: object) -> int:
 
 def run(config: configuration.Config) -> int:
     if not config.task.makes_a_run:
-        config.task.start(config, Path())
+        start_task(config, Path())
         return 0
     folder = record.open_folder(config)
     summary = record.finished(folder)

@@ -14,6 +14,7 @@ import launch as door
 from cogvx import compose as composing
 from cogvx import config as configuration
 from cogvx.config import GROUPS, SECTIONS
+from cogvx.options.other_names import DIFFUSERS
 from cogvx.records import record
 from cogvx.runs import grid
 
@@ -67,9 +68,7 @@ def commands(text: str) -> list[str]:
     return [line.strip() for line in [*lines, *inline(text)] if line.strip().startswith(starts)]
 
 
-COMMANDS = {
-    command: page for page, text in reversed(TEXTS.items()) for command in commands(text)
-}
+COMMANDS = {command: page for page, text in reversed(TEXTS.items()) for command in commands(text)}
 
 
 def is_tried(command: str) -> bool:
@@ -115,10 +114,23 @@ def test_a_command_composes(command, folder, tmp_path, monkeypatch):
     elif any(a.startswith("sweep=") for a in arguments):
         place = grid.Place(searchpath=(str(configuration.PROJECT),))
     if sweeping:
-        _, jobs, _ = grid.sweep_of(overrides, place)
-        assert len(jobs) >= 2
+        compose_a_sweep(overrides, place)
     else:
         composing.compose_config(overrides, place.folder, place.searchpath)
+
+
+def compose_a_sweep(overrides: list[str], place: grid.Place) -> None:
+    """Its first and its last job; tests/runs/ composes all jobs of the sweeps with a name."""
+    for each in grid.grids_of(overrides, place):
+        assert each.swept
+        for end in (0, -1):
+            if any(
+                o.is_sweep_override() and not o.is_discrete_sweep() for o in each.swept.values()
+            ):
+                values = grid.examples(each.swept, next(iter(each.swept)))
+            else:
+                values = each.values()
+            grid.composed_jobs([(each.fixed, {key: [v[end]] for key, v in values.items()})], place)
 
 
 def without_missing_plugins(arguments: list[str]) -> list[str]:
@@ -126,7 +138,9 @@ def without_missing_plugins(arguments: list[str]) -> list[str]:
     chosen = [a.partition("=")[2] for a in arguments if a.startswith("hydra/launcher=")]
     if not chosen or importlib.util.find_spec(ENGINES.get(chosen[0], "cogvx")):
         return arguments
-    return [a for a in arguments if not a.lstrip("+").startswith(("hydra/launcher", "hydra.launcher"))]
+    return [
+        a for a in arguments if not a.lstrip("+").startswith(("hydra/launcher", "hydra.launcher"))
+    ]
 
 
 @pytest.mark.parametrize("command", OTHERS)
@@ -277,14 +291,18 @@ def rows_of_table(page: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_flags_of_diffusers_lead_to_settings_that_exist():
-    """The flags of both scripts in examples/cogvideo of diffusers 0.39.0.dev0: 64, and 3 more."""
-    rows = [row for row in rows_of_table("docs/from_diffusers.md") if row[0].startswith("`--")]
-    flags = [row[0].strip("`") for row in rows]
-    assert len(flags) == len(set(flags)) == 67
-    for flag, ours, note in rows:
-        known = ours.strip("`") in {*KEYS, *GROUPS, "seed", "output_dir"}
-        assert known or (ours == "none" and note), flag
+def test_the_page_of_flags_is_the_table_that_answers_them():
+    """The flags of both scripts in examples/cogvideo of diffusers 0.39.0.dev0 are 64 and 3 more."""
+    page = [row for row in rows_of_table("docs/from_diffusers.md") if row[0].startswith("`--")]
+    table = [
+        [f"`--{flag}`", "none" if other.ours is None else f"`{other.ours}`", other.note]
+        for flag, other in DIFFUSERS.items()
+    ]
+    assert len(table) >= 67 and page == table
+    for flag, other in DIFFUSERS.items():
+        ours = (other.ours or "seed").partition("=")[0]
+        assert ours in {*KEYS, *GROUPS, "seed", "output_dir"}, flag
+        assert other.ours is not None or other.note, flag
 
 
 def templates() -> list[str]:

@@ -129,7 +129,7 @@ DIFFUSERS: dict[str, OtherName] = {
     # image to video
     "validation_images": OtherName("validation.validation_images"),
     "noised_image_dropout": OtherName("train.image_dropout"),
-    "nccl_timeout": OtherName(None, "The time that torch itself sets is kept."),
+    "nccl_timeout": OtherName(None, "Processes wait for each other for up to a day."),
     # in earlier versions of the image-to-video script
     "ignore_learned_positional_embeddings": OtherName(
         None, "The checkpoint's own positions are always used; other sizes are refused."
