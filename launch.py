@@ -65,7 +65,7 @@ def run(config: configuration.Config) -> int:
     print(f"run     {shown(folder)}", flush=True)
     with record.locked(folder) as lock:
         record.environment(folder, typed, *repeated)
-        return processes.run(folder, lock)
+        return processes.run_recorded(folder, lock)
 
 
 def run_sweep(overrides: list[str], place: grid.Place) -> int:
@@ -94,14 +94,14 @@ def run_sweep(overrides: list[str], place: grid.Place) -> int:
     with record.locked(sweep.folder):  # the same command in another terminal is told so
         sweep.freeze([] if searching else jobs, typed)
         if elsewhere:
-            code = engines.run(sweep, [job for job, _ in jobs], launcher)
+            code = engines.run_with_launcher(sweep, [job for job, _ in jobs], launcher)
         else:
             pool.wait_for_earlier(sweep)
             if searching:
                 queue = grid.search_of(overrides, place, sweep, base, launcher, typed)
             else:
                 queue = pool.Given(sweep, [job for job, _ in jobs], launcher)
-            code = pool.run(sweep, queue, launcher, typed)
+            code = pool.run_pool(sweep, queue, launcher, typed)
         comparison.conclude(sweep)
     return code
 
@@ -263,7 +263,7 @@ def entry(arguments: list[str]) -> int:
                 )
             )
         except OSError as error:  # a full disk, a folder that cannot be written; some of Hydra's are of this kind too
-            message, code = processes.in_words(error)
+            message, code = processes.explained(error)
             if code != processes.FAILED:
                 raise
             return say(message)

@@ -91,6 +91,23 @@ def composed_from(
     return composed
 
 
+def defaults_for(recorded: dict) -> dict[str, object]:
+    """The default of every setting, flat, for the options that a record chose.
+
+    A default that follows another setting (lora_alpha follows rank) follows the recorded value.
+    Raises what Hydra raises if the record's options are not known here.
+    """
+    chosen = [f"{group}={option}" for group, option in choices_of(recorded).items()]
+    defaults = flat(OmegaConf.to_container(composed_from(chosen, CONF), resolve=False))
+    values = OmegaConf.create({key: recorded[key] for key in recorded if key != "defaults"})
+    for key, default in defaults.items():
+        if isinstance(default, str) and "${" in default and OmegaConf.select(values, key):
+            own = values.copy()
+            OmegaConf.update(own, key, default)
+            defaults[key] = OmegaConf.select(own, key)
+    return defaults
+
+
 def explain(
     error: Exception,
     overrides: list[str],

@@ -75,6 +75,7 @@ def start_report(config: Config, folder: Path) -> dict:
 def start_comparison(config: Config, folder: Path) -> dict:
     from cogvx.files import shown
     from cogvx.records import comparison, leaderboard, record, sweep
+    from cogvx.records.pages import joined
 
     places = config.task.runs
     for place in places:
@@ -86,9 +87,8 @@ def start_comparison(config: Config, folder: Path) -> dict:
     rows = sweep.rows_of(runs, {}, [])
     leaderboard.show(rows)
     leaderboard.show_surroundings(rows, runs)
-    page = config.task.page
-    page.parent.mkdir(parents=True, exist_ok=True)
-    print(f"report  {shown(comparison.write(page, 'Comparison of runs', runs, rows))}")
+    page = config.task.page or Path.cwd() / "outputs" / comparison.page_name(list(runs))
+    print(f"report  {shown(comparison.write(page, joined(list(runs)), runs, rows))}")
     return {}
 
 

@@ -98,7 +98,7 @@ class ReportTask(Task):
 @dataclass
 class CompareTask(Task):
     runs: list[Path]
-    page: Path
+    page: Path | None
     makes_a_run: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
 

@@ -9,41 +9,51 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cogvx.errors import first_line
 from cogvx.files import read_json
 from cogvx.records import record
+from cogvx.records.pages import column, setting_text
 
 MOST_ROWS = 30
 WIDE = 160  # characters, where the output is no terminal
-SHOWN = {
-    "state": "state", "objective": "held-out", "score_taught": "taught", "score_other": "others", "seconds": "seconds",
-    "peak_memory_gib": "GiB",
-}  # fmt: skip
+# A row's measure -> its heading and the fewest decimals of its column.
+MEASURES = {
+    "state": ("state", 0),
+    "objective": ("held-out", 4),
+    "score_taught": ("taught", 2),
+    "score_other": ("others", 2),
+    "seconds": ("seconds", 0),
+    "peak_memory_gib": ("GiB", 2),
+}
 
 
 def show(rows: list[dict]) -> None:
     """The leaderboard, and why runs have no place on it."""
-    columns = varied(rows)
-    measured = [name for name in SHOWN if any(row[name] is not None for row in rows)]
+    settings = settings_in(rows)
+    measured = [name for name in MEASURES if any(row[name] is not None for row in rows)]
+    shown = rows[:MOST_ROWS]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in (
-        "",
-        *(key.rpartition(".")[2] for key in columns),
-        *(SHOWN[name] for name in measured),
-    ):
-        table.add_column(name)
-    for row in rows[:MOST_ROWS]:
-        place = "" if row["place"] is None else f"{row['place']}{' tie' if row['tie'] else ''}"
-        table.add_row(place, *(Text(as_text(row[name])) for name in (*columns, *measured)))
+    table.add_column("")
+    for key in settings:
+        table.add_column(key.rpartition(".")[2], justify="right", overflow="fold")
+    for name in measured:
+        justify = "left" if name == "state" else "right"
+        table.add_column(MEASURES[name][0], justify=justify, overflow="fold")
+    columns = [[place_text(row) for row in shown]]
+    columns += [[setting_text(row[key]) for row in shown] for key in settings]
+    columns += [column([row[name] for row in shown], MEASURES[name][1]) for name in measured]
+    for texts in zip(*columns, strict=True):
+        table.add_row(*map(Text, texts))
     Console(width=None if sys.stdout.isatty() else WIDE).print(table)
     if len(rows) > MOST_ROWS:
         print(f"... and {len(rows) - MOST_ROWS} more")
     for row in rows:
         if row["reason"]:
-            print(f"{row['state']:7s} {row['folder']}: {str(row['reason']).splitlines()[0]}")
+            print(f"{row['state']:7s} {row['folder']}: {first_line(row['reason'])}")
 
 
 def show_surroundings(rows: list[dict], runs: dict[str, Path]) -> None:
-    """Code, packages, devices and data of other runs that are not the best one's."""
+    """Where the code, packages, devices or data of a run are not the best run's."""
     best = read_json(runs[rows[0]["folder"]] / record.ENVIRONMENT)
     for row in rows[1:]:
         found = record.changes(best, read_json(runs[row["folder"]] / record.ENVIRONMENT))
@@ -51,19 +61,19 @@ def show_surroundings(rows: list[dict], runs: dict[str, Path]) -> None:
             print(f"besides settings, {rows[0]['folder']} -> {row['folder']}: {'; '.join(found)}")
 
 
-def varied(rows: list[dict]) -> list[str]:
-    """The settings in a row: what stands before its state and after its place."""
+def place_text(row: dict) -> str:
+    return "" if row["place"] is None else f"{row['place']}{' tie' if row['tie'] else ''}"
+
+
+def settings_in(rows: list[dict]) -> list[str]:
+    """The settings in a row: the columns between its tie and its state."""
     names = list(rows[0])
     return names[names.index("tie") + 1 : names.index("state")]
 
 
-def close(rows: list[dict]) -> str:
-    """Whether the second best could be as good."""
-    tied = [row for row in rows if row["tie"]]
+def ties_in_words(rows: list[dict]) -> str:
+    """How many runs are as good as the best; rows[0] has a held-out loss."""
     if rows[0]["heldout_noise_floor"] is None:
-        return ". How much of a difference is noise is not known: validation.heldout_draws=2 measures it"
-    return f"; {len(tied)} more within the noise of the measurement" if tied else ""
-
-
-def as_text(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        return ". The noise of the measurement is not known: validation.heldout_draws=2 measures it"
+    tied = sum(bool(row["tie"]) for row in rows)
+    return f"; {tied} more within the noise of the measurement" if tied else ""

@@ -1,6 +1,6 @@
 """A run's folder and its records: config.yaml, environment.json, summary.json.   [no torch]
 
-The folder holds one configuration for good. Whatever runs, runs from its config.yaml.
+A folder holds one configuration for good. Whatever runs in it, runs from its config.yaml.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import secrets
 import subprocess
 import time
@@ -22,51 +23,66 @@ from cogvx.errors import UserError, listed
 from cogvx.files import read_json, shown, write_json, write_text
 
 CONFIG, ENVIRONMENT, SUMMARY, LOCK = "config.yaml", "environment.json", "summary.json", ".lock"
-STARTS = (
-    "command",
-    "started",
-    "git_commit",
-    "git_dirty",
-    "python",
-    "device",
-)  # what is kept of a start when the run is resumed
-COMPARED = (
-    "git_commit", "uncommitted", "python", "platform", "device", "processes", "model_commit", "model_fingerprint", "data_fingerprint",
-)  # fmt: skip
-NAMED = {"git_commit": "code", "uncommitted": "uncommitted changes", "model_commit": "the model's revision", "model_fingerprint": "the model's files", "data_fingerprint": "clips and captions"}  # fmt: skip
-LOCK_TRIES = (
-    0.1,
-    0.2,
-    0.4,
-)  # seconds to wait: who only looks whether a run is in use holds its lock for a moment too
+# What environment.json keeps of a run's earlier starts.
+KEPT_OF_A_START = ("command", "started", "git_commit", "git_dirty", "python", "device")
+# What a result may depend on besides the settings, and how it is called to a user.
+COMPARED = {
+    "git_commit": "code",
+    "uncommitted": "uncommitted changes",
+    "python": "Python",
+    "platform": "system",
+    "device": "device",
+    "processes": "processes",
+    "model_commit": "the model's revision",
+    "model_fingerprint": "the model's files",
+    "data_fingerprint": "clips and captions",
+}
+# Seconds between tries: a process that only looks whether a run is in use holds its lock too,
+# for a moment.
+LOCK_TRIES = (0.1, 0.2, 0.4)
+CPU = re.compile(r"cpu, (\d+) threads?")  # how a CPU is written as a device
 
 
 def open_folder(config: Config) -> Path:
-    """The run's folder with its config.yaml in it, new or holding the same configuration. UserError otherwise."""
+    """The run's folder with its config.yaml.
+
+    UserError if it holds another configuration, or if it cannot be written.
+    """
     folder = Path.cwd() / "outputs" if config.output_dir is None else config.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder = new_folder(folder) if config.output_dir is None else folder
-        recorded = folder / CONFIG
-        if recorded.is_file():
-            differing = configuration.differences(config, configuration.read(recorded))
-            if differing:
-                headline = f"{folder} holds a run with another configuration (recorded -> asked for). Choose another output_dir, or give the recorded values:"
-                raise UserError(listed(headline, differing))
+        if (folder / CONFIG).is_file():
+            require_same_configuration(folder, config)
         else:
-            header = f"# Every value of this run. The same again:  python launch.py --config-dir {shown(folder)} --config-name config\n"
-            write_text(recorded, header + configuration.to_yaml(config))
+            again = f"python launch.py --config-dir {shown(folder)} --config-name config"
+            header = f"# Every value of this run. The same again:  {again}\n"
+            write_text(folder / CONFIG, header + configuration.to_yaml(config))
     except OSError as error:
         raise UserError(
-            f"the run's folder {folder} cannot be written: {error.strerror or error}. Choose another: output_dir=/disk/with/space"
+            f"the run's folder {folder} cannot be written: {error.strerror or error}. "
+            f"Choose another: output_dir=/disk/with/space"
         ) from error
     return folder
 
 
+def require_same_configuration(folder: Path, config: Config) -> None:
+    differing = configuration.differences(config, configuration.read(folder / CONFIG))
+    if differing:
+        headline = (
+            f"{folder} holds a run with another configuration (recorded -> asked for). "
+            f"Choose another output_dir, or give the recorded values:"
+        )
+        raise UserError(listed(headline, differing))
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Keeps other processes from running in the folder at the same time. The lock ends with this process, however it ends, and
-    with those that are given its descriptor."""
+    """Keeps other processes from running in the folder; gives the lock's file descriptor.
+
+    The lock ends when this process and all that inherited the descriptor have ended, however
+    they end. UserError if another process holds it.
+    """
     import fcntl
 
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
@@ -77,7 +93,8 @@ def locked(folder: Path) -> Iterator[int]:
             except OSError as error:
                 if patience is None:
                     raise UserError(
-                        f"{folder} is in use by another process ({user_of(folder)}): wait for it, or stop it"
+                        f"{folder} is in use by another process ({user_of(folder)}): "
+                        f"wait for it, or stop it"
                     ) from error
                 time.sleep(patience)
         file.truncate(0)
@@ -87,14 +104,14 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def user_of(folder: Path) -> str:
-    """Who locked it last."""
+    """The process that locked the folder last."""
     return (folder / LOCK).read_text(encoding="utf-8").strip() or "unknown"
 
 
-def new_folder(place: Path) -> Path:
-    """Made here, so that no other start has it."""
+def new_folder(parent: Path) -> Path:
+    """A folder that no other start has."""
     while True:
-        folder = place / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
+        folder = parent / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder
@@ -110,24 +127,28 @@ def finish(folder: Path, summary: dict) -> None:
     write_json(folder / SUMMARY, summary)
 
 
+# -- what a result may depend on besides the settings --------------------------------------------
+
+
 def environment(folder: Path, command: list[str], rerun_of: Path | None = None) -> None:
-    """Records what the result may depend on besides the configuration, and the code's uncommitted changes as a patch; and what that
-    was when the run was started before, or in the run that it repeats, for drift()."""
+    """Records what the result may depend on besides the settings; the code's changes as a patch.
+
+    It keeps what that was before, for drift(): when this run was last started, or in the run
+    that it repeats.
+    """
     patch = git("diff", "HEAD", "--binary")
     if patch:
         write_text(folder / "uncommitted.patch", patch)
     earlier = read_json(folder / ENVIRONMENT)
     before = earlier or ({} if rerun_of is None else read_json(rerun_of / ENVIRONMENT))
+    starts = list(earlier.get("earlier_starts", []))
+    if earlier:
+        starts.append({name: earlier[name] for name in KEPT_OF_A_START if name in earlier})
     note(
         folder,
         rerun_of=None if rerun_of is None else str(rerun_of),
         before={name: before[name] for name in (*COMPARED, "packages") if name in before},
-        earlier_starts=[
-            *earlier.get("earlier_starts", []),
-            {n: earlier[n] for n in STARTS if n in earlier},
-        ]
-        if earlier
-        else [],
+        earlier_starts=starts,
         command=command,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         git_commit=(git("rev-parse", "HEAD") or "").strip() or None,
@@ -141,36 +162,42 @@ def environment(folder: Path, command: list[str], rerun_of: Path | None = None) 
 
 
 def drift(folder: Path) -> str | None:
-    """What is not as it was when this run, or the one that it repeats, was started before."""
+    """What differs from the run that this one repeats or goes on with; None if nothing does."""
     facts = read_json(folder / ENVIRONMENT)
-    found = changes(facts.get("before", {}), facts)
-    before = (
-        "when this run was last started"
-        if facts.get("rerun_of") is None
-        else f"in {facts['rerun_of']}"
-    )
-    return f"not as it was {before}: {'; '.join(found)}" if found else None
+    before = facts.get("before", {})
+    found = changes(before, facts)
+    if not found:
+        return None
+    machine_only = found == changes(only_machine(before), only_machine(facts))
+    what, how = ("this machine", " slightly") if machine_only else ("this start", "")
+    return f"{what} differs from the recorded run ({'; '.join(found)}); results may differ{how}"
+
+
+def only_machine(facts: dict) -> dict:
+    return {name: facts[name] for name in ("python", "platform", "device") if name in facts}
 
 
 def changes(earlier: dict, now: dict) -> list[str]:
-    """What a result may depend on and is not the same in two environment.json, as `what: earlier -> now`."""
-    found = [
-        f"{NAMED.get(name, name)}: {brief(earlier[name])} -> {brief(now[name])}"
-        for name in COMPARED
-        if name in earlier and name in now and earlier[name] != now[name]
-    ]
+    """What differs in two environment.json, each as `what: earlier -> now`."""
+    found = []
+    for name, said in COMPARED.items():
+        if name in earlier and name in now and earlier[name] != now[name]:
+            found.append(change_in_words(said, earlier[name], now[name]))
     before, after = earlier.get("packages"), now.get("packages")
     if before and after:
-        packages = [
-            name for name in sorted({*before, *after}) if before.get(name) != after.get(name)
-        ]
-        found += [
-            f"{name}: {before.get(name, 'none')} -> {after.get(name, 'none')}" for name in packages
-        ]
+        names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+        found += [f"{n}: {before.get(n, 'none')} -> {after.get(n, 'none')}" for n in names]
     return found
 
 
-def brief(value: object) -> str:
+def change_in_words(name: str, earlier: object, now: object) -> str:
+    cpus = [CPU.fullmatch(str(value)) for value in (earlier, now)]
+    if name == "device" and all(cpus):
+        return f"{cpus[0][1]} -> {cpus[1][1]} CPU threads"
+    return f"{name}: {shortened(earlier)} -> {shortened(now)}"
+
+
+def shortened(value: object) -> str:
     """A commit's or fingerprint's first characters."""
     return value[:8] if isinstance(value, str) and len(value) == 40 else str(value)
 
@@ -181,15 +208,11 @@ def note(folder: Path, **facts: object) -> None:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says of this code; None when it is not a git checkout or there is no git."""
+    """What git prints about this code; None if it is not a git checkout or there is no git."""
+    command = ["git", "-C", str(configuration.PROJECT), *arguments]
+    settings = {"capture_output": True, "text": True, "timeout": 20, "errors": "replace"}
     try:
-        ran = subprocess.run(
-            ["git", "-C", str(configuration.PROJECT), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            errors="replace",
-        )
+        ran = subprocess.run(command, **settings)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return ran.stdout if ran.returncode == 0 else None

@@ -1,161 +1,400 @@
-"""One page about a run that opens in any browser, offline.   [no torch]"""
+"""The page of one run: RUN/report.html.   [no torch]
+
+The videos come first, then the verdict in a sentence, then how to use the result, then the numbers.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
-from html import escape
+import csv
+import math
+import shlex
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
-from cogvx.files import read_json, read_json_lines, write_text
-from cogvx.records import record
+import yaml
+from markupsafe import Markup
 
-PAGE = "report.html"
-MOST_EMBEDDED = 40 * 2**20  # bytes of video in the page; more stay files beside it, and are linked
+from cogvx import compose as composing
+from cogvx import config as configuration
+from cogvx.files import read_json, read_json_lines, shown
+from cogvx.progress import count
+from cogvx.records import figures, pages, record, usage
+from cogvx.records.pages import (
+    PAGE,
+    Interval,
+    VideoGroup,
+    duration,
+    joined,
+    setting_text,
+    signed,
+)
+from cogvx.records.sweep import State, state_of
+
+KIND_NAMES = {"taught": "What it was taught", "other": "The rest of its world"}
+MEASURE_NAMES = {
+    "all": "all four right",
+    "shape": "right shape",
+    "colour": "right colour",
+    "direction": "right direction",
+    "background": "right background",
+    "motion": "motion",
+    "saturation": "saturation",
+    "nearest_clip": "likeness to the nearest training clip",
+    "text_and_frames": "agreement of text and frames (CLIP)",
+}
+NOT_SETTINGS = ("output_dir", "data.cache_dir", "model.path")  # places on this machine
+SHARES = ("all", "shape", "colour", "direction", "background")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has left in its folder so far. What it has not made is empty."""
+
+    folder: Path
+    summary: dict
+    facts: dict
+    metrics: list[dict]
+    settings: dict  # the whole config.yaml
+    evaluation: dict
+    clips: dict[str, int]  # how many clips, by their use
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        return cls(
+            folder,
+            read_json(folder / record.SUMMARY),
+            read_json(folder / record.ENVIRONMENT),
+            read_json_lines(folder / "metrics.jsonl"),
+            yaml.safe_load((folder / record.CONFIG).read_text(encoding="utf-8")),
+            read_json(folder / "evaluation.json"),
+            clips_by_use(folder / "dataset_report.csv"),
+        )
+
+    @property
+    def judged(self) -> list[dict]:
+        return [line for line in self.metrics if line.get("heldout_loss") is not None]
+
+    @property
+    def trained(self) -> list[dict]:
+        return [line for line in self.metrics if "loss" in line]
+
+    @property
+    def choices(self) -> dict[str, str]:
+        return configuration.choices_of(self.settings)
 
 
 def write(folder: Path) -> Path:
-    """From what the run left in its folder; returns the page. Parts that a run did not make are left out."""
-    summary, facts = read_json(folder / record.SUMMARY), read_json(folder / record.ENVIRONMENT)
-    metrics = read_json_lines(folder / "metrics.jsonl")
-    parts = [
-        f"<h1>{escape(folder.name)}</h1>",
-        table(
-            {name: value for name, value in summary.items() if isinstance(value, str | int | float)}
-        ),
-        section("Memory by phase", picture(folder / "plan.png")),
-        section("Losses", curves(metrics)),
-        section("Videos: base model, tuned, a training clip", videos(folder)),
-        section("Scores", scores(folder)),
-        section(
-            "Videos of the base model and of each variant: first, middle and last frame",
-            picture(folder / "evaluation.png"),
-        ),
-        section("What the model saw", picture(folder / "contact_sheet.png")),
-        section(
-            "Settings", f"<pre>{escape((folder / record.CONFIG).read_text(encoding='utf-8'))}</pre>"
-        ),
-        section(
-            "Where it ran",
-            table({name: value for name, value in facts.items() if name != "packages"}),
-        ),
-    ]
-    page = f"<!doctype html><meta charset=utf-8><title>{escape(folder.name)}</title><style>{STYLE}</style>{''.join(parts)}\n"
-    write_text(folder / PAGE, page)
-    return folder / PAGE
-
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem } table { border-collapse: collapse }
-td { padding: .1rem 1rem .1rem 0; vertical-align: top; overflow-wrap: anywhere } td:first-child { color: #666; white-space: nowrap }
-pre { background: #f5f5f5; padding: 1rem; overflow-x: auto } img, svg { max-width: 100%; height: auto }
-video { height: 15rem; image-rendering: pixelated; margin-right: .5rem }
-"""
-
-
-def section(title: str, content: str) -> str:
-    return f"<h2>{escape(title)}</h2>{content}" if content else ""
-
-
-def table(values: dict[str, object]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(str(name))}<td>{escape(in_cell(value))}" for name, value in values.items()
+    """Writes the page from what the run has left in its folder so far; returns its path."""
+    run = Run.read(folder)
+    return pages.render(
+        folder / PAGE,
+        "run.html",
+        title=folder.name,
+        about=about(run),
+        state=state_in_words(run),
+        videos=videos(run),
+        verdict=verdict(run),
+        curves=curves(run),
+        usage=usage_of(folder),
+        repeat=f"python launch.py --config-dir {shlex.quote(shown(folder))} --config-name config",
+        numbers=[group for group in numbers(run) if group[1]],
+        change=heldout_change(run),
+        scores=scores(run),
+        plan=pages.picture_url(folder / "plan.png"),
+        evaluation=pages.picture_url(folder / "evaluation.png"),
+        contact_sheet=pages.picture_url(folder / "contact_sheet.png"),
+        changed=changed_settings(run.settings),
+        config=(folder / record.CONFIG).read_text(encoding="utf-8"),
     )
-    return f"<table>{rows}</table>"
 
 
-def in_cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def clips_by_use(report: Path) -> dict[str, int]:
+    if not report.is_file():
+        return {}
+    with report.open(encoding="utf-8", newline="") as file:
+        uses = [row["use"] for row in csv.DictReader(file)]
+    return {use: uses.count(use) for use in dict.fromkeys(uses)}
 
 
-def curves(metrics: list[dict]) -> str:
-    """Training and held-out loss by step, as SVG."""
-    train = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
-    heldout = [
-        (line["step"], line["heldout_loss"], line["heldout_standard_error"] or 0)
-        for line in metrics
-        if "heldout_loss" in line
-    ]
-    if not train:
-        return ""
-    figure, axes = pyplot().subplots(figsize=(9, 3.5), layout="constrained")
-    axes.plot(
-        *zip(*train, strict=True),
-        color="#9ab",
-        linewidth=1.2,
-        label="training loss, mean of the steps since the last point",
-    )
-    if heldout:
-        steps, losses, errors = zip(*heldout, strict=True)
-        axes.errorbar(
-            steps,
-            losses,
-            yerr=errors,
-            color="#c40",
-            marker="o",
-            markersize=4,
-            capsize=3,
-            label="held-out loss, with its standard error",
+# -- the head ------------------------------------------------------------------------------------
+
+
+def about(run: Run) -> str:
+    """`LoRA of rank 64 on nano; 27 clips, 960 steps in 3 min 10 s`."""
+    choices, lora = run.choices, run.settings.get("lora")
+    if choices.get("task") != "train":
+        return f"task={choices.get('task')}, model {choices.get('model')}"
+    what = "Every weight" if lora is None else f"LoRA of rank {lora['rank']}"
+    parts = [f"{what} on {choices['model']}"]
+    if "train" in run.clips:
+        parts.append(count(run.clips["train"], "clip"))
+    step = run.summary.get("step") or (run.trained[-1]["step"] if run.trained else 0)
+    parts.append(count(step, "step"))
+    if "seconds" in run.summary:
+        parts.append(duration(run.summary["seconds"]))
+    return ", ".join(parts)
+
+
+def state_in_words(run: Run) -> str | None:
+    """None for a run that is done: then the page speaks for itself."""
+    state = state_of(run.folder, run.summary, started=bool(run.facts))
+    reason = run.summary.get("reason")
+    if state is State.done:
+        return None
+    if state is State.running:
+        return "This run is still running. The page shows what there is so far."
+    if state is State.pending:
+        return "This run has not been started."
+    return f"This run ended early ({state.value}){f': {reason}' if reason else '.'}"
+
+
+def videos(run: Run) -> list[VideoGroup]:
+    """For each prompt and seed: base model, tuned model and, if there is one, a real clip."""
+    tuned = pages.newest_videos(run.folder)
+    found = {}
+    for name, path in tuned.items():
+        base, clip = pages.base_video(run.folder, name), pages.clip_beside(run.folder, name)
+        found[name] = [("base model", base)] if base.is_file() else []
+        found[name] += [("tuned", path), *([] if clip is None else [clip])]
+    embed = pages.can_embed([path for those in found.values() for _, path in those])
+    return [
+        VideoGroup(
+            pages.prompt_of_video(run.folder, name), pages.panels(those, run.folder, embed=embed)
         )
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("mean squared error of the velocity")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return svg(figure)
-
-
-def pyplot():
-    """Imported when something is drawn; needs no display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def svg(figure) -> str:
-    """The drawing as a part of a page; it is closed."""
-    written = io.StringIO()
-    figure.savefig(written, format="svg")
-    pyplot().close(figure)
-    return (
-        written.getvalue().split("?>", 1)[1].split(">", 1)[1]
-    )  # without the XML and DOCTYPE heads
-
-
-def videos(folder: Path) -> str:
-    """The newest step's before-and-after videos, playing."""
-    found = sorted((folder / "validation").glob("step_*/*_before_after.mp4"))
-    newest = [path for path in found if path.parent == found[-1].parent]
-    embed = sum(path.stat().st_size for path in newest) <= MOST_EMBEDDED
-    sources = [
-        f"data:video/mp4;base64,{encoded(path)}" if embed else str(path.relative_to(folder))
-        for path in newest
+        for name, those in found.items()
     ]
-    return "".join(
-        f"<video src='{escape(source)}' autoplay loop muted playsinline controls></video>"
-        for source in sources
+
+
+# -- the verdict ---------------------------------------------------------------------------------
+
+
+def heldout_change(run: Run) -> Interval | None:
+    """From the base model to the last evaluation, clip by clip."""
+    if len(run.judged) < 2:
+        return None
+    first, last = (line.get("heldout_by_clip") or [] for line in (run.judged[0], run.judged[-1]))
+    return pages.difference_interval(first, last)
+
+
+def verdict(run: Run) -> list[str]:
+    """One or two sentences; empty while there is nothing to judge."""
+    return [sentence for sentence in (loss_verdict(run), score_verdict(run)) if sentence]
+
+
+def loss_verdict(run: Run) -> str:
+    if len(run.judged) < 2:
+        return ""
+    before, after = run.judged[0]["heldout_loss"], run.judged[-1]["heldout_loss"]
+    if f"{before:.4f}" == f"{after:.4f}":
+        return f"The held-out loss did not change: {after:.4f}."
+    word = "fell" if after < before else "rose"
+    percent = abs(after - before) / before
+    said = f"The held-out loss {word} by {percent:.0%}, from {before:.4f} to {after:.4f}"
+    change = heldout_change(run)
+    if change is None:
+        single = run.clips.get("held out") == 1
+        return f"{said}" + (". A single held-out clip gives no interval." if single else ".")
+    said += f": a change of {change.text}."
+    if change.includes_zero:
+        return f"{said} The interval includes 0, so this may be chance."
+    if after < before:
+        return f"{said} The interval excludes 0: the tuned model is better on clips it never saw."
+    return f"{said} The interval excludes 0: the tuned model is worse. Try a lower learning rate."
+
+
+def score_verdict(run: Run) -> str:
+    summary = run.summary
+    if summary.get("score_taught") is None:
+        return ""
+    return (
+        f"Of the videos of what it was taught, {summary['score_taught']:.0%} show it (base model: "
+        f"{summary['score_taught_base']:.0%}). Of the videos of the rest of its world, "
+        f"{summary['score_other']:.0%} are as the prompt says (base model: "
+        f"{summary['score_other_base']:.0%})."
     )
 
 
-def scores(folder: Path) -> str:
-    """Of every variant that was judged, each measure of base and tuned and their difference with the interval that holds it with 95 %."""
-    rows = ""
-    for variant, found in read_json(folder / "evaluation.json").get("comparisons", {}).items():
-        for c in found:
-            values = "".join(f"<td>{c[name]:.3f}" for name in ("base", "tuned"))
-            interval = f"{c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f})"
-            rows += f"<tr><td>{escape(variant)} {escape(c['kind'])}<td>{escape(c['measure'])}{values}<td>{interval}"
-    return f"<table><tr><td><td><td>base<td>tuned<td>difference{rows}</table>" if rows else ""
+def curves(run: Run) -> list[Markup]:
+    drawn, judged, trained = [], run.judged, run.trained
+    if len(judged) >= 2:
+        steps = [line["step"] for line in judged]
+        losses = [line["heldout_loss"] for line in judged]
+        drawn.append(figures.heldout_curve(steps, losses, bands(judged)))
+    finite = [line for line in trained if math.isfinite(line["loss"])]
+    if len(finite) >= 2:
+        steps, losses = [line["step"] for line in finite], [line["loss"] for line in finite]
+        drawn.append(figures.training_curve(steps, losses))
+    return drawn
 
 
-def picture(path: Path) -> str:
-    return f"<img src='data:image/png;base64,{encoded(path)}'>" if path.is_file() else ""
+def bands(judged: list[dict]) -> list[tuple[float, float] | None]:
+    """For each point: the base model's loss plus the 95 % interval of the change since."""
+    base, first = judged[0]["heldout_loss"], judged[0].get("heldout_by_clip") or []
+    found = []
+    for line in judged:
+        change = pages.difference_interval(first, line.get("heldout_by_clip") or [])
+        found.append(None if change is None else (base + change.low, base + change.high))
+    return found
 
 
-def encoded(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
+def usage_of(folder: Path) -> str | None:
+    settings = read_json(folder / usage.SETTINGS)
+    return usage.snippet(folder, settings) if settings else None
+
+
+# -- the numbers ---------------------------------------------------------------------------------
+
+
+def numbers(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Groups of lines: what was measured, and its value with its unit."""
+    return [
+        ("Training", [*said_of_training(run)]),
+        ("Held-out loss", [*said_of_heldout(run)]),
+        ("Speed and memory", [*said_of_speed(run)]),
+        ("Where it ran", [*said_of_place(run)]),
+    ]
+
+
+def said_of_training(run: Run):
+    summary, trained, planned = run.summary, run.trained, run.facts.get("steps")
+    if run.clips:
+        uses = {"train": "trained on", "held out": "held out"}
+        yield "Clips", ", ".join(f"{n} {uses.get(use, use)}" for use, n in run.clips.items())
+    if planned:
+        done = summary.get("step") or (trained[-1]["step"] if trained else 0)
+        yield "Optimizer steps", f"{done} of {planned}" if done != planned else f"{done}"
+    if trained:
+        yield "Training loss at the end", f"{trained[-1]['loss']:.4f}"
+        if trained[-1].get("grad_norm") is not None:
+            yield "Gradient norm at the end", f"{trained[-1]['grad_norm']:.3g}"
+        if trained[-1].get("lr") is not None:
+            yield "Learning rate at the end", f"{trained[-1]['lr']:.3g}"
+    skipped = sum("skipped" in line for line in run.metrics)
+    if skipped:
+        yield "Steps left out (gradient not finite)", str(skipped)
+    weights = run.facts.get("dtypes", {}).get("trained")
+    if weights:
+        kinds = [f"{number / 1e6:.2f} million in {n}" for n, number in weights.items()]
+        yield "Trained weights", joined(kinds)
+
+
+def said_of_heldout(run: Run):
+    summary, judged = run.summary, run.judged
+    if not judged:
+        if summary.get("objective") is not None:
+            yield "Held-out loss", f"{summary['objective']:.4f}"
+        return
+    yield "Base model", f"{judged[0]['heldout_loss']:.4f}"
+    if len(judged) > 1:
+        yield "After training", f"{judged[-1]['heldout_loss']:.4f}"
+    if summary.get("best_heldout_loss") is not None:
+        best = f"{summary['best_heldout_loss']:.4f} after step {summary['best_step']}"
+        yield "Lowest of the kept checkpoints", best
+    if judged[-1].get("heldout_loss_trained") is not None:
+        yield "Without averaging the weights", f"{judged[-1]['heldout_loss_trained']:.4f}"
+    if judged[-1].get("heldout_noise_floor") is not None:
+        yield (
+            "Noise of the measurement",
+            f"\N{PLUS-MINUS SIGN}{judged[-1]['heldout_noise_floor']:.4f}",
+        )
+
+
+def said_of_speed(run: Run):
+    summary, facts = run.summary, run.facts
+    if summary.get("seconds") is not None:
+        yield "Whole run", duration(summary["seconds"])
+    timed = [line["seconds"] for line in run.trained if line.get("seconds")]
+    if timed:
+        middle = statistics.median(timed)
+        planned = facts.get("planned_seconds_per_step")
+        plan = "" if planned is None else f" (planned: {planned:.3g} s)"
+        yield "Time of a step", f"{middle:.3g} s{plan}"
+        waited = [line["data_seconds"] for line in run.trained if "data_seconds" in line]
+        if waited:
+            yield "Of that, waiting for data", f"{statistics.median(waited) / middle:.0%}"
+    if summary.get("peak_memory_gib") is not None:
+        yield "Peak memory", f"{summary['peak_memory_gib']:.2f} GiB"
+
+
+def said_of_place(run: Run):
+    facts = run.facts
+    if "started" in facts:
+        yield "Started", facts["started"].replace("T", " ")
+    if "command" in facts:
+        yield "Command", shlex.join(["python", *facts["command"]])
+    if facts.get("device"):
+        processes = facts.get("processes", 1)
+        yield "Device", facts["device"] + (f", {processes} processes" if processes > 1 else "")
+    packages = facts.get("packages", {})
+    versions = [f"{n} {packages[n]}" for n in ("torch", "diffusers", "peft") if n in packages]
+    if "python" in facts:
+        yield "Software", ", ".join([f"Python {facts['python']}", *versions])
+    if facts.get("platform"):
+        yield "System", facts["platform"]
+    if facts.get("git_commit"):
+        changes = " with uncommitted changes (uncommitted.patch)" if facts.get("git_dirty") else ""
+        yield "Code", f"commit {facts['git_commit'][:8]}{changes}"
+    if facts.get("rerun_of"):
+        yield "Repeats", facts["rerun_of"]
+
+
+def scores(run: Run) -> list[dict]:
+    """For each judged variant, a table of its measures with their intervals."""
+    tables = []
+    for variant, found in run.evaluation.get("comparisons", {}).items():
+        kinds = []
+        for kind in dict.fromkeys(each["kind"] for each in found):
+            those = [each for each in found if each["kind"] == kind]
+            rows = [score_row(each) for each in those]
+            reach = max([abs(end) for r in rows for end in (r["interval"].low, r["interval"].high)])
+            name = f"{KIND_NAMES.get(kind, kind)}: {count(those[0]['videos'], 'video')}"
+            kinds.append({"name": name, "rows": rows, "reach": reach or 1.0})
+        label = "the result" if variant == "result" else variant
+        tables.append({"variant": label, "kinds": kinds})
+    return tables
+
+
+def score_row(found: dict) -> dict:
+    share = found["measure"] in SHARES
+    form = "{:.0%}" if share else "{:.3f}"
+    interval = Interval(found["difference"], found["low"], found["high"])
+    return {
+        "measure": MEASURE_NAMES.get(found["measure"], found["measure"].replace("_", " ")),
+        "base": form.format(found["base"]),
+        "tuned": form.format(found["tuned"]),
+        "change": change_text(interval.mean, share=share),
+        "between": " to ".join(change_text(v, share=share) for v in (interval.low, interval.high)),
+        "interval": interval,
+    }
+
+
+def change_text(value: float, *, share: bool) -> str:
+    """A share changes by percentage points, all else by its own unit."""
+    return f"{signed(100 * value, 0)} %" if share else signed(value)
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+def changed_settings(settings: dict) -> list[tuple[str, str, str]]:
+    """Each setting that differs from its default: name, value, default."""
+    usual = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        mine, usual_choices = flat_settings(settings), configuration.choices_of(usual)
+        theirs = usual_choices | composing.defaults_for(settings)
+    except (*configuration.HYDRAS, KeyError):  # a record of another version
+        return []
+    return [
+        (key, setting_text(value), setting_text(theirs[key]))
+        for key, value in mine.items()
+        if key in theirs
+        and key not in NOT_SETTINGS
+        and setting_text(value) != setting_text(theirs[key])
+    ]
+
+
+def flat_settings(settings: dict) -> dict[str, object]:
+    """Every value of a record by its full name, the options chosen first."""
+    values = {key: value for key, value in settings.items() if key != "defaults"}
+    return configuration.choices_of(settings) | configuration.flat(values)

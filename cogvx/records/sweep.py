@@ -1,13 +1,12 @@
 """A sweep's folder: which jobs it has, how far each is, and which is best.   [no torch]
 
-outputs/sweeps/NAME/sweep.json, leaderboard.csv, report.html and a run's folder for each job
+outputs/sweeps/NAME/ holds sweep.json, leaderboard.csv, report.html and one run's folder per job.
 """
 
 from __future__ import annotations
 
-import csv
 import fcntl
-import json
+import statistics
 import time
 from dataclasses import dataclass
 from enum import Enum
@@ -18,42 +17,62 @@ import yaml
 from cogvx import config as configuration
 from cogvx.config import Config
 from cogvx.errors import UserError
-from cogvx.files import read_json, read_json_lines, write_text
+from cogvx.files import read_json, read_json_lines, write_csv, write_json
 from cogvx.records import record
 
 SWEEP, LEADERBOARD, LOG = "sweep.json", "leaderboard.csv", "log.txt"
+# What a row of the leaderboard takes from a job's summary.
+SUMMARIZED = (
+    "objective",
+    "best_heldout_loss",
+    "best_step",
+    "heldout_loss_before",
+    "heldout_noise_floor",
+    "score_taught",
+    "score_other",
+    "seconds",
+    "peak_memory_gib",
+)
 
 
 class State(Enum):
+    """A run's state. The names stand in summary.json, the values are what users read."""
+
     pending = "pending"
     running = "running"
     done = "done"
-    pruned = "pruned"
+    paused = "paused"
     interrupted = "interrupted"
     failed = "failed"
     out_of_memory = "out of memory"
     killed = "killed"
+    pruned = paused  # the name in records of earlier versions
 
     def is_over(self) -> bool:
-        """Whether the same command leaves it as it is: failed ones are started again by retry_failed=true, pruned ones by the search."""
-        return self in (State.done, State.pruned, State.failed, State.out_of_memory)
+        """Whether the same command leaves the job alone.
+
+        retry_failed=true starts failed jobs again, and a search may go on with a paused one.
+        """
+        return self in (State.done, State.paused, State.failed, State.out_of_memory)
 
 
 @dataclass(frozen=True)
 class Job:
     name: str  # of its folder
-    values: dict[str, object]  # of the swept keys, by their short names
+    values: dict[str, object]  # of the swept settings, by their short names
 
 
 @dataclass(frozen=True)
 class Progress:
+    """How far a run is."""
+
     state: State
     reason: str | None
     step: int
     steps: int | None
     loss: float | None
     judged: list[dict]  # the lines of metrics.jsonl with a held-out loss
-    seconds: float | None  # of a step
+    step_seconds: float | None
     summary: dict
 
     @property
@@ -61,11 +80,10 @@ class Progress:
         return self.judged[-1]["heldout_loss"] if self.judged else None
 
     def seconds_left(self) -> float | None:
-        return (
-            None
-            if self.seconds is None or self.steps is None
-            else (self.steps - self.step) * self.seconds
-        )
+        """For the steps that are left; None while that cannot be told."""
+        if self.step_seconds is None or self.steps is None:
+            return None
+        return (self.steps - self.step) * self.step_seconds
 
 
 @dataclass(frozen=True)
@@ -75,32 +93,37 @@ class Sweep:
     swept: list[str]
 
     def freeze(self, jobs: list[tuple[Job, Config]], command: list[str]) -> None:
-        """Gives every job its folder with its config.yaml, which is all that it runs from. UserError when one of them holds
-        another configuration; nothing has been started then."""
+        """Gives every job its folder and its config.yaml, which is all that the job runs from.
+
+        UserError if a folder holds another configuration; then no job has been started.
+        """
         for job, config in jobs:
             config.output_dir = self.folder / job.name
             record.open_folder(config)
-        self.folder.mkdir(parents=True, exist_ok=True)
         known = read_json(self.folder / SWEEP)
-        told = {
-            "name": self.name, "swept": self.swept, "command": command, "started": known.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
-            "jobs": known.get("jobs", {}) | {job.name: job.values for job, _ in jobs},
-        }  # fmt: skip
-        write_text(self.folder / SWEEP, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        write_json(
+            self.folder / SWEEP,
+            {
+                "name": self.name,
+                "swept": self.swept,
+                "command": command,
+                "started": known.get("started", time.strftime("%Y-%m-%dT%H:%M:%S%z")),
+                "jobs": known.get("jobs", {}) | {job.name: job.values for job, _ in jobs},
+            },
+        )
 
     @classmethod
     def read(cls, folder: Path) -> Sweep:
-        told = read_json(folder / SWEEP)
-        if "jobs" not in told:
+        known = read_json(folder / SWEEP)
+        if "jobs" not in known:
             raise UserError(
                 f"{folder} is not the folder of a sweep: it has no {SWEEP} that can be read"
             )
-        return cls(folder, told["name"], told["swept"])
+        return cls(folder, known["name"], known["swept"])
 
     def jobs(self) -> list[Job]:
-        return [
-            Job(name, values) for name, values in read_json(self.folder / SWEEP)["jobs"].items()
-        ]
+        known = read_json(self.folder / SWEEP)["jobs"]
+        return [Job(name, values) for name, values in known.items()]
 
     def command(self) -> list[str]:
         return read_json(self.folder / SWEEP)["command"]
@@ -116,53 +139,89 @@ class Sweep:
 
     def write_leaderboard(self) -> list[dict[str, object]]:
         rows = self.leaderboard()
-        with (self.folder / f"{LEADERBOARD}.partial").open(
-            "w", encoding="utf-8", newline=""
-        ) as file:
-            table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-            table.writeheader()
-            table.writerows(rows)
-        (self.folder / f"{LEADERBOARD}.partial").replace(self.folder / LEADERBOARD)
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        write_csv(self.folder / LEADERBOARD, rows, columns)
         return rows
+
+
+# -- which is best -------------------------------------------------------------------------------
 
 
 def rows_of(
     runs: dict[str, Path], known: dict[str, dict[str, object]], swept: list[str]
 ) -> list[dict[str, object]]:
-    """A leaderboard: a row for every run, the lowest held-out loss first, runs without one last. `known`: of each run, the values
-    that `swept` names. `tie`: the best is not better than this by more than the noise that both were measured with."""
-    found, rows = varying(runs, known, swept), []
+    """The leaderboard: one row per run, the lowest held-out loss first, runs without one last.
+
+    `known`: for each run the values of the settings in `swept`. A row's `tie` says whether the
+    run is as good as the best within the noise of the measurement; None where that is unknown.
+    """
+    settings, rows = differing_settings(runs, known, swept), []
     for name, folder in runs.items():
         progress = progress_of(folder)
         rows.append(
             {
-                **found[name],
+                **settings[name],
                 "state": progress.state.value,
-                **{measure: progress.summary.get(measure) for measure in MEASURED},
+                **{measure: progress.summary.get(measure) for measure in SUMMARIZED},
                 "step": progress.step,
                 "reason": progress.reason,
                 "folder": name,
             }
         )
     rows.sort(key=lambda row: (row["objective"] is None, row["objective"] or 0.0))
-    best = rows[0]["objective"] if rows else None
     return [
-        {
-            "place": None if row["objective"] is None else place,
-            "tie": ties(row, rows[0], best),
-            **row,
-        }
+        {"place": None if row["objective"] is None else place, "tie": ties(row, rows[0]), **row}
         for place, row in enumerate(rows, 1)
     ]
 
 
-def sweep_of(folder: Path) -> str | None:
+def ties(row: dict, best: dict) -> bool | None:
+    floor = row["heldout_noise_floor"]
+    if row["objective"] is None or floor is None or row is best:
+        return None
+    noise = max(floor, best["heldout_noise_floor"] or 0.0)
+    return row["objective"] - best["objective"] <= noise
+
+
+def differing_settings(
+    runs: dict[str, Path], known: dict[str, dict[str, object]], swept: list[str]
+) -> dict[str, dict[str, object]]:
+    """For each run, the settings in which the runs differ: the swept ones first.
+
+    What comes with an option of a swept group (optimizer=adamw,muon) is left out: the option's
+    name already tells.
+    """
+    values = {name: recorded(folder) for name, folder in runs.items()}
+    left_out = {key.lstrip("+~") for key in swept}
+    others = [
+        key
+        for key in dict.fromkeys(key for own in values.values() for key in own)
+        if left_out.isdisjoint((key, key.partition(".")[0]))
+        and len({str(own.get(key)) for own in values.values()}) > 1
+    ]
+    return {
+        name: {**known.get(name, {}), **{key: values[name].get(key) for key in others}}
+        for name in runs
+    }
+
+
+def recorded(folder: Path) -> dict[str, object]:
+    """Every setting of a run, flat, with the options chosen."""
+    values = yaml.safe_load((folder / record.CONFIG).read_text(encoding="utf-8"))
+    flat = configuration.flat({key: values[key] for key in values if key != "defaults"})
+    return configuration.choices_of(values) | flat
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def name_of_sweep(folder: Path) -> str | None:
     """The name of the sweep that a run is a job of; None for a run by itself."""
     return folder.parent.name if (folder.parent / SWEEP).is_file() else None
 
 
 def told_apart(folders: list[Path]) -> list[str]:
-    """Their names, with those of the folders above where two have the same."""
+    """The folders' names; where two are alike, with the name of the folder above."""
     names = [folder.name for folder in folders]
     return [
         folder.name if names.count(folder.name) == 1 else f"{folder.parent.name}/{folder.name}"
@@ -170,69 +229,38 @@ def told_apart(folders: list[Path]) -> list[str]:
     ]
 
 
-def varying(
-    runs: dict[str, Path], known: dict[str, dict[str, object]], swept: list[str]
-) -> dict[str, dict[str, object]]:
-    """Of every run, the settings that are not the same in all: the swept ones first, then what follows from them."""
-    flat = {name: recorded(folder) for name, folder in runs.items()}
-    plain = {key.lstrip("+~") for key in swept}
-    keys = dict.fromkeys(key for values in flat.values() for key in values)
-    others = [
-        key for key in keys
-        if plain.isdisjoint((key, key.partition(".")[0]))  # what an option of a swept group brings goes without saying
-        and len({str(values.get(key)) for values in flat.values()}) > 1
-    ]  # fmt: skip
-    return {
-        name: {**known.get(name, {}), **{key: flat[name].get(key) for key in others}}
-        for name in runs
-    }
-
-
-MEASURED = (
-    "objective", "best_heldout_loss", "best_step", "heldout_loss_before", "heldout_noise_floor", "score_taught", "score_other",
-    "seconds", "peak_memory_gib",
-)  # fmt: skip
-
-
-def ties(row: dict, first: dict, best: float | None) -> bool | None:
-    floor = row["heldout_noise_floor"]
-    if row["objective"] is None or floor is None or row is first:
-        return None
-    return row["objective"] - best <= max(floor, first["heldout_noise_floor"] or 0.0)
-
-
-def recorded(folder: Path) -> dict[str, object]:
-    """Every setting of a run, flat, with the options chosen."""
-    values = yaml.safe_load((folder / record.CONFIG).read_text(encoding="utf-8"))
-    return configuration.choices_of(values) | {
-        key: value for key, value in configuration.flat(values).items() if key != "defaults"
-    }
+# -- how far a run is ----------------------------------------------------------------------------
 
 
 def progress_of(folder: Path) -> Progress:
     """From what a run has left in its folder so far."""
     summary, facts = read_json(folder / record.SUMMARY), read_json(folder / record.ENVIRONMENT)
     lines = read_json_lines(folder / "metrics.jsonl")
-    state = state_of(folder, summary, started=bool(facts))
     trained = [line for line in lines if "loss" in line]
-    judged = [line for line in lines if line.get("heldout_loss") is not None]
+    last = trained[-1] if trained else {}
     return Progress(
-        state, summary.get("reason"), step=summary.get("step") or (trained[-1]["step"] if trained else 0), steps=facts.get("steps"),
-        loss=trained[-1]["loss"] if trained else None, judged=judged,
-        seconds=trained[-1].get("seconds") if trained else None, summary=summary,
-    )  # fmt: skip
+        state_of(folder, summary, started=bool(facts)),
+        summary.get("reason"),
+        step=summary.get("step") or last.get("step", 0),
+        steps=facts.get("steps"),
+        loss=last.get("loss"),
+        judged=[line for line in lines if line.get("heldout_loss") is not None],
+        step_seconds=last.get("seconds"),
+        summary=summary,
+    )
 
 
 def state_of(folder: Path, summary: dict, *, started: bool) -> State:
     if is_locked(folder):
         return State.running
     if summary:
-        return next((state for state in State if state.name == summary["status"]), State.failed)
+        status = summary["status"]
+        return State[status] if status in State.__members__ else State.failed
     return State.killed if started else State.pending
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process runs in it now."""
+    """Whether a process runs in the folder now."""
     try:
         with (folder / record.LOCK).open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -241,3 +269,22 @@ def is_locked(folder: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def seconds_left(jobs: list[Progress], to_come: int = 0) -> float | None:
+    """About how long all jobs still take, if as many run at a time as now; None if unknown.
+
+    `to_come`: jobs that a search has not proposed yet.
+    """
+    running = [job for job in jobs if job.state is State.running]
+    left = [seconds for job in running if (seconds := job.seconds_left()) is not None]
+    whole = [job.summary["seconds"] for job in jobs if job.summary.get("seconds")]
+    whole = whole or [
+        job.steps * job.step_seconds for job in running if job.step_seconds and job.steps
+    ]
+    waiting = to_come + sum(not job.state.is_over() for job in jobs) - len(running)
+    if not running or not whole:
+        return None
+    typical = statistics.median(whole)
+    total = sum(left) + (len(running) - len(left) + waiting) * typical
+    return max([total / len(running), *left])

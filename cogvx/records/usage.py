@@ -1,4 +1,4 @@
-"""The lines that use a run's result in plain diffusers, from what it wrote about itself.   [no torch]"""
+"""The lines that use a run's result in plain diffusers.   [no torch]"""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ SETTINGS = "inference.json"
 
 
 def snippet(folder: Path, settings: dict) -> str:
-    """`settings`: the contents of folder/SETTINGS."""
-    pipeline, model, dtype = (
-        settings["pipeline"],
-        "CogVideoXTransformer3DModel",
-        f"torch_dtype=torch.{settings['torch_dtype']}",
-    )
-    tuned = "lora_scale" not in settings  # every weight was trained
-    base = repr(settings["base_model"])
-    base += "" if settings["revision"] is None else f", revision={settings['revision']!r}"
-    names = ", ".join([pipeline, *([model] if tuned else [])])
-    load = "from diffusers.utils import load_image; " if settings["image"] else ""
-    start = "image=load_image(how['image']), " if settings["image"] else ""
-    lines = [
-        f"import json, torch; from diffusers import {names}; {load}how = json.load(open({str(folder / SETTINGS)!r}))",
-        f'pipe = {pipeline}.from_pretrained({base}, {dtype}).to("cuda" if torch.cuda.is_available() else "cpu")',
-        f"pipe.load_lora_weights({str(folder)!r}); video = pipe({start}**how['call']).frames[0]",
-    ]
-    if tuned:
-        lines[1] = lines[1].replace(", torch_dtype", ", transformer=tuned, torch_dtype")
-        lines[1:1] = [
-            f"tuned = {model}.from_pretrained({str(folder)!r}, subfolder='transformer', {dtype})"
-        ]
-        lines[-1] = f"video = pipe({start}**how['call']).frames[0]"
+    """`settings`: what folder/inference.json holds."""
+    pipeline, model = settings["pipeline"], "CogVideoXTransformer3DModel"
+    dtype = f"torch_dtype=torch.{settings['torch_dtype']}"
+    is_lora, has_image = "lora_scale" in settings, bool(settings["image"])
+    revision = settings["revision"]
+    base = repr(settings["base_model"]) + ("" if revision is None else f", revision={revision!r}")
+    lines = ["import json, torch"]
+    lines.append(f"from diffusers import {pipeline}{'' if is_lora else f', {model}'}")
+    if has_image:
+        lines.append("from diffusers.utils import load_image")
+    lines.append(f"how = json.load(open({str(folder / SETTINGS)!r}))")
+    lines.append('device = "cuda" if torch.cuda.is_available() else "cpu"')
+    if is_lora:
+        lines.append(f"pipe = {pipeline}.from_pretrained({base}, {dtype}).to(device)")
+        lines.append(f"pipe.load_lora_weights({str(folder)!r})")
+    else:
+        place = f"{str(folder)!r}, subfolder='transformer'"
+        lines.append(f"tuned = {model}.from_pretrained({place}, {dtype})")
+        lines.append(
+            f"pipe = {pipeline}.from_pretrained({base}, transformer=tuned, {dtype}).to(device)"
+        )
+    image = "image=load_image(how['image']), " if has_image else ""
+    lines.append(f"video = pipe({image}**how['call']).frames[0]")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep share: imported once, by the server that they are forked from. Nothing here touches a device."""
+"""Imported once, by the server that a sweep's jobs are forked from. Nothing touches a device."""
 
 from cogvx.progress import quiet_libraries
 

@@ -1,4 +1,4 @@
-"""Runs a recorded configuration: here, or as processes of its own.   [no torch until the task is]"""
+"""Runs a recorded configuration, in this process or in several.   [no torch until the task is]"""
 
 from __future__ import annotations
 
@@ -22,51 +22,41 @@ from cogvx.start import start_task
 GRACE = 15  # seconds
 OUT_OF_MEMORY_ERROR = "OutOfMemoryError"  # torch's
 OUT_OF_MEMORY = (
-    "the GPU's memory does not suffice. In order of cost: memory=balanced, train.train_batch_size=1 with more "
-    "train.gradient_accumulation_steps, fewer frames (data.max_num_frames), a smaller size (data.height, data.width)."
+    "the GPU's memory is too small for this. What helps, the cheapest first: memory=balanced, "
+    "train.train_batch_size=1 with more train.gradient_accumulation_steps, "
+    "fewer frames (data.max_num_frames), a smaller size (data.height, data.width)."
 )
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-FAILED = 2  # exit code of what the user can mend; its message is printed
+FAILED = 2  # exit code of errors that the user can mend; their message is printed
 KILLED = 128 + signal.SIGKILL
 KILLED_BY = "by someone or because the machine's memory ran out"
 
 
-def run(folder: Path, lock: int | None = None) -> int:
-    """Runs what folder/config.yaml says, here or as several processes; returns the exit code. `lock`: the descriptor that locks the
-    folder, which several processes hold together."""
+def run_recorded(folder: Path, lock: int | None = None) -> int:
+    """Runs what folder/config.yaml says; returns the exit code.
+
+    `lock`: the file descriptor that locks the folder. Several processes hold it together.
+    """
     count = configuration.read(folder / record.CONFIG).parallel.num_processes
     if count == 1:
         return run_here(folder)
     (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
     ranks = start_ranks(folder, count, lock)
     signal.signal(signal.SIGTERM, lambda number, frame: [rank.terminate() for rank in ranks])
-    codes = wait(ranks)
+    codes = wait_for_ranks(ranks)
     if any(codes):
-        tell_of_ranks(folder, codes)
+        report_failed_ranks(folder, codes)
     return next((code for code in (FAILED, *sorted(set(codes))) if code in codes and code != 0), 0)
 
 
-def tell_of_ranks(folder: Path, codes: list[int]) -> None:
-    """Shows the end of the logs of failed ranks, unless rank 0 has already said the same to the terminal; and sees that there is
-    a summary, which a killed process could not write. What rank 0 fails of when another was killed is not why the run ended."""
-    for rank, code in enumerate(codes):
-        if (rank > 0 and code not in (0, FAILED, 130, 143)) or (
-            rank > 0 and code == FAILED != codes[0]
-        ):
-            last = (
-                log_of(folder, rank)
-                .read_text(encoding="utf-8", errors="replace")
-                .splitlines()[-12:]
-            )
-            print(
-                "\n".join(
-                    [
-                        f"rank {rank} ended with exit code {code}; the end of {log_of(folder, rank)}:",
-                        *last,
-                    ]
-                ),
-                file=sys.stderr,
-            )
+def report_failed_ranks(folder: Path, codes: list[int]) -> None:
+    """Prints the end of the failed ranks' logs, and writes the summary that a killed rank 0 could
+    not write. A killed rank is the reason, not what rank 0 then failed of."""
+    for rank in ranks_to_show(codes):
+        log = log_of(folder, rank)
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+        head = f"rank {rank} ended with exit code {codes[rank]}; the end of {log}:"
+        print("\n".join([head, *last]), file=sys.stderr)
     if KILLED in codes:
         reason = f"rank {codes.index(KILLED)} was killed, {KILLED_BY}"
         print(f"error: {reason}; the checkpoints written so far are kept", file=sys.stderr)
@@ -76,8 +66,21 @@ def tell_of_ranks(folder: Path, codes: list[int]) -> None:
         record.finish(folder, {"status": status, "reason": f"exit codes of the processes: {codes}"})
 
 
+def ranks_to_show(codes: list[int]) -> list[int]:
+    """The failed ranks whose error rank 0 has not printed on the terminal."""
+    quiet = (0, FAILED, 130, 143)
+    return [
+        rank
+        for rank, code in enumerate(codes)
+        if rank > 0 and (code not in quiet or code == FAILED != codes[0])
+    ]
+
+
 def start_ranks(folder: Path, count: int, lock: int | None = None) -> list[subprocess.Popen]:
-    """`count` processes that find each other the way torch.distributed's env:// does; only rank 0 writes to the terminal."""
+    """Starts `count` processes that find each other the way torch.distributed's env:// does.
+
+    Only rank 0 writes to the terminal.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -101,7 +104,7 @@ def start_ranks(folder: Path, count: int, lock: int | None = None) -> list[subpr
 
 
 def python_path() -> str:
-    """With which another Python finds cogvx."""
+    """PYTHONPATH for another Python that is to find cogvx."""
     return os.pathsep.join(filter(None, [str(configuration.PROJECT), os.environ.get("PYTHONPATH")]))
 
 
@@ -109,16 +112,18 @@ def log_of(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.log"
 
 
-def wait(ranks: list[subprocess.Popen]) -> list[int]:
-    """Exit codes of all. When one has failed, the others, which may wait for it for ever, have GRACE seconds to end; what is stopped
-    here after that counts as failed, so that KILLED means by another."""
+def wait_for_ranks(ranks: list[subprocess.Popen]) -> list[int]:
+    """The exit codes of all ranks.
+
+    When one has failed, the others may wait for it for ever: they get GRACE seconds to end. A
+    rank stopped here after that counts as failed (1), so that KILLED means: killed by another.
+    """
     failed_at, stopped_here = None, []
     while any(rank.poll() is None for rank in ranks):
         try:
             time.sleep(0.1)
-        except (
-            KeyboardInterrupt
-        ):  # the terminal sends it to the ranks too; they stop after their step
+        except KeyboardInterrupt:
+            # The terminal sends Ctrl-C to the ranks too; they stop after their step.
             continue
         if failed_at is None and any(rank.returncode for rank in ranks):
             failed_at = time.monotonic()
@@ -131,14 +136,17 @@ def wait(ranks: list[subprocess.Popen]) -> list[int]:
 
 
 def run_here(folder: Path) -> int:
-    """The task, in this process; its exit code. summary.json is written last, whatever happens."""
+    """Runs the task in this process; returns its exit code.
+
+    summary.json is written last, whatever happens.
+    """
     config = configuration.read(folder / record.CONFIG)
     quiet_libraries()
     try:
         summary = start_task(config, folder)
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
-        message, code = in_words(error)
+        message, code = explained(error)
         memory = type(error).__name__ == OUT_OF_MEMORY_ERROR
         status = "interrupted" if code == 130 else "out_of_memory" if memory else "failed"
         summary = {"status": status, "reason": message}
@@ -147,52 +155,57 @@ def run_here(folder: Path) -> int:
         print(f"\n{'stopped' if code == 130 else 'error'}: {message}", file=sys.stderr, flush=True)
     finally:
         if os.environ.get("RANK", "0") == "0":
-            close(folder, summary)
+            conclude_run(folder, summary)
     return code
 
 
-def in_words(error: BaseException) -> tuple[str, int]:
-    """What to tell the user, and the exit code: 1 for errors that are ours, which keep their traceback."""
+def explained(error: BaseException) -> tuple[str, int]:
+    """What to tell the user, and the exit code: 1 for errors of ours, which keep their traceback."""
     if isinstance(error, UserError):
         return str(error), FAILED
     if isinstance(error, KeyboardInterrupt):
         return "by Ctrl-C; what is in the cache and the checkpoints written so far are kept", 130
     if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
         return (
-            f"{error}: free some space, or set output_dir and data.cache_dir to where this user can write",
+            f"{error}: free some space, or set output_dir and data.cache_dir "
+            f"to where this user can write",
             FAILED,
         )
     if type(error).__name__ == OUT_OF_MEMORY_ERROR:
         return f"{OUT_OF_MEMORY} torch says: {first_line(error)}", FAILED
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        said = first_line(error)
         return (
-            f"torch cannot compile here: {said}. A C++ compiler (g++) is what is usually missing; without it: train.compile=false, and "
-            f"another optimizer than adamw8bit_torchao"
-        ), FAILED
+            f"torch cannot compile here: {first_line(error)}. "
+            f"Usually a C++ compiler (g++) is missing. Without one: train.compile=false, "
+            f"and another optimizer than adamw8bit_torchao",
+            FAILED,
+        )
     return f"{type(error).__name__}: {error}", 1
 
 
-def close(folder: Path, summary: dict) -> None:
-    """Writes the summary and, for a run that is done, its report."""
+def conclude_run(folder: Path, summary: dict) -> None:
+    """Writes the summary and, for a run that is done, its page."""
     try:
         record.finish(folder, summary)
         if summary["status"] == "done":
             print(f"report  {shown(report.write(folder))}", flush=True)
     except OSError as error:
         print(
-            f"\nwarning summary.json or report.html could not be written: {error}",
+            f"\nwarning: summary.json or report.html could not be written: {error}",
             file=sys.stderr,
             flush=True,
         )
 
 
-def follow() -> None:
-    """Stops this rank, with a checkpoint, when the process that started it, which holds the other end of stdin, is no more."""
-    os.read(0, 1)
+def stop_with_parent() -> None:
+    """Stops this process, with a checkpoint, when the one that started it has ended.
+
+    The parent holds the other end of standard input and never writes to it.
+    """
+    os.read(sys.stdin.fileno(), 1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     sys.exit(run_here(Path(sys.argv[1])))

@@ -1,8 +1,8 @@
-"""Searches the values of a sweep instead of trying all: the tree-structured Parzen estimator of Optuna proposes jobs, and those whose
-held-out loss falls behind are paused.   [no torch]
+"""Searches good values instead of trying all combinations.   [no torch]
 
-What is known is what the jobs' folders say: a search that was killed goes on from there. A paused job has its checkpoint; when
-later results put it among the best after all, it goes on from that.
+Optuna's tree-structured Parzen estimator (TPE) proposes jobs. Jobs whose held-out loss falls
+behind are paused with a checkpoint. If later results put a paused job among the best, it goes on.
+All that is known is read from the jobs' folders, so a search that was killed goes on from there.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from cogvx.config import Config
 from cogvx.errors import UserError
 from cogvx.records import record
 from cogvx.records.sweep import Job, Progress, State, Sweep
-from cogvx.runs.pool import Pool, is_to_run
+from cogvx.runs.jobs import is_to_run
+from cogvx.runs.pool import Pool
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-DIGITS = 3  # significant ones of a proposed number, so that it can be read and typed
-TRIES = 50  # for a combination that is new and allowed
-STATES = {
+DIGITS = 3  # significant digits of a proposed number, so that it can be read and typed
+TRIES = 50  # to find a combination that is new and allowed
+OPTUNA_STATES = {
     State.done: "COMPLETE",
-    State.pruned: "PRUNED",
+    State.paused: "PRUNED",
     State.failed: "FAIL",
     State.out_of_memory: "FAIL",
 }
@@ -35,7 +36,7 @@ STATES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values, and how each is written on a command line."""
+    """One of several values. `texts`: how each is written on a command line."""
 
     values: list[object]
     texts: list[str]
@@ -119,23 +120,29 @@ class Settings:
 
 
 class Search:
-    """What pool.run() takes its jobs from."""
+    """The queue that run_pool() takes the jobs of a search from."""
 
     def __init__(
-        self, sweep: Sweep, space: Space, settings: Settings, pool: Pool,
-        make: Callable[[dict[str, str]], tuple[Job, Config]], names: dict[str, str], command: list[str],
-    ):  # fmt: skip
-        """make(): the job of some values, as they are written; UserError when they cannot be had together. names: of the settings in Job.values."""
-        self.sweep, self.space, self.settings, self.make, self.names, self.command = (
-            sweep, space, settings, make, names, command
-        )  # fmt: skip
-        self.unfinished = [
-            job for job in sweep.jobs() if is_to_run(sweep, job, retry_failed=pool.retry_failed)
-        ]
+        self,
+        sweep: Sweep,
+        space: Space,
+        settings: Settings,
+        pool: Pool,
+        make: Callable[[dict[str, str]], tuple[Job, Config]],
+        names: dict[str, str],
+        command: list[str],
+    ):
+        """`make`: gives the job of some values, as written; UserError if they do not go together.
+
+        `names`: each setting's name in Job.values.
+        """
+        self.sweep, self.space, self.settings = sweep, space, settings
+        self.make, self.names, self.command = make, names, command
+        retry = pool.retry_failed
+        self.unfinished = [job for job in sweep.jobs() if is_to_run(sweep, job, retry_failed=retry)]
         self.running: dict[str, Job] = {}
-        self.seen: dict[
-            str, int
-        ] = {}  # of running jobs, their held-out losses when they were last compared
+        # How many held-out losses each running job had when the jobs were last compared.
+        self.seen: dict[str, int] = {}
 
     def take(self) -> Job | None:
         job = self.unfinished.pop(0) if self.unfinished else self.promoted() or self.proposed()
@@ -143,19 +150,19 @@ class Search:
             self.running[job.name] = job
         return job
 
+    def to_come(self) -> int:
+        return max(0, self.settings.n_trials - len(self.sweep.jobs()))
+
     def ended(self, job: Job) -> None:
+        """A job that was stopped because it fell behind is recorded as paused."""
         del self.running[job.name]
         found = self.sweep.progress(job)
-        why = (
-            self.behind(job, self.everyones())
-            if found.state is State.interrupted and job.name in self.seen
-            else None
-        )
-        if why is not None:
-            record.finish(
-                self.sweep.folder / job.name,
-                {**found.summary, "status": State.pruned.name, "reason": why},
-            )
+        if found.state is not State.interrupted or job.name not in self.seen:
+            return
+        reason = self.behind(job, self.everyones())
+        if reason is not None:
+            paused = {"status": State.paused.name, "reason": reason}
+            record.finish(self.sweep.folder / job.name, {**found.summary, **paused})
 
     def to_pause(self) -> list[Job]:
         news = {}
@@ -169,40 +176,43 @@ class Search:
         everyones = self.everyones()
         return [self.running[name] for name in news if self.behind(self.running[name], everyones)]
 
-    # -- successive halving, asynchronous (Li et al. 2020, ASHA) -------------------------------------------------------
+    # -- asynchronous successive halving (ASHA, Li et al. 2020) --------------------------------
 
     def promoted(self) -> Job | None:
         """A paused job that is among the best by now."""
         everyones = self.everyones()
-        paused = [job for job in self.sweep.jobs() if everyones[job.name].state is State.pruned]
+        paused = [job for job in self.sweep.jobs() if everyones[job.name].state is State.paused]
         return next((job for job in paused if self.behind(job, everyones) is None), None)
 
     def behind(self, job: Job, everyones: dict[str, Progress]) -> str | None:
-        """Why this job should not go on: at the last rung that it and enough others have reached, too many are better by more
-        than the noise of the measurement."""
+        """Why this job should not go on, or None.
+
+        It falls behind if, at the last rung that it and enough others have reached, too many are
+        better by more than the noise of the measurement.
+        """
         for rung in sorted(self.settings.rungs, reverse=True):
-            mine = at(rung, everyones[job.name])
-            there = sorted(
-                line["heldout_loss"]
-                for p in everyones.values()
-                if (line := at(rung, p)) is not None
-            )
-            if mine is None or len(there) < self.settings.at_least:
+            mine = line_at(rung, everyones[job.name])
+            lines = [line_at(rung, progress) for progress in everyones.values()]
+            losses = sorted(line["heldout_loss"] for line in lines if line is not None)
+            if mine is None or len(losses) < self.settings.at_least:
                 continue
-            best = max(1, math.floor(len(there) * self.settings.keep))
-            loss, cut = mine["heldout_loss"], there[best - 1]
-            if loss <= cut + (mine.get("heldout_noise_floor") or 0.0):
+            best = max(1, math.floor(len(losses) * self.settings.keep))
+            loss, limit = mine["heldout_loss"], losses[best - 1]
+            if loss <= limit + (mine.get("heldout_noise_floor") or 0.0):
                 return None
-            return f"held-out loss {loss:.4f} after {mine['step']} steps: not among the best {best} of {len(there)} ({cut:.4f})"
+            return (
+                f"held-out loss {loss:.4f} after {mine['step']} steps: "
+                f"not among the best {best} of {len(losses)} ({limit:.4f})"
+            )
         return None
 
     def everyones(self) -> dict[str, Progress]:
         return {job.name: self.sweep.progress(job) for job in self.sweep.jobs()}
 
-    # -- proposals -----------------------------------------------------------------------------------------------------
+    # -- proposals -----------------------------------------------------------------------------
 
     def proposed(self) -> Job | None:
-        """A new job, frozen; None when there are enough, or when the space has no more."""
+        """A new job, frozen; None if there are enough jobs, or if the space holds no new one."""
         jobs = self.sweep.jobs()
         known, tried = {job.name for job in jobs}, [self.params(job) for job in jobs]
         if len(known) >= self.settings.n_trials:
@@ -212,25 +222,23 @@ class Search:
             values = self.values_from(study)
             if values in tried:
                 continue
+            texts = {key: self.space[key].text(value) for key, value in values.items()}
             try:
-                job, config = self.make(
-                    {key: self.space[key].text(value) for key, value in values.items()}
-                )
+                job, config = self.make(texts)
             except UserError as error:
                 refused = error
                 continue
             if job.name not in known:
-                job = Job(
-                    job.name, job.values | {self.names[key]: value for key, value in values.items()}
-                )
+                own = {self.names[key]: value for key, value in values.items()}
+                job = Job(job.name, job.values | own)
                 self.sweep.freeze([(job, config)], self.command)
                 return job
-        said = f"the last one: {refused}" if refused else "all that came up have been tried"
-        print(f"search  {TRIES} proposals gave no new job, {said}", flush=True)
+        reason = f"the last one: {refused}" if refused else "all that came up have been tried"
+        print(f"search  {TRIES} proposals gave no new job, {reason}", flush=True)
         return None
 
     def params(self, job: Job) -> dict[str, object]:
-        """Of a job, the values of what is searched."""
+        """A job's values of the searched settings."""
         return {key: job.values.get(self.names[key]) for key in self.space}
 
     def values_from(self, study) -> dict[str, object]:
@@ -238,9 +246,11 @@ class Search:
         return {key: part.rounded(trial.params[key]) for key, part in self.space.items()}
 
     def study(self, number: int):
-        """What is known so far, in Optuna's terms, to propose the job of this number: its random draws are its own."""
+        """Optuna's study of all jobs so far, which proposes the job of this number.
+
+        Each number has its own random draws.
+        """
         import optuna
-        from optuna.trial import TrialState, create_trial
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         distributions = {key: part.distribution() for key, part in self.space.items()}
@@ -255,30 +265,37 @@ class Search:
                 )
             )
         for job in self.sweep.jobs():
+            # A job of an earlier search may lie outside of today's ranges.
             params = self.params(job)
-            if not all(contains(distributions[key], value) for key, value in params.items()):
-                continue  # of an earlier search in other ranges
-            found = self.sweep.progress(job)
-            state = TrialState[STATES.get(found.state, "RUNNING")]
-            if state is TrialState.COMPLETE and found.summary.get("objective") is None:
-                state = TrialState.FAIL
-            study.add_trial(
-                create_trial(
-                    state=state, params=params, distributions=distributions,
-                    value=found.summary["objective"] if state is TrialState.COMPLETE else None,
-                    intermediate_values={line["step"]: line["heldout_loss"] for line in found.judged if line["step"]},
-                )
-            )  # fmt: skip
+            if all(contains(distributions[key], value) for key, value in params.items()):
+                study.add_trial(self.trial(job, params, distributions))
         return study
 
+    def trial(self, job: Job, params: dict, distributions: dict):
+        """A job as Optuna's trial."""
+        from optuna.trial import TrialState, create_trial
 
-def at(rung: float, progress: Progress) -> dict | None:
-    """The first held-out loss at or after this share of the steps, as its line of metrics.jsonl."""
+        found = self.sweep.progress(job)
+        state, objective = TrialState[OPTUNA_STATES.get(found.state, "RUNNING")], None
+        if state is TrialState.COMPLETE:
+            objective = found.summary.get("objective")
+            state = TrialState.FAIL if objective is None else state
+        losses = {line["step"]: line["heldout_loss"] for line in found.judged if line["step"]}
+        return create_trial(
+            state=state,
+            params=params,
+            distributions=distributions,
+            value=objective,
+            intermediate_values=losses,
+        )
+
+
+def line_at(rung: float, progress: Progress) -> dict | None:
+    """The line of metrics.jsonl with the first held-out loss at or after this share of steps."""
     if progress.steps is None:
         return None
-    return next(
-        (line for line in progress.judged if line["step"] >= max(1, rung * progress.steps)), None
-    )
+    step = max(1, rung * progress.steps)
+    return next((line for line in progress.judged if line["step"] >= step), None)
 
 
 def contains(distribution: BaseDistribution, value: object) -> bool:

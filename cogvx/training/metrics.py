@@ -11,7 +11,7 @@ from tqdm import tqdm
 from cogvx.errors import first_line
 from cogvx.files import read_json_lines, write_text
 from cogvx.options.tracking import Tracking
-from cogvx.records.sweep import sweep_of
+from cogvx.records.sweep import name_of_sweep
 
 
 class Metrics:
@@ -28,7 +28,7 @@ class Metrics:
             else []
         )
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
-        self.mirror(tracking.start, folder, config, resumed_at, sweep_of(folder))
+        self.mirror(tracking.start, folder, config, resumed_at, name_of_sweep(folder))
 
     def has(self, name: str, step: int) -> bool:
         """Whether a resumed run had logged this already."""

@@ -132,7 +132,7 @@ class Prepared:
             )  # fmt: skip
             drift = record.drift(folder)
             if drift is not None:
-                say(f"warning {drift}. The result may be another")
+                say(f"warning {drift}")
         train = [clip for clip, trained in zip(clips, used, strict=True) if trained]
         aside = [clip for clip, aside in zip(clips, out, strict=True) if aside]
         describe_clips([*train, *aside], len(train), config, say)

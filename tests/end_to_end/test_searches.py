@@ -24,11 +24,11 @@ def test_a_search_trains_pauses_and_ends_and_the_same_command_finds_nothing_to_d
     assert ran.returncode == 0, ran.stdout + ran.stderr
     sweep = Sweep.read(tmp_path / "search")
     found = {job.name: sweep.progress(job) for job in sweep.jobs()}
-    assert len(found) == 5 and {p.state for p in found.values()} <= {State.done, State.pruned}
+    assert len(found) == 5 and {p.state for p in found.values()} <= {State.done, State.paused}
     best = sweep.leaderboard()[0]
     assert best["state"] == "done" and best["objective"] < best["heldout_loss_before"]
     for progress in found.values():
-        if progress.state is State.pruned:
+        if progress.state is State.paused:
             assert progress.step < 12 and "not among the best" in progress.reason
     before = {
         path: path.stat().st_mtime_ns for path in (tmp_path / "search").glob("*/" + record.SUMMARY)

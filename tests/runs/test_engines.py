@@ -96,7 +96,7 @@ class Launcher:
 def test_an_engine_is_told_the_folders_of_the_jobs_that_are_not_over(frozen):
     record.finish(frozen.folder / "rank-4", {"status": "done"})
     launcher = Launcher(lambda: [None])
-    engines.run(frozen, frozen.jobs(), launcher)
+    engines.run_with_launcher(frozen, frozen.jobs(), launcher)
     assert launcher.given == [[f"output_dir={frozen.folder / 'rank-8'}"]]
 
 
@@ -105,7 +105,7 @@ def test_an_engine_that_gives_up_and_a_job_that_it_lost_end_in_words(frozen, cap
         record.note(frozen.folder / "rank-8", steps=9)
         raise RuntimeError("no machine is left\nand more")
 
-    assert engines.run(frozen, frozen.jobs(), Launcher(lose)) == 1
+    assert engines.run_with_launcher(frozen, frozen.jobs(), Launcher(lose)) == 1
     rank_4, rank_8 = (frozen.progress(job) for job in frozen.jobs())
     assert (rank_4.state, rank_8.state) == (State.pending, State.killed)
     assert json.loads((frozen.folder / "rank-8" / "summary.json").read_text())["reason"].startswith(

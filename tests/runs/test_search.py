@@ -91,10 +91,10 @@ def test_jobs_that_fall_behind_are_paused_and_the_best_is_still_found(tmp_path):
     play = Play(tmp_path / "rungs", "hydra.sweeper.n_trials=16")
     play.run()
     states = list(play.states().values())
-    assert states.count(State.pruned) >= 5 and play.steps() < 0.75 * whole.steps()
+    assert states.count(State.paused) >= 5 and play.steps() < 0.75 * whole.steps()
     best = play.sweep.leaderboard()[0]
     assert best["state"] == "done" and best["rank"] == 16 and 3e-4 < best["learning_rate"] < 3e-3
-    reasons = [row["reason"] for row in play.sweep.leaderboard() if row["state"] == "pruned"]
+    reasons = [row["reason"] for row in play.sweep.leaderboard() if row["state"] == "paused"]
     assert all("not among the best" in reason for reason in reasons)
 
 
@@ -105,7 +105,7 @@ def test_a_paused_job_goes_on_when_later_results_put_it_among_the_best(tmp_path)
         "hydra.sweeper.at_least=2",
         "hydra.sweeper.rungs=[0.5]",
     )
-    for rank, state in ((16, State.done), (4, State.pruned)):
+    for rank, state in ((16, State.done), (4, State.paused)):
         job = frozen(play, rank)
         play.search.unfinished.append(job)
         play.run(most=1)
@@ -119,7 +119,7 @@ def test_a_paused_job_goes_on_when_later_results_put_it_among_the_best(tmp_path)
         (worse / "metrics.jsonl").write_text(
             json.dumps({"step": 50, "heldout_loss": 1.0 + number}) + "\n"
         )
-        record.finish(worse, {"status": "pruned"})
+        record.finish(worse, {"status": "paused"})
     assert play.run() == [paused.name], (
         "nothing else is promoted, and there are more jobs than n_trials"
     )

@@ -11,7 +11,7 @@ from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.records import comparison, record
 from cogvx.records.sweep import State, Sweep, progress_of
-from cogvx.runs import grid, pool
+from cogvx.runs import grid, jobs, pool
 
 PROJECT = Path(__file__).parent.parent.parent
 SWEEPS = sorted((PROJECT / "sweeps").glob("*.yaml"))
@@ -165,10 +165,10 @@ def test_a_mistake_anywhere_stops_a_sweep_before_it_has_a_folder(launch, tmp_pat
 @pytest.fixture
 def frozen(tmp_path):
     """A sweep of three ranks, frozen and not started."""
-    made, jobs, _ = grid.sweep_of(
+    made, frozen_jobs, _ = grid.sweep_of(
         ["lora.rank=4,8,16", f"output_dir={tmp_path / 'sweep'}"], grid.Place()
     )
-    made.freeze(jobs, ["launch.py"])
+    made.freeze(frozen_jobs, ["launch.py"])
     return made
 
 
@@ -180,11 +180,11 @@ def finish(frozen: Sweep, name: str, **summary) -> None:
 def test_a_frozen_job_keeps_its_configuration_and_refuses_another(frozen):
     recorded = configuration.read(frozen.folder / "rank-8" / "config.yaml")
     assert (recorded.lora.rank, recorded.lora.lora_alpha) == (8, 8)
-    _, jobs, _ = grid.sweep_of(
+    _, others, _ = grid.sweep_of(
         ["lora.rank=4,8,16", "seed=7", f"output_dir={frozen.folder}"], grid.Place()
     )
     with pytest.raises(UserError, match="seed: 42 -> 7"):
-        frozen.freeze(jobs, ["launch.py"])
+        frozen.freeze(others, ["launch.py"])
 
 
 def test_the_leaderboard_has_every_job_the_lowest_loss_first_and_says_what_is_a_tie(frozen, capsys):
@@ -214,11 +214,15 @@ def test_the_state_of_a_job_is_read_from_its_folder(frozen):
     assert progress_of(folder).state is State.killed, "started, gone, and no word of how"
     with record.locked(folder):
         assert progress_of(folder).state is State.running
-    for code, state in (
-        (-signal.SIGTERM, State.interrupted), (-signal.SIGKILL, State.killed), (-signal.SIGSEGV, State.failed), (1, State.failed),
-    ):  # fmt: skip
+    ends = {
+        -signal.SIGTERM: State.interrupted,
+        -signal.SIGKILL: State.killed,
+        -signal.SIGSEGV: State.failed,
+        1: State.failed,
+    }
+    for code, state in ends.items():
         (folder / record.SUMMARY).unlink(missing_ok=True)
-        pool.tell(folder, code)
+        jobs.record_end(folder, code)
         assert progress_of(folder).state is state
     assert "exit code 1" in json.loads((folder / record.SUMMARY).read_text())["reason"]
 
@@ -230,7 +234,7 @@ def test_killed_jobs_go_on_and_failed_ones_when_asked(frozen, retry, again):
     finish(frozen, "rank-4", status="failed", reason="a mistake")
     finish(frozen, "rank-8", status="killed", reason="kill -9")
     assert {
-        job.name for job in frozen.jobs() if pool.is_to_run(frozen, job, retry_failed=retry)
+        job.name for job in frozen.jobs() if jobs.is_to_run(frozen, job, retry_failed=retry)
     } == again
 
 
@@ -239,10 +243,7 @@ def test_a_job_that_an_earlier_start_still_runs_is_waited_for(frozen, monkeypatc
     held.__enter__()
     monkeypatch.setattr(pool.time, "sleep", lambda seconds: held.__exit__(None, None, None))
     pool.wait_for_earlier(frozen)
-    assert (
-        "waits for what already runs in folders of its jobs: rank-8 (process"
-        in capsys.readouterr().out
-    )
+    assert "waits for jobs of an earlier start to stop: rank-8 (process" in capsys.readouterr().out
     assert progress_of(frozen.folder / "rank-8").state is State.pending
 
 
@@ -272,7 +273,7 @@ def test_starts_of_the_same_moment_have_folders_of_their_own(monkeypatch, tmp_pa
 def test_jobs_share_out_the_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     settings = pool.Pool(jobs=None, gpus_per_job=2, on_fail=pool.OnFail.go_on, retry_failed=False)
-    assert [place.gpus for place in settings.places()] == [["0", "1"], ["2", "3"]]
+    assert [slot.gpus for slot in settings.slots()] == [["0", "1"], ["2", "3"]]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UserError, match="gpus_per_job=2, and there is 1"):
-        settings.places()
+        settings.slots()
