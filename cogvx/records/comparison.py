@@ -13,7 +13,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from cogvx.files import read_json, shown
-from cogvx.progress import count
+from cogvx.progress import counted
 from cogvx.records import figures, leaderboard, pages, record, report
 from cogvx.records.pages import PAGE, VideoGroup, column, duration, setting_text
 from cogvx.records.sweep import LEADERBOARD, Progress, State, Sweep, progress_of, seconds_left
@@ -137,7 +137,7 @@ def page_name(names: list[str]) -> str:
 def about(found: Compared) -> str:
     states = [row["state"] for row in found.rows]
     told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    said = f"{count(len(states), 'run')}: {told}."
+    said = f"{counted(len(states), 'run')}: {told}."
     if State.running.value in states:
         left = seconds_left(list(found.progress.values()))
         about_left = "" if left is None else f"; about {duration(left)} left"

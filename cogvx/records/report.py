@@ -18,7 +18,7 @@ from markupsafe import Markup
 from cogvx import compose as composing
 from cogvx import config as configuration
 from cogvx.files import read_json, read_json_lines, shown
-from cogvx.progress import count
+from cogvx.progress import counted
 from cogvx.records import figures, pages, record, usage
 from cogvx.records.pages import (
     PAGE,
@@ -128,9 +128,9 @@ def about(run: Run) -> str:
     what = "Every weight" if lora is None else f"LoRA of rank {lora['rank']}"
     parts = [f"{what} on {choices['model']}"]
     if "train" in run.clips:
-        parts.append(count(run.clips["train"], "clip"))
+        parts.append(counted(run.clips["train"], "clip"))
     step = run.summary.get("step") or (run.trained[-1]["step"] if run.trained else 0)
-    parts.append(count(step, "step"))
+    parts.append(counted(step, "step"))
     if "seconds" in run.summary:
         parts.append(duration(run.summary["seconds"]))
     return ", ".join(parts)
@@ -348,7 +348,7 @@ def scores(run: Run) -> list[dict]:
             those = [each for each in found if each["kind"] == kind]
             rows = [score_row(each) for each in those]
             reach = max([abs(end) for r in rows for end in (r["interval"].low, r["interval"].high)])
-            name = f"{KIND_NAMES.get(kind, kind)}: {count(those[0]['videos'], 'video')}"
+            name = f"{KIND_NAMES.get(kind, kind)}: {counted(those[0]['videos'], 'video')}"
             kinds.append({"name": name, "rows": rows, "reach": reach or 1.0})
         label = "the result" if variant == "result" else variant
         tables.append({"variant": label, "kinds": kinds})

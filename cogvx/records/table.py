@@ -17,7 +17,7 @@ from rich.text import Text
 
 from cogvx.errors import first_line
 from cogvx.files import shown
-from cogvx.progress import count
+from cogvx.progress import counted
 from cogvx.records.pages import duration, setting_text
 from cogvx.records.sweep import Job, Progress, State, Sweep, seconds_left
 
@@ -85,7 +85,7 @@ class Table:
     def in_words(self) -> str:
         """`4 jobs, 1 pending, 1 running, 2 done; about 3 min 20 s left`."""
         states = Counter(progress.state.value for progress in self.progress.values())
-        parts = [count(len(self.progress), "job")]
+        parts = [counted(len(self.progress), "job")]
         parts += [f"{states[s.value]} {s.value}" for s in State if states[s.value]]
         left = seconds_left(list(self.progress.values()), self.to_come)
         return ", ".join(parts) + ("" if left is None else f"; about {duration(left)} left")
