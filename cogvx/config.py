@@ -41,6 +41,8 @@ GROUPS: dict[str, dict[str, type]] = {
         "evaluate": tasks.EvaluateTask,
         "report": tasks.ReportTask,
         "compare": tasks.CompareTask,
+        "list": tasks.ListTask,
+        "clean": tasks.CleanTask,
     },
     "model": {
         "nano": pretrained.Nano,

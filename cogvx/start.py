@@ -92,6 +92,20 @@ def start_comparison(config: Config, folder: Path) -> dict:
     return {}
 
 
+def start_list(config: Config, folder: Path) -> dict:
+    from cogvx.records import folders
+
+    folders.list_folders(config.task.folder)
+    return {}
+
+
+def start_clean(config: Config, folder: Path) -> dict:
+    from cogvx.records import folders
+
+    folders.clean_folders(config.task.folder, yes=config.task.yes)
+    return {}
+
+
 STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.TrainTask: start_training,
     tasks.PlanTask: start_plan,
@@ -100,4 +114,6 @@ STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.EvaluateTask: start_evaluation,
     tasks.ReportTask: start_report,
     tasks.CompareTask: start_comparison,
+    tasks.ListTask: start_list,
+    tasks.CleanTask: start_clean,
 }

@@ -106,3 +106,18 @@ class CompareTask(Task):
         if len(self.runs) > 1:
             return []
         return [f"task.runs={[*map(str, self.runs)]}: give two runs or more: [outputs/A,outputs/B]"]
+
+
+@dataclass
+class ListTask(Task):
+    folder: Path  # whose runs and sweeps are listed
+    makes_a_run: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+
+
+@dataclass
+class CleanTask(Task):
+    folder: Path
+    yes: bool  # removes without asking
+    makes_a_run: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False

@@ -137,6 +137,7 @@ def page_name(names: list[str]) -> str:
 def about(found: Compared) -> str:
     states = [row["state"] for row in found.rows]
     told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    told = "all done" if {*states} == {State.done.value} else told
     said = f"{counted(len(states), 'run')}: {told}."
     if State.running.value in states:
         left = seconds_left(list(found.progress.values()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Callable
+from functools import wraps
 
 from markupsafe import Markup
 
@@ -37,15 +39,30 @@ MOST_CELLS = 12  # values of a setting that a heat map has room for; more are a 
 SMALL = (5.1, 2.8)  # inches of a drawing that shares a line with another
 
 
-def drawing(size: tuple[float, float]):
-    """A figure and its axes. Matplotlib is imported when something is drawn; no display needed."""
-    import matplotlib
+def styled(draw: Callable[..., Markup]) -> Callable[..., Markup]:
+    """Draws in the page's style. Matplotlib is imported when something is drawn."""
 
-    matplotlib.use("Agg")
+    @wraps(draw)
+    def drawn(*given: object) -> Markup:
+        import matplotlib
+
+        matplotlib.use("Agg")  # needs no display
+        with matplotlib.rc_context(STYLE):
+            return draw(*given)
+
+    return drawn
+
+
+def drawing(size: tuple[float, float]):
+    """A figure and its axes."""
     from matplotlib import pyplot
 
-    with pyplot.rc_context(STYLE):
-        return pyplot.subplots(figsize=size, layout="constrained")
+    return pyplot.subplots(figsize=size, layout="constrained")
+
+
+def steps_below(axes, label: str = "step") -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(label)
 
 
 def colours(name: str):
@@ -59,8 +76,7 @@ def svg(figure, says: str) -> Markup:
     from matplotlib import pyplot
 
     written = io.StringIO()
-    with pyplot.rc_context(STYLE):
-        figure.savefig(written, format="svg", metadata={"Date": None})
+    figure.savefig(written, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     # Without the heads of XML and DOCTYPE, and without the metadata.
     text = written.getvalue().partition("<svg")[2]
@@ -81,6 +97,7 @@ def fit(axes, values: list[float]) -> None:
 # -- one run -------------------------------------------------------------------------------------
 
 
+@styled
 def heldout_curve(steps: list[int], losses: list[float], bands: list[tuple | None]) -> Markup:
     """`bands`: for each point the 95 % interval of its change from the base model, or None."""
     figure, axes = drawing(SMALL)
@@ -91,11 +108,12 @@ def heldout_curve(steps: list[int], losses: list[float], bands: list[tuple | Non
         axes.fill_between(at, low, high, color=TUNED_COLOUR, alpha=0.18, linewidth=0)
     axes.plot(steps, losses, color=TUNED_COLOUR, marker="o", markersize=4)
     fit(axes, [*losses, *(value for _, *band in inside for value in band)])
-    axes.set_xlabel("step")
+    steps_below(axes)
     axes.set_title("held-out loss (dashed: base model)", fontsize=10.5, loc="left")
     return svg(figure, f"Held-out loss from {losses[0]:.4f} to {losses[-1]:.4f}")
 
 
+@styled
 def training_curve(steps: list[int], losses: list[float]) -> Markup:
     figure, axes = drawing(SMALL)
     axes.plot(steps, losses, color=BASE_COLOUR, linewidth=1, alpha=0.8)
@@ -103,7 +121,7 @@ def training_curve(steps: list[int], losses: list[float]) -> Markup:
     if len(losses) >= 10:
         axes.plot(steps, smooth, color=TUNED_COLOUR, linewidth=1.8)
     fit(axes, losses)
-    axes.set_xlabel("step")
+    steps_below(axes)
     axes.set_title("training loss", fontsize=10.5, loc="left")
     return svg(figure, f"Training loss, {losses[-1]:.4f} at the end")
 
@@ -118,26 +136,21 @@ def smoothed(values: list[float]) -> list[float]:
 # -- several runs --------------------------------------------------------------------------------
 
 
+@styled
 def curves_of_runs(runs: list[tuple[str, list[dict]]]) -> Markup:
     """Held-out loss by step, the best run first. `runs`: each run's name and judged lines."""
     figure, axes = drawing((7.4, 3.6))
-    palette, values, banded = colours("tab10").colors, [], False
+    palette = colours("tab10").colors
     for number, (name, lines) in reversed(list(enumerate(runs))):
         steps = [line["step"] for line in lines]
         losses = [line["heldout_loss"] for line in lines]
-        values += losses
-        if number >= MOST_NAMED:
-            axes.plot(steps, losses, color=BASE_COLOUR, linewidth=0.7, alpha=0.5, zorder=1)
-            continue
-        colour, floors = palette[number], [line.get("heldout_noise_floor") or 0 for line in lines]
-        axes.plot(steps, losses, color=colour, marker=".", linewidth=1.5, zorder=3, label=name)
-        if any(floors):
-            banded = True
-            low = [loss - floor for loss, floor in zip(losses, floors, strict=True)]
-            high = [loss + floor for loss, floor in zip(losses, floors, strict=True)]
-            axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        named = {"color": palette[number % 10], "linewidth": 1.5, "marker": ".", "label": name}
+        others = {"color": BASE_COLOUR, "linewidth": 0.7, "alpha": 0.5}
+        axes.plot(steps, losses, **(named if number < MOST_NAMED else others), zorder=-number)
+    banded = shade_noise(axes, runs[0][1], palette[0])
+    values = [line["heldout_loss"] for _, lines in runs for line in lines]
     fit(axes, without_explosions(values, [lines[0]["heldout_loss"] for _, lines in runs]))
-    axes.set_xlabel("step" + (" (band: noise of the measurement)" if banded else ""))
+    steps_below(axes, "step" + (" (band: noise of the best run's measurement)" if banded else ""))
     axes.set_ylabel("held-out loss")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
@@ -151,6 +164,19 @@ def curves_of_runs(runs: list[tuple[str, list[dict]]]) -> Markup:
     return svg(figure, "Held-out loss of every run by step")
 
 
+def shade_noise(axes, lines: list[dict], colour: object) -> bool:
+    """The noise of a run's measurement as a band; False if it is not known."""
+    floors = [line.get("heldout_noise_floor") or 0 for line in lines]
+    if not any(floors):
+        return False
+    losses = [line["heldout_loss"] for line in lines]
+    low = [loss - floor for loss, floor in zip(losses, floors, strict=True)]
+    high = [loss + floor for loss, floor in zip(losses, floors, strict=True)]
+    steps = [line["step"] for line in lines]
+    axes.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0, zorder=-99)
+    return True
+
+
 def without_explosions(values: list[float], starts: list[float]) -> list[float]:
     """Without the losses of runs that diverged: they would press all others into one line."""
     finite = [value for value in starts if math.isfinite(value)]
@@ -158,6 +184,7 @@ def without_explosions(values: list[float], starts: list[float]) -> list[float]:
     return [value for value in values if value <= most]
 
 
+@styled
 def heat_map(rows: list[dict], across: str, down: str, values: dict[str, list]) -> Markup:
     """The lowest loss of each pair of values, whatever the other settings are."""
     cells = [[math.nan] * len(values[across]) for _ in values[down]]
@@ -173,7 +200,8 @@ def heat_map(rows: list[dict], across: str, down: str, values: dict[str, list]) 
         for x, loss in enumerate(line):
             if not math.isnan(loss):
                 weight = "bold" if loss == ranks[0] else "normal"
-                text = {"ha": "center", "va": "center", "color": "#111", "weight": weight}
+                colour = "#fff" if ranks.index(loss) < 0.3 * len(ranks) else "#111"
+                text = {"ha": "center", "va": "center", "color": colour, "weight": weight}
                 axes.text(x, y, f"{loss:.4f}", fontsize=9.5, **text)
     axes.set_xticks(range(len(values[across])), [setting_text(v) for v in values[across]])
     axes.set_yticks(range(len(values[down])), [setting_text(v) for v in values[down]])
@@ -183,6 +211,7 @@ def heat_map(rows: list[dict], across: str, down: str, values: dict[str, list]) 
     return svg(figure, f"Lowest held-out loss by {across} and {down}")
 
 
+@styled
 def scatter(rows: list[dict], key: str) -> Markup:
     figure, axes = drawing((4.5, 3.1))
     found, losses = [plotted(row[key]) for row in rows], [row["objective"] for row in rows]
@@ -196,6 +225,7 @@ def scatter(rows: list[dict], key: str) -> Markup:
     return svg(figure, f"Held-out loss by {key}")
 
 
+@styled
 def parallel_coordinates(rows: list[dict], keys: list[str], values: dict[str, list]) -> Markup:
     """A line for each run through its values, the best one thick."""
     axes_of = [*keys, "held-out loss"]

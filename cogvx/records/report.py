@@ -197,9 +197,10 @@ def loss_verdict(run: Run) -> str:
         return f"{said}" + (". A single held-out clip gives no interval." if single else ".")
     said += f": a change of {change.text}."
     if change.includes_zero:
-        return f"{said} The interval includes 0, so this may be chance."
+        clips = len(run.judged[-1]["heldout_by_clip"])
+        return f"{said} The interval includes 0: on {clips} held-out clips this may be chance."
     if after < before:
-        return f"{said} The interval excludes 0: the tuned model is better on clips it never saw."
+        return f"{said} The interval excludes 0: the tuned model is better on clips it was not trained on."
     return f"{said} The interval excludes 0: the tuned model is worse. Try a lower learning rate."
 
 
