@@ -63,7 +63,7 @@ def start_report(config: Config, folder: Path) -> dict:
     if (place / sweep.SWEEP).is_file():
         comparison.conclude(sweep.Sweep.read(place))
     elif (place / record.CONFIG).is_file():
-        print(f"report  {shown(report.write(place))}")
+        print(f"report  {shown(report.write_page(place))}")
     else:
         raise UserError(
             f"task.run={place} is not the folder of a run (it has no {record.CONFIG}) "
@@ -88,7 +88,7 @@ def start_comparison(config: Config, folder: Path) -> dict:
     leaderboard.show(rows)
     leaderboard.show_surroundings(rows, runs)
     page = config.task.page or Path.cwd() / "outputs" / comparison.page_name(list(runs))
-    print(f"report  {shown(comparison.write(page, joined(list(runs)), runs, rows))}")
+    print(f"report  {shown(comparison.write_comparison(page, joined(list(runs)), runs, rows))}")
     return {}
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from cogvx.config import Config
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import FullWeights, LoraWeights
-from cogvx.records.usage import SETTINGS, snippet
+from cogvx.records.usage import INFERENCE_SETTINGS, snippet
 
 IMAGE = "first_frame.png"
 
@@ -25,7 +25,7 @@ def deliver(
     image: numpy.ndarray | None,
     pretrained: PretrainedModel,
 ) -> str:
-    """Writes the weights and SETTINGS into the run's folder; returns the lines that use them, with this prompt and, for
+    """Writes the weights and INFERENCE_SETTINGS into the run's folder; returns the lines that use them, with this prompt and, for
     image-to-video, this image [H, W, 3] uint8, which is written too."""
     weights.save_result(transformer, folder, pretrained.dtype)
     sampling, data, geometry = config.validation, config.data, pretrained.geometry()
@@ -51,7 +51,7 @@ def deliver(
     }
     if image is not None:
         Image.fromarray(image).save(folder / IMAGE)
-    (folder / SETTINGS).write_text(
+    (folder / INFERENCE_SETTINGS).write_text(
         json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8"
     )
     return snippet(folder, settings)

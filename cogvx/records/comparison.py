@@ -19,7 +19,7 @@ from cogvx.records.pages import PAGE, VideoGroup, column, duration, setting_text
 from cogvx.records.sweep import LEADERBOARD, Progress, State, Sweep, progress_of, seconds_left
 
 MOST_VIDEOS = 24  # runs whose videos are shown
-LONGEST_NAME = 80  # characters of what a page of named runs is called
+LONGEST_PAGE_NAME = 80  # characters of what a page of named runs is called
 MEASURED = {
     "objective": ("held-out loss", 4),
     "heldout_loss_before": ("base model", 4),
@@ -83,7 +83,7 @@ def conclude(sweep: Sweep) -> None:
     for row in rows:
         job = sweep.folder / str(row["folder"])
         if row["state"] == State.done.value and not (job / PAGE).is_file():
-            report.write(job)
+            report.write_page(job)
     leaderboard.show(rows)
     print(f"table   {shown(sweep.folder / LEADERBOARD)}")
     if rows[0]["objective"] is not None:
@@ -92,11 +92,11 @@ def conclude(sweep: Sweep) -> None:
         print(f"best    {shown(best)}: {said}")
         print(f"repeat the best:  {command_again(best)}")
     title = f"{sweep.folder.name}: {', '.join(sweep.swept)}"
-    page = write(sweep.folder / PAGE, title, sweep.runs(), rows, sweep.command())
+    page = write_comparison(sweep.folder / PAGE, title, sweep.runs(), rows, sweep.command())
     print(f"report  {shown(page)}")
 
 
-def write(
+def write_comparison(
     page: Path,
     title: str,
     runs: dict[str, Path],
@@ -109,11 +109,11 @@ def write(
         page,
         "runs.html",
         title=title,
-        about=about(found),
-        verdict=verdict(found),
-        videos=videos(found, page.parent),
+        about=about_runs(found),
+        verdict=best_in_words(found),
+        videos=videos_of_all(found, page.parent),
         board=board(found, page.parent),
-        curves=curves(found),
+        curves=curves_of_all(found),
         plots=plots_by_setting(found),
         best=None if found.best is None else found.name(found.best),
         usage=usage_of_best(found),
@@ -126,15 +126,15 @@ def write(
 def page_name(names: list[str]) -> str:
     """compare_A_B.html, named after what it compares."""
     said = "_".join(name.replace("/", "-") for name in names)
-    if len(said) > LONGEST_NAME:
-        said = f"{said[:LONGEST_NAME]}_{len(names)}_runs"
+    if len(said) > LONGEST_PAGE_NAME:
+        said = f"{said[:LONGEST_PAGE_NAME]}_{len(names)}_runs"
     return f"compare_{said}.html"
 
 
 # -- words ---------------------------------------------------------------------------------------
 
 
-def about(found: Compared) -> str:
+def about_runs(found: Compared) -> str:
     states = [row["state"] for row in found.rows]
     told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     told = "all done" if {*states} == {State.done.value} else told
@@ -146,7 +146,7 @@ def about(found: Compared) -> str:
     return said
 
 
-def verdict(found: Compared) -> str:
+def best_in_words(found: Compared) -> str:
     best = found.best
     if best is None:
         return "No run has a result yet."
@@ -154,7 +154,10 @@ def verdict(found: Compared) -> str:
     before = best["heldout_loss_before"]
     said += f" (base model: {before:.4f})." if before is not None else "."
     if best["heldout_noise_floor"] is None:
-        return f"{said} The noise of the measurement is not known: validation.heldout_draws=2 measures it."
+        unknown = (
+            "The noise of the measurement is not known: validation.heldout_draws=2 measures it."
+        )
+        return f"{said} {unknown}"
     ties = [found.name(row) for row in found.rows if row["tie"]]
     if not ties:
         return f"{said} No other run is within the noise of the measurement."
@@ -190,7 +193,7 @@ def different_surroundings(found: Compared) -> list[tuple[str, str]]:
 
 
 def board(found: Compared, here: Path) -> dict:
-    """Columns of settings and of what was measured; each has the digits that tell the runs apart."""
+    """Columns of settings and of measures; each has the digits that tell the runs apart."""
     measured = [m for m in MEASURED if any(row.get(m) is not None for row in found.rows)]
     settings = {key: [setting_text(row[key]) for row in found.rows] for key in found.keys}
     values = {m: column([row.get(m) for row in found.rows], MEASURED[m][1]) for m in measured}
@@ -220,7 +223,7 @@ def board(found: Compared, here: Path) -> dict:
 # -- drawings ------------------------------------------------------------------------------------
 
 
-def curves(found: Compared) -> Markup | None:
+def curves_of_all(found: Compared) -> Markup | None:
     judged = [
         (found.name(row), found.progress[row["folder"]].judged)
         for row in found.rows
@@ -266,7 +269,7 @@ def in_order(values: set) -> list:
 # -- videos --------------------------------------------------------------------------------------
 
 
-def videos(found: Compared, here: Path) -> list[VideoGroup]:
+def videos_of_all(found: Compared, here: Path) -> list[VideoGroup]:
     """For each prompt and seed, the base model's video and the runs', the best first."""
     having = [
         (row, tuned)

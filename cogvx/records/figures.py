@@ -1,4 +1,4 @@
-"""The drawings of the pages, as SVG that follows the page's colours in light and dark.   [no torch]"""
+"""The drawings of the pages, as SVG in the page's colours, light and dark.   [no torch]"""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ from cogvx.files import read_json, shown
 from cogvx.progress import counted
 from cogvx.records import record
 from cogvx.records.leaderboard import WIDE
-from cogvx.records.pages import duration
 from cogvx.records.sweep import SWEEP, Progress, State, Sweep, is_locked, progress_of
 from cogvx.records.table import STATE_COLOURS
 

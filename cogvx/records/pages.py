@@ -23,7 +23,7 @@ MOST_EMBEDDED = (
     40 * 2**20
 )  # bytes of video in a page; beyond that the videos stay files and are linked
 MOST_DECIMALS = 6
-CLIPS = "clips"  # validation/clips/NAME.mp4: the real clip shown beside the video NAME
+REAL_CLIPS = "clips"  # validation/clips/NAME.mp4: the real clip shown beside the video NAME
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -63,7 +63,7 @@ class Interval:
 
 
 @cache
-def environment() -> Environment:
+def templates() -> Environment:
     """Jinja with autoescape: a caption or an error's text cannot write into the page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -80,7 +80,7 @@ def environment() -> Environment:
 
 def render(page: Path, template: str, **values: object) -> Path:
     """Writes the page whole or not at all, and returns its path."""
-    write_text(page, environment().get_template(template).render(**values) + "\n")
+    write_text(page, templates().get_template(template).render(**values) + "\n")
     return page
 
 
@@ -104,8 +104,8 @@ def base_video(folder: Path, name: str) -> Path:
 
 def clip_beside(folder: Path, name: str) -> tuple[str, Path] | None:
     """The real clip shown beside a video, and its label: held-out clip or training clip."""
-    path = folder / "validation" / CLIPS / f"{name}.mp4"
-    label = read_json(folder / "validation" / f"{CLIPS}.json").get(name, "clip of the data")
+    path = folder / "validation" / REAL_CLIPS / f"{name}.mp4"
+    label = read_json(folder / "validation" / f"{REAL_CLIPS}.json").get(name, "clip of the data")
     return (label, path) if path.is_file() else None
 
 

@@ -40,7 +40,7 @@ COMPARED = {
 # Seconds between tries: a process that only looks whether a run is in use holds its lock too,
 # for a moment.
 LOCK_TRIES = (0.1, 0.2, 0.4)
-CPU = re.compile(r"cpu, (\d+) threads?")  # how a CPU is written as a device
+CPU_DEVICE = re.compile(r"cpu, (\d+) threads?")  # how a CPU is written as a device
 
 
 def open_folder(config: Config) -> Path:
@@ -191,13 +191,13 @@ def changes(earlier: dict, now: dict) -> list[str]:
 
 
 def change_in_words(name: str, earlier: object, now: object) -> str:
-    cpus = [CPU.fullmatch(str(value)) for value in (earlier, now)]
+    cpus = [CPU_DEVICE.fullmatch(str(value)) for value in (earlier, now)]
     if name == "device" and all(cpus):
         return f"{cpus[0][1]} -> {cpus[1][1]} CPU threads"
-    return f"{name}: {shortened(earlier)} -> {shortened(now)}"
+    return f"{name}: {short_hash(earlier)} -> {short_hash(now)}"
 
 
-def shortened(value: object) -> str:
+def short_hash(value: object) -> str:
     """A commit's or fingerprint's first characters."""
     return value[:8] if isinstance(value, str) and len(value) == 40 else str(value)
 

@@ -84,7 +84,7 @@ class Run:
         return configuration.choices_of(self.settings)
 
 
-def write(folder: Path) -> Path:
+def write_page(folder: Path) -> Path:
     """Writes the page from what the run has left in its folder so far; returns its path."""
     run = Run.read(folder)
     return pages.render(
@@ -200,7 +200,7 @@ def loss_verdict(run: Run) -> str:
         clips = len(run.judged[-1]["heldout_by_clip"])
         return f"{said} The interval includes 0: on {clips} held-out clips this may be chance."
     if after < before:
-        return f"{said} The interval excludes 0: the tuned model is better on clips it was not trained on."
+        return f"{said} The interval excludes 0: better, also on clips that it was not trained on."
     return f"{said} The interval excludes 0: the tuned model is worse. Try a lower learning rate."
 
 
@@ -240,7 +240,7 @@ def bands(judged: list[dict]) -> list[tuple[float, float] | None]:
 
 
 def usage_of(folder: Path) -> str | None:
-    settings = read_json(folder / usage.SETTINGS)
+    settings = read_json(folder / usage.INFERENCE_SETTINGS)
     return usage.snippet(folder, settings) if settings else None
 
 

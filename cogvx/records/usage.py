@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SETTINGS = "inference.json"
+INFERENCE_SETTINGS = "inference.json"
 
 
 def snippet(folder: Path, settings: dict) -> str:
@@ -18,7 +18,7 @@ def snippet(folder: Path, settings: dict) -> str:
     lines.append(f"from diffusers import {pipeline}{'' if is_lora else f', {model}'}")
     if has_image:
         lines.append("from diffusers.utils import load_image")
-    lines.append(f"how = json.load(open({str(folder / SETTINGS)!r}))")
+    lines.append(f"how = json.load(open({str(folder / INFERENCE_SETTINGS)!r}))")
     lines.append('device = "cuda" if torch.cuda.is_available() else "cpu"')
     if is_lora:
         lines.append(f"pipe = {pipeline}.from_pretrained({base}, {dtype}).to(device)")

@@ -1,4 +1,6 @@
-"""Runs the jobs of a sweep through one of Hydra's launchers, also on other machines.   [knows Hydra; no torch]
+"""Runs the jobs of a sweep through one of Hydra's launchers, also on other machines.
+
+[knows Hydra; no torch]
 
 A launcher is given the folder of each job and nothing else: what runs is the config.yaml frozen
 there. "Engine" means the launcher's own process on a job's machine. A job is a process below its

@@ -1,4 +1,4 @@
-"""One job of a sweep, whoever starts it: whether it is to run, its run, and its end.   [no torch]"""
+"""One job of a sweep, whoever starts it: is it to run, its run, its end.   [no torch]"""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def run_here(folder: Path) -> int:
 
 
 def explained(error: BaseException) -> tuple[str, int]:
-    """What to tell the user, and the exit code: 1 for errors of ours, which keep their traceback."""
+    """What to tell the user, and the exit code: 1 for our own errors, which keep a traceback."""
     if isinstance(error, UserError):
         return str(error), FAILED
     if isinstance(error, KeyboardInterrupt):
@@ -188,7 +188,7 @@ def conclude_run(folder: Path, summary: dict) -> None:
     try:
         record.finish(folder, summary)
         if summary["status"] == "done":
-            print(f"report  {shown(report.write(folder))}", flush=True)
+            print(f"report  {shown(report.write_page(folder))}", flush=True)
     except OSError as error:
         print(
             f"\nwarning: summary.json or report.html could not be written: {error}",

@@ -1,4 +1,7 @@
-"""The page about several runs, task=report, task=compare, and what drifted since a run was recorded. On folders that are made up."""
+"""The page of several runs, task=report, task=compare, and what differs from a recorded run.
+
+On folders that are made up.
+"""
 
 import json
 import re
@@ -65,7 +68,7 @@ def sweep(tmp_path_factory):
 
 
 def test_the_page_has_every_job_and_needs_nothing_else(sweep):
-    page = comparison.write(
+    page = comparison.write_comparison(
         sweep.folder / "report.html", "a title", sweep.runs(), sweep.leaderboard(), sweep.command()
     )
     text = page.read_text(encoding="utf-8")
@@ -83,7 +86,7 @@ def test_the_page_has_every_job_and_needs_nothing_else(sweep):
 
 
 def test_captions_and_reasons_cannot_write_into_the_page(sweep):
-    text = comparison.write(
+    text = comparison.write_comparison(
         sweep.folder / "report.html", "<i>", sweep.runs(), sweep.leaderboard()
     ).read_text()
     assert "<script>cat" not in text and "&lt;script&gt;cat&lt;/script&gt; &amp; dog" in text
@@ -93,7 +96,9 @@ def test_captions_and_reasons_cannot_write_into_the_page(sweep):
 def test_what_is_within_the_noise_is_marked_as_a_tie(sweep):
     rows = sweep.leaderboard()
     assert [row["tie"] for row in rows[:3]] == [None, True, False]
-    text = comparison.write(sweep.folder / "report.html", "t", sweep.runs(), rows).read_text()
+    text = comparison.write_comparison(
+        sweep.folder / "report.html", "t", sweep.runs(), rows
+    ).read_text()
     assert text.count('<tr class="tie">') == 1 and text.count('<tr class="best">') == 1
 
 

@@ -114,7 +114,7 @@ def test_on_a_terminal_clean_asks(outputs, monkeypatch, answer, gone):
 
 def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
     for act in (folders.list_folders, lambda root: folders.clean_folders(root, yes=True)):
-        with pytest.raises(UserError, match="task.folder=.* does not exist"):
+        with pytest.raises(UserError, match=r"task\.folder=.* does not exist"):
             act(tmp_path / "no")
     folders.list_folders(tmp_path)
     assert "no run under" in capsys.readouterr().out

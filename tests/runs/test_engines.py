@@ -1,4 +1,7 @@
-"""Sweeps through Hydra's launchers. Those that are not installed are skipped; tests/slurm_loopback.sh brings a Slurm along."""
+"""Sweeps through Hydra's launchers. Launchers that are not installed are skipped.
+
+tests/slurm_loopback.sh starts a Slurm on this machine.
+"""
 
 import importlib.util
 import json
@@ -205,8 +208,16 @@ def test_a_killed_job_costs_the_others_nothing_and_the_same_command_completes_it
 @with_submitit
 @with_slurm
 def test_slurm_puts_a_job_back_into_the_queue_and_it_goes_on_from_its_checkpoint(start, tmp_path):
-    """Of three jobs one is told that its time is up, one is killed, one cancelled; then the same command completes those two."""
-    settings = ["lora.rank=1,2,4", "hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.timeout_min=20"]  # fmt: skip
+    """One job is told that its time is up, one is killed, one cancelled.
+
+    Then the same command completes the last two.
+    """
+    settings = [
+        "lora.rank=1,2,4",
+        "hydra/launcher=slurm",
+        "hydra.launcher.gpus_per_node=null",
+        "hydra.launcher.timeout_min=20",
+    ]
     sweep = start(*settings)
     process_of(tmp_path / "rank-1", sweep)
     array = slurm("squeue", "--noheader", f"--name={tmp_path.name}", "--format=%F").split()[0]

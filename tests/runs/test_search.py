@@ -1,4 +1,7 @@
-"""The search: what it proposes, pauses and takes up again, on jobs whose losses are made up. Nothing is trained."""
+"""The search: which jobs it proposes, pauses and goes on with.
+
+The losses are made up; nothing is trained.
+"""
 
 import json
 import math
@@ -23,7 +26,7 @@ def loss_of(values: dict, step: int) -> float:
 
 
 class Play:
-    """Stands for pool.run(): one job at a time, which reports its held-out loss every tenth of its steps."""
+    """Stands for run_pool(): one job at a time, with ten held-out losses each."""
 
     def __init__(self, tmp_path, *overrides):
         given = ["hydra/sweeper=optuna", *SPACE, f"output_dir={tmp_path / 'search'}", *overrides]

@@ -1,7 +1,11 @@
-"""Sweeps: which jobs a command line makes, where they lie, how far they are and which is best. Without torch, without running any."""
+"""Sweeps: which jobs a command line makes, where they lie, how far they are, which is best.
+
+Without torch, and without running any job.
+"""
 
 import csv
 import json
+import multiprocessing
 import signal
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import pytest
 from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.records import comparison, record
-from cogvx.records.sweep import State, Sweep, progress_of
+from cogvx.records.sweep import Progress, State, Sweep, progress_of, seconds_left
 from cogvx.runs import grid, jobs, pool
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -194,9 +198,12 @@ def test_the_leaderboard_has_every_job_the_lowest_loss_first_and_says_what_is_a_
     comparison.conclude(Sweep.read(frozen.folder))
     with (frozen.folder / "leaderboard.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["place"], r["tie"], r["rank"], r["state"]) for r in rows] == [
-        ("1", "", "8", "done"), ("2", "True", "4", "done"), ("", "", "16", "out of memory"),
-    ]  # fmt: skip
+    found = [(row["place"], row["tie"], row["rank"], row["state"]) for row in rows]
+    assert found == [
+        ("1", "", "8", "done"),
+        ("2", "True", "4", "done"),
+        ("", "", "16", "out of memory"),
+    ]
     assert [float(r["lora.lora_alpha"]) for r in rows] == [8, 4, 16], (
         "what follows from a swept key varies too"
     )
@@ -277,3 +284,36 @@ def test_jobs_share_out_the_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UserError, match="gpus_per_job=2, and there is 1"):
         settings.slots()
+
+
+def test_the_time_left_counts_what_runs_and_what_waits():
+    def job(state: State, **given) -> Progress:
+        usual = {"reason": None, "step": 0, "steps": 100, "loss": None, "judged": []}
+        return Progress(state, **(usual | {"step_seconds": None, "summary": {}} | given))
+
+    done = job(State.done, summary={"seconds": 60.0})
+    running = job(State.running, step=50, step_seconds=1.0)
+    assert seconds_left([done, running, job(State.pending)]) == 50 + 60
+    assert seconds_left([done, running, running, job(State.pending)]) == (50 + 50 + 60) / 2
+    assert seconds_left([done, running], to_come=2) == 50 + 2 * 60
+    assert seconds_left([running, job(State.pending)]) == 50 + 100, "no job is done yet"
+    assert seconds_left([done, job(State.pending)]) is None, "nothing runs"
+
+
+def write_leaderboards(folder: Path, times: int) -> None:
+    for _ in range(times):
+        Sweep.read(folder).write_leaderboard()
+
+
+def test_a_report_beside_a_sweeps_end_never_breaks_the_leaderboard(frozen):
+    """task=report and the sweep itself write leaderboard.csv at the same time."""
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=write_leaderboards, args=(frozen.folder, 15)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        if (frozen.folder / "leaderboard.csv").is_file():
+            with (frozen.folder / "leaderboard.csv").open(encoding="utf-8", newline="") as file:
+                assert len(list(csv.DictReader(file))) == 3
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert not list(frozen.folder.glob("*.partial"))
