@@ -38,11 +38,12 @@ class Compared:
     runs: dict[str, Path]  # their folders by the rows' "folder"
     progress: dict[str, Progress]
     keys: list[str]
+    is_sweep: bool
 
     @classmethod
-    def read(cls, rows: list[dict], runs: dict[str, Path]) -> Compared:
+    def read(cls, rows: list[dict], runs: dict[str, Path], *, is_sweep: bool) -> Compared:
         progress = {name: progress_of(folder) for name, folder in runs.items()}
-        return cls(rows, runs, progress, leaderboard.settings_in(rows))
+        return cls(rows, runs, progress, leaderboard.settings_in(rows), is_sweep)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -54,7 +55,9 @@ class Compared:
         }
 
     def name(self, row: dict) -> str:
-        """The run by its own values: `rank 16, learning_rate 0.001`."""
+        """A job of a sweep by its own values: `rank 16, learning_rate 0.001`."""
+        if not self.is_sweep:
+            return str(row["folder"])
         said = [
             f"{label} {setting_text(row[key])}"
             for key, label in self.labels.items()
@@ -104,7 +107,7 @@ def write_comparison(
     command: list[str] | None = None,
 ) -> Path:
     """`rows` as from sweep.rows_of(), the best first; `command`: the sweep's, to go on with."""
-    found = Compared.read(rows, runs)
+    found = Compared.read(rows, runs, is_sweep=command is not None)
     return pages.render(
         page,
         "runs.html",
@@ -114,7 +117,7 @@ def write_comparison(
         videos=videos_of_all(found, page.parent),
         board=board(found, page.parent),
         curves=curves_of_all(found),
-        plots=plots_by_setting(found),
+        plots=plots_by_setting(found) if found.is_sweep else [],
         best=None if found.best is None else found.name(found.best),
         usage=usage_of_best(found),
         repeat=repeat_of_best(found),
@@ -196,6 +199,8 @@ def board(found: Compared, here: Path) -> dict:
     """Columns of settings and of measures; each has the digits that tell the runs apart."""
     measured = [m for m in MEASURED if any(row.get(m) is not None for row in found.rows)]
     settings = {key: [setting_text(row[key]) for row in found.rows] for key in found.keys}
+    if not found.is_sweep:
+        settings = {"run": [found.name(row) for row in found.rows]} | settings
     values = {m: column([row.get(m) for row in found.rows], MEASURED[m][1]) for m in measured}
     lines = []
     for number, row in enumerate(found.rows):
@@ -212,7 +217,7 @@ def board(found: Compared, here: Path) -> dict:
             }
         )
     return {
-        "settings": list(found.labels.values()),
+        "settings": [found.labels.get(key, key) for key in settings],
         "measured": [MEASURED[m][0] for m in measured],
         "lines": lines,
         "ties": any(row["tie"] for row in found.rows),
