@@ -252,9 +252,7 @@ def test_a_full_disk_fails_jobs_in_words_and_spares_the_done_ones(cache, small_d
 
 def test_twenty_starts_at_once_have_twenty_folders(tmp_path):
     """Real starts, up to the task, which is left out."""
-    start = (
-        "import runpy, sys; from cogvx.runs import processes; processes.run_recorded = lambda *given: 0; "
-    )
+    start = "import runpy, sys; from cogvx.runs import processes; processes.run_recorded = lambda *given: 0; "
     start += "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", start, str(PROJECT / "launch.py"), "tracking=none"]
     there = {**os.environ, "PYTHONPATH": str(PROJECT)}
