@@ -138,7 +138,7 @@ def test_everything_wrong_is_reported_at_once(launch):
     [
         ("lora.rank=16,64", "add -m"),
         ("model.image_to_video=true", "model=nano_i2v"),
-        ("data.video_column=prompts.txt", "need columns of their own"),
+        ("data.video_column=prompts.txt", "each need their own column"),
         ("memory.offload_optimizer=true", "is for lora=null"),
         ("memory.base_storage=int8", "without memory.gradient_checkpointing=true saves nothing"),
         ("memory.feed_forward_chunks=0", "must be 1 (whole) or more"),

@@ -1,7 +1,9 @@
-"""task=evaluate: base and tuned model on the same prompts and seeds, over strengths and checkpoints.
+"""task=evaluate: compares the tuned model with the base model on the same prompts and seeds.
 
-Measured are: on pixels, what the prompt asks for (prompts of the little world); motion, saturation; how near each video is to the
-nearest training clip; the held-out loss; as options, a CLIP model's agreement of text and frames, and VBench.   F frames, H height, W width.
+It can compare several strengths and checkpoints. What it measures: whether a video shows what its
+prompt says (from the pixels, for prompts of the little world), motion, saturation, the distance to
+the nearest training clip, and the held-out loss. On request: how well a CLIP model finds that text
+and frames agree, and VBench.   F frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,108 +19,156 @@ import numpy
 import torch
 from accelerate import Accelerator
 
-from cogvx.data.sources import text_of
+from cogvx.data.listed import text_of
 from cogvx.data.video import read_clip, to_bytes
 from cogvx.errors import UserError, first_line
-from cogvx.files import read_json, shown
+from cogvx.files import read_json, replacing, shown
 from cogvx.inference import scores
 from cogvx.model import attention, blocks
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.trained_weights import weights_of
-from cogvx.progress import bar
+from cogvx.progress import bar, counted
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.prepare import Prepared, picture, start_processes
 from cogvx.training.validation import Videos, heldout_loss
 
 if TYPE_CHECKING:
     from cogvx.config import Config
+    from cogvx.data.encode import EncodedClip
     from cogvx.options.tasks import EvaluateTask
 
 BASE = "base"
-NEAR = 32  # pixels of a side, of the small copies in which the nearest training clip is looked for
-MOST_CLIPS = 500  # training clips looked through
-MOST_PICTURED = 8  # videos of each kind in the picture
+# Videos and training clips are compared as small copies with sides of this many pixels ...
+NEAR = 32
+# ... and with this many training clips at most.
+MOST_CLIPS = 500
+MOST_PICTURED = 8  # videos of each kind in evaluation.png
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to be judged: a folder with its weights, or None for the base, and the strength of its LoRA."""
+    """A model to compare."""
 
     name: str
-    place: Path | None
-    strength: float = 1.0
+    place: Path | None  # the folder with its weights; None: the base model
+    strength: float = 1.0  # of the LoRA
+
+
+@dataclass
+class Measured:
+    """What was measured, by the variant's name."""
+
+    video_scores: dict[str, list[scores.VideoScores]] = field(default_factory=dict)
+    heldout_loss: dict[str, float | None] = field(default_factory=dict)
+    videos: dict[str, list[numpy.ndarray]] = field(default_factory=dict)  # each [F, H, W, 3] uint8
 
 
 def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
-    """Prints a table and writes evaluation.json, evaluation.csv, evaluation.png and videos/; returns the run's summary."""
+    """Prints a table for each variant, and returns the run's summary.
+
+    Writes evaluation.json, evaluation.csv, evaluation.png and videos/ into the folder.
+    """
     started, accelerator = time.monotonic(), start_processes(config)
     variants = variants_of(config, task)
-    given = prompts_from_files(task) or scores.scored_prompts_of(config, task.count)
-    data = Prepared.from_config(
-        config, folder, accelerator, [prompt for those in given.values() for prompt in those]
-    )
-    if not given:
+    data, prompts = prepare_prompts(config, task, folder, accelerator)
+    asked = scores.video_requests(prompts, task.seed)
+    ways = [nearest_clip(data, config)]
+    if task.clip_path is not None:
+        ways.append(clip_similarity(task.clip_path, accelerator.device))
+    measured = measure_variants(config, data, variants, asked, ways, folder, accelerator)
+    found = {
+        variant.name: scores.comparisons(
+            measured.video_scores[BASE], measured.video_scores[variant.name]
+        )
+        for variant in variants[1:]
+    }
+    print_comparisons(found, measured.heldout_loss, len(asked))
+    more = {
+        "run": str(task.run),
+        "heldout_loss": measured.heldout_loss,
+        "nearest_clip_of_held_out_clips": nearness_of_held_out(data, config, ways),
+        "vbench": vbench(task.vbench, folder, list(measured.video_scores)),
+    }
+    scores.write_evaluation(folder, measured.video_scores, found, more)
+    draw_sheet(folder / "evaluation.png", asked, measured.videos)
+    print(f"\nresult  {shown(folder)}: evaluation.png shows the videos side by side,")
+    print("        evaluation.json has these tables, evaluation.csv a row for each video")
+    last = variants[-1].name
+    if line := scores.score_line(found[last]):
+        print(f"score   {line}")
+    return {
+        "status": "done",
+        "objective": measured.heldout_loss[last],
+        **scores.summary_scores(found[last]),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def prepare_prompts(
+    config: Config, task: EvaluateTask, folder: Path, accelerator: Accelerator
+) -> tuple[Prepared, dict[str, list[str]]]:
+    """The encoded data, and the prompts of each kind, whose embeddings are among it.
+
+    The prompts are those of the task's files. Without files: the demo's, for a run of the demo;
+    the captions of held-out clips, for all other runs.
+    """
+    prompts = prompts_from_files(task) or scores.scored_prompts_of(config, task.count)
+    every = [prompt for those in prompts.values() for prompt in those]
+    data = Prepared.from_config(config, folder, accelerator, every)
+    if not prompts:
         clips = [*data.held_out, *data.train][: task.count]
-        given = {"taught": [clip.example.prompt for clip in clips]}
+        prompts = {"taught": [clip.example.prompt for clip in clips]}
         if data.pretrained.geometry().image_to_video:
             data.images |= {
                 clip.example.prompt: picture(clip.example, config.data) for clip in clips
             }
-    asked = scores.video_requests(given, task.seed)
-    ways = [
-        *nearest_clip(data, config),
-        *([] if task.clip_path is None else [clip_similarity(task.clip_path, accelerator.device)]),
-    ]
-    rows, losses, videos = {}, {}, {}
+    return data, prompts
+
+
+def measure_variants(
+    config: Config,
+    data: Prepared,
+    variants: list[Variant],
+    asked: list[scores.VideoRequest],
+    ways: list[Way],
+    folder: Path,
+    accelerator: Accelerator,
+) -> Measured:
+    measured = Measured()
     with attention.using(config.train.attention):
         for variant, model in models(config, data, variants, accelerator):
             loss = heldout_loss(
                 model, len(data.held_out), data.held_out_batch, config.validation, accelerator
             )
-            losses[variant.name] = None if loss is None else loss.mean
-            made = make_videos(config, data, model, variant, asked, folder)
-            rows[variant.name] = [
-                with_more(scores.VideoScores(a, scores.measure_video(f, a.prompt)), f, ways)
-                for a, f in zip(asked, made, strict=True)
+            measured.heldout_loss[variant.name] = None if loss is None else loss.mean
+            videos = make_videos(config, data, model, variant, asked, folder)
+            measured.videos[variant.name] = videos
+            measured.video_scores[variant.name] = [
+                all_scores(request, frames, ways)
+                for request, frames in zip(asked, videos, strict=True)
             ]
-            videos[variant.name] = made
-    found = {
-        v.name: scores.comparisons(rows[BASE], rows[v.name]) for v in variants if v.name != BASE
-    }
+    return measured
+
+
+def print_comparisons(
+    found: dict[str, list[scores.Comparison]], losses: dict[str, float | None], videos: int
+) -> None:
     for name, those in found.items():
-        change = (
-            ""
-            if losses[BASE] is None
-            else f"; held-out loss {losses[BASE]:.4f} before, {losses[name]:.4f} after"
-        )
-        print(
-            f"\n{name}: {len(asked)} videos of the base model and as many tuned{change}\n{scores.comparison_table(those)}"
-        )
-    benched = vbench(task.vbench, folder, list(rows))
-    heldout_nearness = nearness_of_held_out(data, config, ways)
-    scores.write_evaluation(folder, rows, found, {
-        "run": str(task.run), "heldout_loss": losses, "nearest_clip_of_held_out_clips": heldout_nearness, "vbench": benched,
-    })  # fmt: skip
-    draw_sheet(folder / "evaluation.png", asked, videos)
-    print(
-        f"\nresult  {shown(folder / 'evaluation.json')}; evaluation.csv has every video, evaluation.png and videos/ show them"
-    )
-    last = found[variants[-1].name]
-    for line in filter(None, [scores.score_line(last)]):
-        print(f"score   {line}")
-    return {
-        "status": "done",
-        "objective": losses[variants[-1].name],
-        **scores.summary_scores(last),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+        print(f"\n{name} and the base model, {counted(videos, 'video')} each", end="")
+        if losses[BASE] is not None:
+            before, after = losses[BASE], losses[name]
+            print(f"; held-out loss {before:.4f} (base model), {after:.4f} ({name})", end="")
+        print(f"\n{scores.comparison_table(those)}")
 
 
-# -- what is judged ----------------------------------------------------------------------------------------------------
+# -- what is compared --------------------------------------------------------------------------
 
 
 def variants_of(config: Config, task: EvaluateTask) -> list[Variant]:
-    """The base first. UserError when the run has no weights, or strengths are asked of full fine-tuning."""
+    """The models to compare, the base model first.
+
+    UserError if the run has no weights, or if full fine-tuning is asked for strengths.
+    """
     run = task.run
     places = {path.name: path for path in checkpoints.all_complete(run)} if task.checkpoints else {}
     result = run / weights_of(config.lora).result
@@ -128,26 +178,27 @@ def variants_of(config: Config, task: EvaluateTask) -> list[Variant]:
         kept = checkpoints.all_complete(run)
         if not kept:
             raise UserError(
-                f"task.run={run} has no result ({result.name}) and no checkpoint: let it finish, or train.resume={run}"
+                f"task.run={run} has no result ({result.name}) and no checkpoint: "
+                f"let it finish, or go on with train.resume={run}"
             )
         places[kept[-1].name] = kept[-1]
     if not weights_of(config.lora).has_strength and list(task.strengths) != [1.0]:
         raise UserError(
-            "task.strengths is for a LoRA; after full fine-tuning (lora=null) there is one strength: task.strengths=[1.0]"
+            "task.strengths is for a LoRA. Full fine-tuning (lora=null) has only one strength: "
+            "task.strengths=[1.0]"
         )
     found = [Variant(BASE, None)]
     for name, place in places.items():
         for strength in task.strengths:
-            found.append(
-                Variant(name if strength == 1.0 else f"{name} x {strength:g}", place, strength)
-            )
+            label = name if strength == 1.0 else f"{name} x {strength:g}"
+            found.append(Variant(label, place, strength))
     return found
 
 
 def models(
     config: Config, data: Prepared, variants: list[Variant], accelerator: Accelerator
 ) -> Iterator[tuple[Variant, CogVideoX]]:
-    """Each variant as a model, one at a time."""
+    """Each variant's model, one after the other."""
     pretrained = data.pretrained
     device, geometry, dtype = pretrained.device, pretrained.geometry(), pretrained.dtype
     arrange = functools.partial(
@@ -162,6 +213,7 @@ def models(
 
 
 def prompts_from_files(task: EvaluateTask) -> dict[str, list[str]]:
+    """The prompts of each kind; {} if the task names no files."""
     found = {}
     for kind, path in (("taught", task.prompts_file), ("other", task.other_prompts_file)):
         if path is not None:
@@ -179,59 +231,59 @@ def make_videos(
     asked: list[scores.VideoRequest],
     folder: Path,
 ) -> list[numpy.ndarray]:
+    """The variant's videos, each [F, H, W, 3] uint8. Also written to videos/."""
     videos = Videos(folder, config, data.pretrained, [], data.embeds, data.images, {}, [])
     vae, made = data.pretrained.vae(tiling=config.memory.vae_tiling), []
-    for number, each in enumerate(
-        bar(asked, desc=f"videos  {variant.name}", unit="video", leave=False), start=1
-    ):
-        frames = videos.generate(model.transformer, vae, each.prompt, each.seed, None)
-        videos.save(
-            folder
-            / "videos"
-            / variant.name.replace(" ", "_")
-            / f"{number:03d}_{each.kind}_seed{each.seed}.mp4",
-            frames,
-        )
+    progress = bar(asked, desc=f"videos  {variant.name}", unit="video", leave=False)
+    for number, request in enumerate(progress, start=1):
+        frames = videos.generate(model.transformer, vae, request.prompt, request.seed, None)
+        name = f"{number:03d}_{request.kind}_seed{request.seed}.mp4"
+        videos.save(folder_of_videos(folder, variant.name) / name, frames)
         made.append(frames)
     return made
 
 
-# -- more measures -----------------------------------------------------------------------------------------------------
-
-Way = tuple[
-    str, Callable[[numpy.ndarray, str], float]
-]  # a measure's name, and it: of frames and prompt
+def folder_of_videos(folder: Path, variant: str) -> Path:
+    return folder / "videos" / variant.replace(" ", "_")
 
 
-def with_more(
-    scored: scores.VideoScores, frames: numpy.ndarray, ways: list[Way]
+# -- more measures -----------------------------------------------------------------------------
+
+# A measure's name, and the function of a video's frames and prompt that measures it.
+Way = tuple[str, Callable[[numpy.ndarray, str], float]]
+
+
+def all_scores(
+    request: scores.VideoRequest, frames: numpy.ndarray, ways: list[Way]
 ) -> scores.VideoScores:
-    return replace(
-        scored,
-        values=scored.values | {name: way(frames, scored.asked.prompt) for name, way in ways},
-    )
+    values = scores.measure_video(frames, request.prompt)
+    values |= {name: way(frames, request.prompt) for name, way in ways}
+    return scores.VideoScores(request, values)
 
 
-def nearest_clip(data: Prepared, config: Config) -> list[Way]:
-    """RMS distance, as a share of the pixels' range, to the nearest training clip: of a copy near 0."""
-    clips = [
-        small(to_bytes(read_clip(clip.example.video, config.data).frames))
-        for clip in data.train[:MOST_CLIPS]
-    ]
-    return [
-        (
-            "nearest_clip",
-            lambda frames, prompt: float(min(distance(small(frames), clip) for clip in clips)),
-        )
-    ]
+def nearest_clip(data: Prepared, config: Config) -> Way:
+    """The distance to the nearest training clip. A copy of a training clip has a distance near 0.
+
+    It is the root mean square difference of the pixels, as a share of their range.
+    """
+    clips = [small(frames_of(clip, config)) for clip in data.train[:MOST_CLIPS]]
+
+    def way(frames: numpy.ndarray, prompt: str) -> float:
+        return float(min(distance(small(frames), clip) for clip in clips))
+
+    return "nearest_clip", way
 
 
 def nearness_of_held_out(data: Prepared, config: Config, ways: list[Way]) -> float | None:
-    """What nearest_clip is for clips that are new and of the same kind."""
-    way, found = dict(ways)["nearest_clip"], []
-    for clip in data.held_out:
-        found.append(way(to_bytes(read_clip(clip.example.video, config.data).frames), ""))
+    """The mean of nearest_clip over the held-out clips: the value of clips that are new."""
+    way = dict(ways)["nearest_clip"]
+    found = [way(frames_of(clip, config), "") for clip in data.held_out]
     return float(numpy.mean(found)) if found else None
+
+
+def frames_of(clip: EncodedClip, config: Config) -> numpy.ndarray:
+    """[F, H, W, 3] uint8."""
+    return to_bytes(read_clip(clip.example.video, config.data).frames)
 
 
 def small(frames: numpy.ndarray) -> numpy.ndarray:
@@ -246,14 +298,15 @@ def distance(one: numpy.ndarray, other: numpy.ndarray) -> float:
 
 
 def clip_similarity(path: str, device: torch.device) -> Way:
-    """Cosine of the text's and the frames' features, the mean over four frames (CLIPSIM, Wu et al. 2021, GODIVA)."""
+    """The cosine of the text's and the frames' features, the mean over four frames.
+
+    Source: CLIPSIM, Wu et al. 2021 (GODIVA).
+    """
     from transformers import AutoModel, AutoProcessor
 
     try:
-        model, processor = (
-            AutoModel.from_pretrained(path).to(device).eval(),
-            AutoProcessor.from_pretrained(path),
-        )
+        model = AutoModel.from_pretrained(path).to(device).eval()
+        processor = AutoProcessor.from_pretrained(path)
     except Exception as error:
         raise UserError(
             f"task.clip_path={path} cannot be loaded as a CLIP model: {first_line(error)}"
@@ -276,61 +329,69 @@ def clip_similarity(path: str, device: torch.device) -> Way:
 
 
 def vbench(dimensions: list[str], folder: Path, variants: list[str]) -> dict:
-    """VBench's own results for each variant's videos (Huang et al. 2024), in its mode for videos of any prompt."""
+    """VBench's own results for each variant's videos, in its mode for any prompts.
+
+    Source: Huang et al. 2024. {} if no dimension is asked for.
+    """
     if not dimensions:
         return {}
     try:
         from vbench import VBench
     except ImportError as error:
         raise UserError(
-            f"task.vbench needs the package vbench ({error}), which wants an environment of its own: pip install vbench"
+            f"task.vbench needs the package vbench ({error}). It needs other versions of some "
+            f"packages, so it is best in an environment of its own: pip install vbench"
         ) from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for variant in variants:
-        place, name = folder / "videos" / variant.replace(" ", "_"), variant.replace(" ", "_")
-        bench = VBench(
-            torch.device("cuda" if torch.cuda.is_available() else "cpu"), "", str(folder / "vbench")
-        )
+        videos = folder_of_videos(folder, variant)
+        bench = VBench(device, "", str(folder / "vbench"))
         bench.evaluate(
-            videos_path=str(place), name=name, dimension_list=list(dimensions), mode="custom_input"
+            videos_path=str(videos),
+            name=videos.name,
+            dimension_list=list(dimensions),
+            mode="custom_input",
         )
-        found[variant] = read_json(folder / "vbench" / f"{name}_eval_results.json")
+        found[variant] = read_json(folder / "vbench" / f"{videos.name}_eval_results.json")
     return found
 
 
 def draw_sheet(
     path: Path, asked: list[scores.VideoRequest], videos: dict[str, list[numpy.ndarray]]
 ) -> None:
-    """Of the first prompts of each kind, first, middle and last frame by every variant."""
+    """A picture of the first videos of each kind: a row for each prompt, a column for each variant.
+
+    A video is shown by its first, its middle and its last frame.
+    """
     from PIL import Image, ImageDraw
 
     from cogvx.data.inspect import fitted, font
 
-    chosen = [
-        i
-        for kind in dict.fromkeys(a.kind for a in asked)
-        for i in [j for j, a in enumerate(asked) if a.kind == kind][:MOST_PICTURED]
-    ]
+    chosen = first_of_each_kind(asked)
     side, gap, title = 96, 8, 16
-    sheet = Image.new(
-        "RGB", (len(videos) * (3 * side + gap) + gap, title + len(chosen) * (side + title)), "white"
-    )
+    width = len(videos) * (3 * side + gap) + gap
+    sheet = Image.new("RGB", (width, title + len(chosen) * (side + title)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.font = font(11)
-    for column, (name, made) in enumerate(videos.items()):
-        left = gap + column * (3 * side + gap)
-        pen.text((left, 1), name, "black")
-        for row, index in enumerate(chosen):
-            top, frames = title + row * (side + title), made[index]
+    for row, index in enumerate(chosen):
+        top, prompt = title + row * (side + title), asked[index].prompt
+        pen.text((gap, top + 1), fitted(pen, prompt, width - 2 * gap), "dimgray")
+        for column, made in enumerate(videos.values()):
+            frames, left = made[index], gap + column * (3 * side + gap)
             for place, frame in enumerate(frames[[0, len(frames) // 2, -1]]):
-                sheet.paste(
-                    Image.fromarray(frame).resize((side, side), Image.Resampling.BICUBIC),
-                    (left + place * side, top + title),
-                )
-            if column == 0:
-                pen.text(
-                    (left, top + 1),
-                    fitted(pen, asked[index].prompt, sheet.width - 2 * gap),
-                    "dimgray",
-                )
-    sheet.save(path)
+                small_frame = Image.fromarray(frame).resize((side, side), Image.Resampling.BICUBIC)
+                sheet.paste(small_frame, (left + place * side, top + title))
+    for column, name in enumerate(videos):
+        pen.text((gap + column * (3 * side + gap), 1), name, "black")
+    with replacing(path) as partial:
+        sheet.save(partial, format="png")
+
+
+def first_of_each_kind(asked: list[scores.VideoRequest]) -> list[int]:
+    """The places in the list of up to MOST_PICTURED videos of each kind."""
+    chosen = []
+    for kind in dict.fromkeys(request.kind for request in asked):
+        places = [place for place, request in enumerate(asked) if request.kind == kind]
+        chosen += places[:MOST_PICTURED]
+    return chosen

@@ -1,4 +1,7 @@
-"""Videos from a model in memory, through the diffusers pipeline itself.   F frames, H height, W width."""
+"""Makes videos with a model in memory, through the diffusers pipeline itself.
+
+F frames, H height, W width; S text tokens, D the size of a token's embedding.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +23,35 @@ if TYPE_CHECKING:
 
 
 def generate(
-    *, transformer, vae, noise_scheduler, prompt_embeds: Tensor, negative_prompt_embeds: Tensor,
-    image: numpy.ndarray | None, data: Data, sampling: Validation, frugal: bool, seed: int,
+    *,
+    transformer,
+    vae,
+    noise_scheduler,
+    prompt_embeds: Tensor,
+    negative_prompt_embeds: Tensor,
+    image: numpy.ndarray | None,
+    data: Data,
+    sampling: Validation,
+    frugal: bool,
+    seed: int,
     description: str | None,
-) -> numpy.ndarray:  # fmt: skip
-    """A video of data's size, [F, H, W, 3] uint8; embeddings [S, D]; image [H, W, 3] uint8 to start from, or None for
-    text-to-video; frugal: memory.frugal_videos; description: of the progress bar, None: no bar. The same seed gives the same starting noise on every device."""
-    from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+) -> numpy.ndarray:
+    """A video of the size in `data`, [F, H, W, 3] uint8.
+
+    prompt_embeds, negative_prompt_embeds: [S, D]. image: the first frame, [H, W, 3] uint8; None
+    for text-to-video. frugal: memory.frugal_videos. description: of the progress bar; None for no
+    bar. The same seed gives the same starting noise on every device.
+    """
     from PIL import Image
 
-    pipeline_class = CogVideoXPipeline if image is None else CogVideoXImageToVideoPipeline
+    pipeline = pipeline_of(transformer, vae, noise_scheduler, image, description)
     start = {} if image is None else {"image": Image.fromarray(image)}
-    pipeline = pipeline_class(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae,
-        transformer=transformer,
-        scheduler=noise_scheduler,
-    )
-    pipeline.set_progress_bar_config(
-        desc=description, leave=False, disable=description is None or not sys.stderr.isatty()
-    )
     device, decode = vae.device, pipeline.decode_latents
 
     def decode_alone(latents: Tensor) -> Tensor:
         with blocks.set_aside(transformer, device) if frugal else contextlib.nullcontext():
-            clear_device_cache()  # what the transformer used is in the way of the VAE
+            # The VAE needs the memory that the transformer's activations have left.
+            clear_device_cache()
             return decode(latents)
 
     pipeline.decode_latents = decode_alone
@@ -64,3 +70,21 @@ def generate(
             output_type="np",
         ).frames[0]
     return (frames * 255).round().clip(0, 255).astype("uint8")
+
+
+def pipeline_of(transformer, vae, noise_scheduler, image, description: str | None):
+    """diffusers' pipeline for text-to-video, or for image-to-video if there is an image."""
+    from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+
+    pipeline_class = CogVideoXPipeline if image is None else CogVideoXImageToVideoPipeline
+    pipeline = pipeline_class(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer,
+        scheduler=noise_scheduler,
+    )
+    pipeline.set_progress_bar_config(
+        desc=description, leave=False, disable=description is None or not sys.stderr.isatty()
+    )
+    return pipeline

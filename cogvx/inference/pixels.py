@@ -1,7 +1,10 @@
-"""What a clip of the little world shows, measured on its pixels alone.   F frames, H height, W width.   [no torch]
+"""Measures what a clip of the little world shows, from its pixels alone.   [no torch]
 
-The background is the colour along the frames' edges; the shape is what differs from it; its form follows from how much of the circle
-around it it fills, and whether its middle is empty; its direction from where it is in the first and in the last frame.
+The background is the colour at the frames' edges. The shape is what differs from the background.
+Which shape it is follows from how much it fills of the circle around it, and from whether its
+middle is empty. Its direction follows from its places in the first and the last frames.
+
+F frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -12,37 +15,41 @@ import numpy
 
 from cogvx.data.world import COLOURS, OTHER_COLOURS
 
-VISIBLE = 40.0  # RGB distance between a shape and its background, of 442 between black and white
-MOVED = 0.12  # of the frame's side
-SLANTING = (
-    0.5  # of the way along one side, the way along the other; what slants more has no direction
-)
-# Filled share of the circle around a shape at 64 pixels, drawn and restored by nano's VAE, which rounds corners: triangles 0.46 to
-# 0.58, squares 0.68 to 0.77, circles 0.90 to 0.96.
+# The least distance in RGB between a shape and its background. Black to white is 442.
+VISIBLE = 40.0
+# The shortest way that has a direction, as a share of the frame's side.
+MOVED = 0.12
+# The way along one side, as a share of the way along the other. Above this: no direction.
+SLANTING = 0.5
+# How much a shape fills of the circle around it. Measured at 64 pixels, after nano's VAE, which
+# rounds corners: triangles 0.46 to 0.58, squares 0.68 to 0.77, circles 0.90 to 0.96.
 SQUARE, CIRCLE = 0.63, 0.84
-EMPTY_MIDDLE = 0.5  # filled share of the inner third
+# How much of its inner third a shape fills. Below this it is a ring.
+EMPTY_MIDDLE = 0.5
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Names of the world, or None where nothing of the kind is recognised."""
+    """Words of the little world. None: not recognised."""
 
     shape: str | None
     colour: str | None
     background: str | None
     direction: str | None
-    motion: float  # way from the first to the last frame, as a share of the frame's side
-    saturation: float  # mean of (max - min) / max over the pixels, 0 to 1
+    # The way from the first to the last frames, as a share of the frame's side.
+    motion: float
+    # The mean of (max - min) / max over all pixels, 0 to 1.
+    saturation: float
 
     def agrees(self, **expected: str) -> bool:
         return all(getattr(self, name) == value for name, value in expected.items())
 
 
 def look_at(frames: numpy.ndarray) -> Seen:
-    """Of frames [F, H, W, 3] uint8."""
+    """frames: [F, H, W, 3] uint8."""
     pixels = frames.astype(numpy.float32)
-    edge = numpy.concatenate([pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3), pixels[:, :, :2].reshape(-1, 3), pixels[:, :, -2:].reshape(-1, 3)])  # fmt: skip
-    background = numpy.median(edge, axis=0)
+    sides = [pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:]]
+    background = numpy.median(numpy.concatenate([s.reshape(-1, 3) for s in sides]), axis=0)
     away = numpy.linalg.norm(pixels - background, axis=-1)  # [F, H, W]
     contrast = float(numpy.percentile(away, 99))
     saturation = saturation_of(pixels)
@@ -53,9 +60,13 @@ def look_at(frames: numpy.ndarray) -> Seen:
     places = numpy.array([centre(mask) for mask in masks if mask.any()])  # [F, 2], y and x
     way = (places[-2:].mean(0) - places[:2].mean(0)) / frames.shape[1:3]
     return Seen(
-        shape=shape_of(masks), colour=nearest_colour(colour), background=nearest_colour(background), direction=direction_of(way),
-        motion=float(numpy.linalg.norm(way)), saturation=saturation,
-    )  # fmt: skip
+        shape=shape_of(masks),
+        colour=nearest_colour(colour),
+        background=nearest_colour(background),
+        direction=direction_of(way),
+        motion=float(numpy.linalg.norm(way)),
+        saturation=saturation,
+    )
 
 
 def saturation_of(pixels: numpy.ndarray) -> float:
@@ -64,19 +75,18 @@ def saturation_of(pixels: numpy.ndarray) -> float:
 
 
 def largest(mask: numpy.ndarray) -> numpy.ndarray:
-    """The largest connected part of [H, W]."""
+    """The largest connected part of a mask [H, W]."""
     from scipy import ndimage
 
     labels, count = ndimage.label(mask)
-    return (
-        labels == 1 + numpy.argmax(ndimage.sum_labels(mask, labels, range(1, count + 1)))
-        if count
-        else mask
-    )
+    if count == 0:
+        return mask
+    sizes = ndimage.sum_labels(mask, labels, range(1, count + 1))
+    return labels == 1 + numpy.argmax(sizes)
 
 
 def centre(mask: numpy.ndarray) -> numpy.ndarray:
-    """Of the smallest box around it, so that a hole does not matter: y and x."""
+    """The middle of the smallest box around the mask, y and x: a hole does not change it."""
     places = numpy.argwhere(mask)
     return (places.min(0) + places.max(0)) / 2
 
@@ -100,7 +110,7 @@ def shape_of(masks: list[numpy.ndarray]) -> str | None:
 
 
 def direction_of(way: numpy.ndarray) -> str | None:
-    """The way (y, x) as shares of the frame's sides; None when it is short or slants."""
+    """way: y and x, as shares of the frame's sides. None if it is short, or slants too much."""
     down, right = way
     if max(abs(down), abs(right)) < MOVED:
         return None
@@ -112,6 +122,6 @@ def direction_of(way: numpy.ndarray) -> str | None:
 
 
 def nearest_colour(colour: numpy.ndarray) -> str:
-    """The nearest colour, of the world or what the demo adds to it."""
+    """The name of the nearest colour, of the little world or of the demo."""
     known = COLOURS | OTHER_COLOURS
     return min(known, key=lambda name: float(numpy.linalg.norm(numpy.array(known[name]) - colour)))

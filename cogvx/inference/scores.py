@@ -1,13 +1,12 @@
-"""What a tuned model does of what it was taught, and what it still does of the rest, beside the base model on the same prompts and seeds.
+"""Scores videos, and compares the tuned model with the base model on the same prompts and seeds.
 
-F frames, H height, W width.
+There are two kinds of prompts. "taught": the new concept, that the clips show. "other": what the
+base model knew before.   F frames, H height, W width.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,33 +15,40 @@ from typing import TYPE_CHECKING
 import numpy
 
 from cogvx.data import demo, world
+from cogvx.files import write_csv, write_json
 from cogvx.inference import pixels
+from cogvx.model.pretrained import Nano
 
 if TYPE_CHECKING:
     from cogvx.config import Config
 
 RESAMPLES = 4000  # of the bootstrap
-NEW_MEASURE = "colour"  # the measure of what the demo teaches
+# The measure that shows whether the demo's new concept was learned.
+NEW_MEASURE = "colour"
+KIND_IN_WORDS = {"taught": "new concept", "other": "known before"}
 
 
 @dataclass(frozen=True)
 class VideoRequest:
-    kind: str  # "taught": what the clips show; "other": what the base model knew before
+    kind: str  # of KIND_IN_WORDS
     prompt: str
     seed: int
 
 
 @dataclass(frozen=True)
 class VideoScores:
-    """A video's measures, each 0 to 1: shape, colour, direction, background (1: as the prompt says), all four, motion, saturation, and
-    what was added."""
+    """The measures of one video.
+
+    shape, colour, direction, background: 1 if the video shows what the prompt says, else 0; all:
+    all four of them. motion, saturation: 0 to 1. task=evaluate adds more.
+    """
 
     asked: VideoRequest
     values: dict[str, float]
 
 
 def video_requests(prompts: dict[str, list[str]], seed: int) -> list[VideoRequest]:
-    """Each prompt once, each with a seed of its own."""
+    """One video for each prompt, each with its own seed."""
     pairs = [(kind, prompt) for kind, those in prompts.items() for prompt in those]
     return [
         VideoRequest(kind, prompt, seed + number) for number, (kind, prompt) in enumerate(pairs)
@@ -50,13 +56,21 @@ def video_requests(prompts: dict[str, list[str]], seed: int) -> list[VideoReques
 
 
 def scored_prompts_of(config: Config, count: int) -> dict[str, list[str]]:
-    """The prompts whose videos can be judged on their pixels: nano's, taught the demo's colour. Image-to-video is shown what to make."""
-    judged = config.model.is_built_in and not config.model.image_to_video and config.data.is_demo()
+    """The prompts whose videos can be judged by their pixels: the demo's, with model=nano.
+
+    {} for all other runs. For image-to-video too: the image already shows what to make.
+    """
+    judged = (
+        isinstance(config.model, Nano) and not config.model.image_to_video and config.data.is_demo()
+    )
     return demo.scored_prompts(count) if count and judged else {}
 
 
 def measure_video(frames: numpy.ndarray, prompt: str) -> dict[str, float]:
-    """Of frames [F, H, W, 3] uint8; what the prompt asks for is judged where it has the form of the world's captions."""
+    """The values of VideoScores. frames: [F, H, W, 3] uint8.
+
+    Only motion and saturation if the prompt does not have the form of the little world's captions.
+    """
     found = pixels.look_at(frames)
     values = {"motion": motion_of(frames), "saturation": found.saturation}
     expected = world.parse_caption(prompt)
@@ -69,7 +83,7 @@ def measure_video(frames: numpy.ndarray, prompt: str) -> dict[str, float]:
 
 
 def motion_of(frames: numpy.ndarray) -> float:
-    """Mean change of a pixel from frame to frame, as a share of its range."""
+    """The mean change of a pixel from one frame to the next, as a share of its range."""
     return float(numpy.abs(numpy.diff(frames.astype(numpy.float32), axis=0)).mean() / 255)
 
 
@@ -79,13 +93,16 @@ def score_videos(
     return [VideoScores(each, measure_video(make(each), each.prompt)) for each in asked]
 
 
-# -- base beside tuned -------------------------------------------------------------------------------------------------
+# -- the base model and the tuned model --------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measure's mean over the videos of a kind, base and tuned, and the mean of the paired differences with the interval that
-    holds it with 95 % (bootstrap over videos)."""
+    """The means of one measure over the videos of one kind.
+
+    difference: the mean of tuned minus base, over pairs of the same prompt and seed. low, high:
+    its 95 % interval (bootstrap over the pairs).
+    """
 
     kind: str
     measure: str
@@ -98,7 +115,7 @@ class Comparison:
 
 
 def comparisons(base: list[VideoScores], tuned: list[VideoScores]) -> list[Comparison]:
-    """Of every kind and measure; the two lists are of the same prompts and seeds."""
+    """One for each kind and measure. Both lists have the same prompts and seeds, in one order."""
     found = []
     for kind in dict.fromkeys(scored.asked.kind for scored in base):
         pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if b.asked.kind == kind]
@@ -123,55 +140,66 @@ def find_comparison(found: list[Comparison], kind: str, measure: str) -> Compari
     return next((c for c in found if (c.kind, c.measure) == (kind, measure)), None)
 
 
+def headline_comparisons(found: list[Comparison]) -> tuple[Comparison, Comparison] | None:
+    """What was learned, and what is still known. None if one of the two was not judged."""
+    taught = find_comparison(found, "taught", NEW_MEASURE)
+    other = find_comparison(found, "other", "all")
+    return None if taught is None or other is None else (taught, other)
+
+
 def score_line(found: list[Comparison]) -> str:
-    """The two that matter, in a line; empty where nothing could be judged."""
-    taught, other = (
-        find_comparison(found, "taught", NEW_MEASURE),
-        find_comparison(found, "other", "all"),
-    )
-    if taught is None or other is None:
+    """Both headline comparisons in one line; "" if there are none."""
+    both = headline_comparisons(found)
+    if both is None:
         return ""
+    taught, other = both
     return (
-        f"what it was taught: {taught.tuned:.0%} of {taught.videos} videos show it (base model {taught.base:.0%}); the rest of its world: "
-        f"{other.tuned:.0%} as the prompt says (base model {other.base:.0%})"
+        f"new concept: {taught.tuned:.0%} of {taught.videos} videos show it "
+        f"(base model {taught.base:.0%}); known before: {other.tuned:.0%} of {other.videos} "
+        f"videos are as the prompt says (base model {other.base:.0%})"
     )
 
 
 def summary_scores(found: list[Comparison]) -> dict[str, float]:
-    taught, other = (
-        find_comparison(found, "taught", NEW_MEASURE),
-        find_comparison(found, "other", "all"),
-    )
-    if taught is None or other is None:
+    """The headline comparisons for summary.json; {} if there are none."""
+    both = headline_comparisons(found)
+    if both is None:
         return {}
+    taught, other = both
     return {
-        "score_taught": taught.tuned, "score_taught_base": taught.base, "score_other": other.tuned, "score_other_base": other.base,
-    }  # fmt: skip
+        "score_taught": taught.tuned,
+        "score_taught_base": taught.base,
+        "score_other": other.tuned,
+        "score_other_base": other.base,
+    }
 
 
 def comparison_table(found: list[Comparison]) -> str:
-    lines = [f"{'':24}{'base':>8}{'tuned':>8}   difference, with 95 % between"]
+    lines = [
+        f"{'prompts':14}{'measure':16}{'base':>8}{'tuned':>8}{'difference':>13}   95 % interval"
+    ]
     for c in found:
-        lines.append(
-            f"{c.kind:8}{c.measure:16}{c.base:8.3f}{c.tuned:8.3f}   {c.difference:+.3f}   {c.low:+.3f} and {c.high:+.3f}"
-        )
+        kind = KIND_IN_WORDS.get(c.kind, c.kind)
+        means = f"{c.base:8.3f}{c.tuned:8.3f}{c.difference:+13.3f}"
+        lines.append(f"{kind:14}{c.measure:16}{means}   {c.low:+.3f} to {c.high:+.3f}")
     return "\n".join(lines)
 
 
 def write_evaluation(
     folder: Path, rows: dict[str, list[VideoScores]], found: dict[str, list[Comparison]], more: dict
 ) -> None:
-    """evaluation.csv, a row for each video, and evaluation.json."""
-    measures = list(
-        dict.fromkeys(name for scored in rows.values() for each in scored for name in each.values)
+    """evaluation.csv with a row for each video, and evaluation.json with the comparisons.
+
+    rows, found: by the variant's name. more: further values for evaluation.json.
+    """
+    videos = [
+        {"variant": variant, **dataclasses.asdict(each.asked), **each.values}
+        for variant, scored in rows.items()
+        for each in scored
+    ]
+    measures = dict.fromkeys(
+        name for scored in rows.values() for each in scored for name in each.values
     )
-    with (folder / "evaluation.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", "kind", "seed", "prompt", *measures])
-        for variant, scored in rows.items():
-            for s in scored:
-                values = [s.values.get(name, "") for name in measures]
-                writer.writerow([variant, s.asked.kind, s.asked.seed, s.asked.prompt, *values])
+    write_csv(folder / "evaluation.csv", videos, ["variant", "kind", "seed", "prompt", *measures])
     compared = {variant: [dataclasses.asdict(c) for c in those] for variant, those in found.items()}
-    text = json.dumps({**more, "comparisons": compared}, indent=2, ensure_ascii=False)
-    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "evaluation.json", {**more, "comparisons": compared})

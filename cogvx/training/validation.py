@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from cogvx.config import Config
+from cogvx.data.listed import text_of
 from cogvx.data.mp4 import write_video
-from cogvx.data.sources import text_of
 from cogvx.errors import UserError
 from cogvx.files import write_text
 from cogvx.inference import scores

@@ -71,7 +71,7 @@ def test_paths_that_do_not_exist_are_all_named_with_line_and_place(compose, clip
     assert f"videos.txt:2 names 'videos/9.mp4'; looked for {clips / 'videos/9.mp4'}" in said
     assert "videos.txt:3 names '2.mp4'" in said and "there is videos/2.mp4" in said
     assert "is a folder" in said
-    assert "videos.txt:6 names '../x.mp4', which leads out of" in said
+    assert "videos.txt:6 names '../x.mp4', which is outside of" in said
     assert "4 of 6 clips" in said
 
 
@@ -182,7 +182,7 @@ def test_more_train_clips_keep_the_fewer_and_the_held_out_ones_stay(compose):
         12
     ) == every.held_out(12)
     with pytest.raises(
-        UserError, match=r"data.max_train_clips=7, and 5 clips are left beside those held out"
+        UserError, match=r"data.max_train_clips=7, but only 5 clips can be trained on"
     ):
         more.trained_on(6)
     with pytest.raises(UserError, match=r"data.max_train_clips=0: must be 1 or more"):

@@ -55,7 +55,7 @@ def test_base_result_strengths_and_checkpoints_are_compared(run, capfd):
     )
     assert len(set(losses.values())) == 5, "the result is the last checkpoint"
     said = capfd.readouterr().out
-    assert "taught  colour" in said and "result  " in said and "score   what it was taught" in said
+    assert "new concept   colour" in said and "result  " in said and "score   new concept: " in said
     assert "<td>nearest_clip" in (folder / "report.html").read_text()
 
 

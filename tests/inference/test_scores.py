@@ -63,7 +63,7 @@ def test_what_is_written_can_be_read(tmp_path):
     assert len(rows) == 6 and {row["variant"] for row in rows} == {"base", "result"}
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["heldout_loss"] == 0.5 and written["comparisons"]["result"][0]["tuned"] == 1
-    assert "taught  colour" in scores.comparison_table(found)
+    assert "new concept   colour" in scores.comparison_table(found)
     assert scores.score_line(found) == "" and scores.summary_scores(found) == {}, (
         "without the other kind"
     )

@@ -1,0 +1,196 @@
+"""Helpers of data/sources.py: read a list of clips, and find its files on disk.
+
+Nothing is repaired silently. Every mistake is named with the line it stands in.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from cogvx.errors import UserError, did_you_mean, listed
+from cogvx.progress import counted
+
+
+class ListedClip(NamedTuple):
+    """What a list says about one clip."""
+
+    prompt: object
+    video: object
+    image: object  # None if no image column is asked for
+    origin: str  # where it is listed, for messages: "prompts.txt:4"
+
+
+def text_of(path: Path) -> str:
+    """The file's text (UTF-8), without a byte order mark.
+
+    UserError if it cannot be read; it names the first line that is not UTF-8.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = raw[: error.start].count(b"\n") + 1, raw[error.start]
+        raise UserError(
+            f"{path}:{line} is not UTF-8 text (byte {byte:#04x}). Save the file as UTF-8"
+        ) from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """The file's lines, stripped. Blank lines are kept, except at the end.
+
+    So the number of a line stays what an editor shows.
+    """
+    text = text_of(path).replace("\r\n", "\n").replace("\r", "\n")
+    lines = [line.strip() for line in text.split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def paired(columns: dict[str, list[str]], root: Path) -> list[ListedClip]:
+    """Line i of each file belongs to line i of the others.
+
+    columns: the lines of each file, by its name: captions, videos and, if there are any, images.
+    A line that is blank in all files is skipped. UserError if it is blank in only some of them,
+    or if one file has more lines: a shift by one line would give every clip a wrong caption.
+    """
+    prompt_file, *others = columns
+    for other in others:
+        require_as_many_lines(columns, prompt_file, other, root)
+    problems, found = [], []
+    for line, values in enumerate(zip(*columns.values(), strict=True), start=1):
+        if all(values):
+            image = values[2] if len(values) > 2 else None
+            found.append(ListedClip(values[0], values[1], image, f"{others[0]}:{line}"))
+        elif any(values):
+            problems.append(blank_line(dict(zip(columns, values, strict=True)), line, prompt_file))
+    if problems:
+        raise UserError(listed(f"{root}: captions and clips do not pair up:", problems))
+    return found
+
+
+def blank_line(values: dict[str, str], line: int, prompt_file: str) -> str:
+    """Describes a line that is blank in one file, but not in another."""
+    blank = next(name for name, value in values.items() if not value)
+    filled = next(name for name, value in values.items() if value)
+    value = values[filled]
+    says = f"says {shortened(value)!r}" if filled == prompt_file else f"names {value}"
+    return f"{blank}:{line} is blank, but {filled}:{line} {says}"
+
+
+def require_as_many_lines(columns: dict[str, list[str]], one: str, other: str, root: Path) -> None:
+    longer, shorter = sorted((one, other), key=lambda name: -len(columns[name]))
+    line = len(columns[shorter]) + 1
+    if len(columns[longer]) < line:
+        return
+    raise UserError(
+        f"{root}: {one} has {counted(len(columns[one]), 'line')}, {other} {len(columns[other])}. "
+        f"The first line without a partner is {longer}:{line} "
+        f"({shortened(columns[longer][line - 1])!r}). Line i of both must belong together: "
+        f"add the missing line to {shorter}, or remove this one"
+    )
+
+
+def located(rows: list[ListedClip], root: Path | None) -> list[ListedClip]:
+    """The rows with the paths of their files. UserError names every row that lacks something."""
+    problems, found = [], []
+    for row in rows:
+        try:
+            found.append(located_row(row, root))
+        except UserError as error:
+            problems.append(f"{row.origin} {error}")
+    if problems:
+        headline = f"{len(problems)} of {counted(len(rows), 'clip')} cannot be used as listed:"
+        raise UserError(listed(headline, problems))
+    return found
+
+
+def located_row(row: ListedClip, root: Path | None) -> ListedClip:
+    wanted = {"caption": row.prompt, "path": row.video}
+    if row.image is not None:
+        wanted["image"] = row.image
+    for name, value in wanted.items():
+        if not unquoted(value):
+            raise UserError(f"has no {name}")
+    # A Path is a file that was written just now, from the bytes in the row.
+    video, image = (
+        value if value is None or isinstance(value, Path) else locate(unquoted(value), root)
+        for value in (row.video, row.image)
+    )
+    return ListedClip(unquoted(row.prompt), video, image, row.origin)
+
+
+def locate(name: str, root: Path | None) -> Path:
+    """The path of a file in the list. UserError if it cannot be used.
+
+    It must lie below the root: then the clips can be moved together with their list.
+    """
+    if root is None:
+        return locate_anywhere(name)
+    base = Path(os.path.abspath(root))
+    path = Path(os.path.abspath(base / name))
+    if not path.is_relative_to(base):
+        raise UserError(
+            f"names {name!r}, which is outside of {base}: move the clip there, "
+            f"or set data.instance_data_root to a folder higher up"
+        )
+    if path.is_file() and not os.access(path, os.R_OK):
+        raise UserError(f"names {name!r}, which this user may not read")
+    if path.is_file():
+        return path
+    what = "is a folder" if path.is_dir() else "does not exist"
+    raise UserError(f"names {name!r}; looked for {path}, which {what}{nearby(path, base)}")
+
+
+def locate_anywhere(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name).absolute()
+    hint = "; it is relative: set data.instance_data_root to the folder it starts from"
+    raise UserError(
+        f"names {name!r}, which does not exist{'' if Path(name).is_absolute() else hint}"
+    )
+
+
+def nearby(path: Path, root: Path) -> str:
+    """Guesses what was meant by a path that does not exist. The end of a sentence."""
+    parts = path.relative_to(root).parts
+    without_first = root.joinpath(*parts[1:])
+    if len(parts) > 1 and without_first.is_file():
+        return (
+            f". {parts[0]}/ is doubled: {without_first} exists, so leave {parts[0]}/ out of "
+            f"the path, or set the root one folder higher"
+        )
+    inside = [p for p in root.glob(f"*/{parts[-1]}") if p.is_file()]
+    if inside:
+        return f"; there is {inside[0].relative_to(root)}"
+    if path.parent.is_dir():
+        return did_you_mean(path.name, (p.name for p in path.parent.iterdir()))
+    return f"; there is no folder {path.parent}"
+
+
+def require_columns(table: str, columns: list[str], wanted: list[str]) -> None:
+    missing = [name for name in wanted if name not in columns]
+    if missing:
+        raise UserError(
+            f"{table} has no column {' or '.join(missing)}{did_you_mean(missing[0], columns)} "
+            f"Its columns: {', '.join(columns) or 'none'}. "
+            f"Set data.caption_column, data.video_column and data.image_column"
+        )
+
+
+def unquoted(value: object) -> str:
+    """The text without space around it, and without one pair of quote marks.
+
+    The seed's sample has a pair that reading CSV leaves in place.
+    """
+    text = "" if value is None else str(value).strip()
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        return text[1:-1].strip()
+    return text
+
+
+def shortened(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
