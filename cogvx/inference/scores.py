@@ -17,7 +17,6 @@ import numpy
 from cogvx.data import demo, world
 from cogvx.files import write_csv, write_json
 from cogvx.inference import pixels
-from cogvx.model.pretrained import Nano
 
 if TYPE_CHECKING:
     from cogvx.config import Config
@@ -60,9 +59,7 @@ def scored_prompts_of(config: Config, count: int) -> dict[str, list[str]]:
 
     {} for all other runs. For image-to-video too: the image already shows what to make.
     """
-    judged = (
-        isinstance(config.model, Nano) and not config.model.image_to_video and config.data.is_demo()
-    )
+    judged = config.model.is_built_in and not config.model.image_to_video and config.data.is_demo()
     return demo.scored_prompts(count) if count and judged else {}
 
 

@@ -119,7 +119,7 @@ def test_a_plan_prints_what_is_asked_and_leaves_it_in_the_folder(run, nano_folde
     said = capfd.readouterr().out
     for phase in phases.PHASES:
         assert said.count(f"\n{phase}") == 1
-    assert "rtx3060_12gb has 11.4 free: fits" in said and "TFLOP a step" in said
+    assert "rtx3060_12gb has 11.4 GiB free: it fits" in said and "TFLOP a step" in said
     result = json.loads((folder / "plan.json").read_text())
     assert result["fits"] and result["phases"]["train"]["reserved_gib"] > 0
     assert (folder / "plan.png").is_file() and not (folder / "checkpoints").exists()
@@ -129,15 +129,15 @@ def test_a_plan_prints_what_is_asked_and_leaves_it_in_the_folder(run, nano_folde
 def test_what_does_not_fit_comes_with_what_would(run, capfd):
     run("a", "task=plan", "model=2b", "task.card=rtx4060_8gb", "lora.rank=64")
     said = capfd.readouterr().out
-    assert "rtx4060_8gb has 7.4 free: does NOT fit" in said
-    assert "try     memory=" in said
+    assert "rtx4060_8gb has 7.4 GiB free: it does NOT fit" in said
+    assert "try     add one of these to the command" in said and "\n        memory=" in said
 
 
 def test_an_unknown_card_and_an_unknown_model_are_named(run, compose, capfd):
     with pytest.raises(Exception, match=r"task.card=rtx4091 is not known; did you mean"):
         compose("task.card=rtx4091")
     run("a", "task=plan", "model=2b", "model.path=nobody/nothing", expect=2)
-    assert "neither here nor one of the released checkpoints" in capfd.readouterr().err
+    assert "neither a folder here nor one of the released checkpoints" in capfd.readouterr().err
 
 
 def test_eight_bit_moments_are_counted_as_bitsandbytes_holds_them():
