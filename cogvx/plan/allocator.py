@@ -1,8 +1,10 @@
-"""A model of PyTorch's CUDA caching allocator: from a log of allocations to the memory allocated and reserved.   [no torch]
+"""Imitates PyTorch's CUDA caching allocator: from a log of allocations to the memory reserved.
 
-Source: c10/cuda/CUDACachingAllocator.cpp with its default settings. Requests are rounded to 512 bytes and served from the smallest
-free block that suffices; blocks are cut from segments of 2 MiB (small), 20 MiB (large), or the request in whole 2 MiB (over 10 MiB),
-split, and merged with free neighbours. Segments stay reserved until they are given back by empty_cache().
+Source: c10/cuda/CUDACachingAllocator.cpp with its default settings. A request is rounded up to 512
+bytes, and gets the smallest free block that is large enough. Blocks are cut from segments of 2 MiB
+(small requests), of 20 MiB (large ones), or of the request's own size in whole 2 MiB (from 10 MiB
+on). Freed blocks are merged with free neighbours. A segment stays reserved until empty_cache().
+[no torch]
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-KIB, MIB, GIB = 2**10, 2**20, 2**30
+MIB, GIB = 2**20, 2**30
 ROUNDING = 512
-SMALL, SMALL_SEGMENT = MIB, 2 * MIB  # requests up to this share such segments
+# Requests up to SMALL share small segments.
+SMALL, SMALL_SEGMENT = MIB, 2 * MIB
 LARGE_SEGMENT, FROM_OWN_SEGMENT = 20 * MIB, 10 * MIB
 
-# A log's entries: ("allocate", key, bytes), ("free", key), ("empty_cache",), ("phase", name).
+# An entry of a log: ("allocate", key, bytes), ("free", key), ("empty_cache",) or ("phase", name).
 Event = tuple
 
 
@@ -55,7 +58,7 @@ class Allocator:
         self.max_allocated = max(self.max_allocated, self.allocated)
 
     def find(self, size: int) -> Block | None:
-        """The smallest unused block that suffices, taken out of the list."""
+        """Takes the smallest unused block that is large enough out of its list."""
         candidates = self.unused[size <= SMALL]
         place = bisect_left(candidates, (size, -1))
         if place == len(candidates):
@@ -72,7 +75,8 @@ class Allocator:
         else:
             segment = -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
         block = Block(segment, self.next_address, small=size <= SMALL)
-        self.next_address += segment + SMALL_SEGMENT  # segments are never neighbours
+        # The gap: segments are never neighbours.
+        self.next_address += segment + SMALL_SEGMENT
         self.reserved += segment
         self.max_reserved = max(self.max_reserved, self.reserved)
         return block
@@ -112,7 +116,7 @@ class Allocator:
                 block.following.previous = block
 
     def empty_cache(self) -> None:
-        """Gives back the segments that hold nothing."""
+        """Gives back all segments that are empty."""
         for small, candidates in self.unused.items():
             whole = [
                 entry
@@ -125,17 +129,20 @@ class Allocator:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes, within one phase."""
+    """The highest values within one phase, in bytes."""
 
     allocated: int
     reserved: int
 
 
 def replay(events: Iterable[Event]) -> dict[str, Peak]:
-    """The peaks of each phase, from one ("phase", name) to the next; a phase that comes twice has its highest."""
+    """The peak of each phase. A phase lasts from its ("phase", name) to the next such entry.
+
+    A phase that comes twice gets the higher values of both.
+    """
     allocator, peaks, phase = Allocator(), {}, None
 
-    def close() -> None:
+    def close_phase() -> None:
         if phase is not None:
             before = peaks.get(phase, Peak(0, 0))
             peaks[phase] = Peak(
@@ -151,11 +158,9 @@ def replay(events: Iterable[Event]) -> dict[str, Peak]:
         elif kind == "empty_cache":
             allocator.empty_cache()
         else:
-            close()
+            close_phase()
             [phase] = details
-            allocator.max_allocated, allocator.max_reserved = (
-                allocator.allocated,
-                allocator.reserved,
-            )
-    close()
+            allocator.max_allocated = allocator.allocated
+            allocator.max_reserved = allocator.reserved
+    close_phase()
     return peaks

@@ -1,4 +1,6 @@
-"""What a step of this run should take on this card: planned beside the run's start, in a process that leaves the GPU alone.
+"""How long a step of this run should take on this card.
+
+It is planned while the run starts, in a process of its own that does not use the GPU.
 
 python -m cogvx.plan.clock RUN CARD        prints the seconds
 """
@@ -16,7 +18,10 @@ from cogvx.records import record
 
 
 class Expectation:
-    """Called, gives the seconds once they are known; None before, and where the card is not one of plan/cards.py."""
+    """Call it for the planned seconds per step.
+
+    None as long as they are not known, and for a card that is not in options/cards.py.
+    """
 
     def __init__(self, folder: Path, card: str | None):
         command = [sys.executable, "-m", "cogvx.plan.clock", str(folder), str(card)]

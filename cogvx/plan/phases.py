@@ -1,4 +1,6 @@
-"""A run's phases, each by the code that runs it, on a released or local checkpoint's own configuration at full size.
+"""Runs the phases of a run, each by the code of the run itself, at full size but without weights.
+
+Only the model's configuration is needed: that of a local folder or of a released checkpoint.
 
 F frames, C channels, H height, W width.
 """
@@ -38,18 +40,19 @@ from cogvx.training.validation import Videos
 
 CPU = torch.device("cpu")
 PHASES = ["encode clips", "encode prompts", "load", "held-out loss", "train", "video"]
-STEPS_OF_VIDEO = 1  # traced of validation.num_inference_steps, which are all alike
+# One of validation.num_inference_steps is traced: all are alike.
+STEPS_OF_VIDEO = 1
 
 
 @dataclass(frozen=True)
 class PlannedModel(PretrainedModel):
-    """A checkpoint without weights: its parts are built from their configuration, at full size."""
+    """A model without weights: its parts are built from their configurations, at full size."""
 
-    configs: dict[str, dict] = dataclasses.field(
-        default_factory=dict
-    )  # transformer, vae, text_encoder
+    # Keys: transformer, vae, text_encoder.
+    configs: dict[str, dict] = dataclasses.field(default_factory=dict)
     recorder: Recorder = dataclasses.field(default_factory=Recorder)
-    layers: int | None = None  # only so many of the transformer's
+    # How many of the transformer's layers to build. None: all.
+    layers: int | None = None
 
     def geometry(self) -> Geometry:
         return Geometry.from_configs(self.configs["transformer"], self.configs["vae"], None)
@@ -64,8 +67,11 @@ class PlannedModel(PretrainedModel):
     def vae(self, *, tiling: bool):
         from diffusers import AutoencoderKLCogVideoX
 
-        kinds = {f"{way}_block_types": [f"CogVideoX{way.capitalize()}Block3D"] * len(self.configs["vae"]["block_out_channels"])
-                 for way in ("down", "up")}  # fmt: skip
+        count = len(self.configs["vae"]["block_out_channels"])
+        kinds = {
+            "down_block_types": ["CogVideoXDownBlock3D"] * count,
+            "up_block_types": ["CogVideoXUpBlock3D"] * count,
+        }
         vae = self.built(lambda: AutoencoderKLCogVideoX(**kinds | self.configs["vae"]), self.dtype)
         blocks.bring(vae, self.device)
         if tiling:
@@ -75,10 +81,10 @@ class PlannedModel(PretrainedModel):
     def text_encoder(self, *, streamed: bool = False):
         from transformers import T5Config, T5EncoderModel
 
-        encoder = self.built(
-            lambda: T5EncoderModel(T5Config(**self.configs["text_encoder"])), self.dtype
-        )
-        encoder.encoder.embed_tokens = encoder.shared  # as loading it does
+        settings = T5Config(**self.configs["text_encoder"])
+        encoder = self.built(lambda: T5EncoderModel(settings), self.dtype)
+        # Loading the weights does the same.
+        encoder.encoder.embed_tokens = encoder.shared
         return None, placed(encoder, self.device, streamed)
 
     def noise_scheduler(self):
@@ -87,7 +93,7 @@ class PlannedModel(PretrainedModel):
         return CogVideoXDDIMScheduler(**SCHEDULER)
 
     def built(self, build, dtype: torch.dtype):
-        """On the host, as loading leaves it."""
+        """Builds a model in the CPU's memory, where loading leaves it too."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -98,19 +104,30 @@ class PlannedModel(PretrainedModel):
 
 
 def configs_of(config: Config) -> dict[str, dict]:
-    """Of a local folder, or of a released checkpoint by its name."""
+    """The model's configurations, from a local folder or by the name of a released checkpoint.
+
+    Keys: transformer, vae, text_encoder. KeyError if model.path is neither.
+    """
     folder = Path(config.model.path)
     if (folder / "transformer" / "config.json").is_file():
-        found = {part: read_config(folder, part) for part in ("transformer", "vae", "text_encoder")}
-        return {
-            part: {k: v for k, v in c.items() if not k.startswith("_")} for part, c in found.items()
-        }
+        return {part: settings_of(folder, part) for part in ("transformer", "vae", "text_encoder")}
     transformer, vae, _, _ = RELEASED[NAMES[config.model.path.split("/")[-1]]]
     return {"transformer": transformer, "vae": vae, "text_encoder": T5_XXL}
 
 
-class MomentsOfEightBits(torch.optim.Optimizer):
-    """The memory of an 8-bit Adam: two bytes a weight and two scales for every 256; its kernels cannot run without contents."""
+def settings_of(folder: Path, part: str) -> dict:
+    """A part's configuration, without diffusers' own entries, such as _class_name."""
+    return {
+        key: value for key, value in read_config(folder, part).items() if not key.startswith("_")
+    }
+
+
+class Adam8bitMemory(torch.optim.Optimizer):
+    """Has the states of an 8-bit Adam, whose kernels cannot run on tensors without contents.
+
+    For each weight 2 bytes, for every 256 weights 2 scales in fp32. Tensors of fewer weights than
+    `smallest` have states of their own dtype.
+    """
 
     def __init__(self, parameters, smallest: int = 4096):
         super().__init__(parameters, {"lr": 1e-3})
@@ -130,7 +147,7 @@ class MomentsOfEightBits(torch.optim.Optimizer):
 
 @dataclass
 class PlannedData(Prepared):
-    """Batches without contents."""
+    """Its batches have the right shapes, but no contents."""
 
     config: Config
 
@@ -158,22 +175,24 @@ def run_phases(
     fake: bool = True,
     device: torch.device = CPU,
 ) -> Recorder | Meter:
-    """Everything that the phases allocate and compute. fp16 is planned as bf16, whose tensors are as large.
+    """Runs the phases, and returns everything that they allocate and compute.
 
-    layers: only so many of the transformer's; begun: the optimizer has its states already; as_cuda, fake: see tracing();
-    device: a GPU on which all this really runs, with a Meter in the Recorder's place.
+    layers: how many of the transformer's layers to build; None: all. begun: the optimizer has its
+    states already. steps: of training. as_cuda, fake: see tracing(). device: if it is a GPU, the
+    phases really run on it, and a Meter is returned.
     """
-    config = dataclasses.replace(config, tracking=Tracking())  # a plan is no run to track
+    # Nothing is sent to a tracker.
+    config = dataclasses.replace(config, tracking=Tracking())
+    # fp16 is planned as bf16: its tensors are as large.
     precision = Precision.no if config.train.mixed_precision is Precision.no else Precision.bf16
     dtype = getattr(torch, precision.value)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     on_gpu = device.type != "cpu"
     accelerator = Accelerator(mixed_precision=precision.name, cpu=not on_gpu)
-    nothing = lambda self, stream, shape: torch.zeros(shape, device=self.device)  # noqa: E731
     with (
         tempfile.TemporaryDirectory() as scratch,
         metering(device) if on_gpu else tracing(as_cuda=as_cuda, fake=fake) as recorder,
-        patched(Draw, normal=nothing),
+        patched(Draw, normal=no_noise),
         contextlib.nullcontext() if on_gpu else eight_bits_without_kernels(),
     ):
         pretrained = PlannedModel(Path(), device, dtype, configs_of(config), recorder, layers)
@@ -190,17 +209,24 @@ def run_phases(
     return recorder
 
 
+def no_noise(draw: Draw, stream, shape) -> torch.Tensor:
+    return torch.zeros(shape, device=draw.device)
+
+
 @contextlib.contextmanager
 def eight_bits_without_kernels() -> Iterator[None]:
-    """8-bit optimizers as MomentsOfEightBits."""
+    """8-bit optimizers are built as Adam8bitMemory."""
+
+    def of_bitsandbytes(self, parameters) -> Adam8bitMemory:
+        return Adam8bitMemory(parameters, self.min_8bit_size)
+
+    def of_torchao(self, parameters) -> Adam8bitMemory:
+        return Adam8bitMemory(parameters)
+
     with (
-        patched(
-            optimizers.Adam8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)
-        ),
-        patched(
-            optimizers.AdamW8bit, build=lambda self, p: MomentsOfEightBits(p, self.min_8bit_size)
-        ),
-        patched(optimizers.AdamW8bitTorchao, build=lambda self, p: MomentsOfEightBits(p)),
+        patched(optimizers.Adam8bit, build=of_bitsandbytes),
+        patched(optimizers.AdamW8bit, build=of_bitsandbytes),
+        patched(optimizers.AdamW8bitTorchao, build=of_torchao),
     ):
         yield
 
@@ -221,12 +247,9 @@ def encode_prompt(config: Config, pretrained: PlannedModel, recorder: Recorder) 
     recorder.begin("encode prompts")
     _, model = pretrained.text_encoder(streamed=config.memory.stream_text_encoder)
     recorder.call(model.parameters(), "text encoder weights")
+    shape = (1, pretrained.geometry().text_tokens)
     with torch.no_grad():
-        model(
-            torch.zeros(
-                1, pretrained.geometry().text_tokens, dtype=torch.int64, device=pretrained.device
-            )
-        )
+        model(torch.zeros(shape, dtype=torch.int64, device=pretrained.device))
     del model
     recorder.empty_cache()
 
@@ -314,8 +337,5 @@ def name_gradient(recorder: Recorder | Meter, parameter: torch.nn.Parameter) -> 
 def states_of(optimizer) -> Iterator[torch.Tensor]:
     for state in optimizer.state.values():
         for value in state.values():
-            yield from (
-                v
-                for v in (value if isinstance(value, tuple) else [value])
-                if isinstance(v, torch.Tensor)
-            )
+            values = value if isinstance(value, tuple) else [value]
+            yield from (each for each in values if isinstance(each, torch.Tensor))

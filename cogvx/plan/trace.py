@@ -1,8 +1,9 @@
-"""Runs real code on tensors without contents, and logs every allocation and operation a GPU would see.
+"""Runs real code on tensors without contents, and logs what a GPU would allocate and compute.
 
-Fake CPU tensors stand for those of a GPU: fake CUDA tensors cannot run backward without a driver. What CUDA does otherwise is put
-back: fused attention, the operations autocast runs in fp32, workspaces. Tensors that our own code moves to the CPU's memory
-are logged apart (to_cpu, to_device and bring in model/blocks.py are the only places).
+The tensors are fake CPU tensors that stand for those of a GPU: fake CUDA tensors cannot run
+backward without a driver. Where CUDA works differently, this is imitated: fused attention, the
+operations that autocast runs in fp32, workspaces. Tensors that our own code moves to the CPU's
+memory are logged separately. Only to_cpu, to_device and bring in model/blocks.py move them.
 """
 
 from __future__ import annotations
@@ -28,17 +29,42 @@ from cogvx.model import blocks
 from cogvx.plan.allocator import Event, Peak
 
 aten = torch.ops.aten
+# Operations that read and write no memory.
 MOVES_NOTHING = {
-    aten.view, aten._unsafe_view, aten.t, aten.transpose, aten.permute, aten.expand, aten.slice, aten.select, aten.split,
-    aten.split_with_sizes, aten.unsqueeze, aten.squeeze, aten.detach, aten.alias, aten.as_strided, aten.unbind, aten.chunk,
-    aten.lift_fresh, aten.empty, aten._reshape_alias, aten.empty_like, aten.new_empty, aten.empty_strided, aten.unfold,
-    aten.diagonal, aten.narrow, aten.movedim, aten._local_scalar_dense,
-}  # fmt: skip
+    aten._local_scalar_dense,
+    aten._reshape_alias,
+    aten._unsafe_view,
+    aten.alias,
+    aten.as_strided,
+    aten.chunk,
+    aten.detach,
+    aten.diagonal,
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.expand,
+    aten.lift_fresh,
+    aten.movedim,
+    aten.narrow,
+    aten.new_empty,
+    aten.permute,
+    aten.select,
+    aten.slice,
+    aten.split,
+    aten.split_with_sizes,
+    aten.squeeze,
+    aten.t,
+    aten.transpose,
+    aten.unbind,
+    aten.unfold,
+    aten.unsqueeze,
+    aten.view,
+}
 
 
 @dataclass
 class Work:
-    """What the operations of one kind in one phase did, in sums."""
+    """The sums over all operations of one kind in one phase."""
 
     flops: int = 0
     bytes: int = 0  # read and written
@@ -50,12 +76,13 @@ class TracedStorage:
     key: int
     size: int
     on_host: bool
-    what: str  # the phase and operation it was born in, or what it was called
+    # What it holds, as named by call(). Else the phase and the operation that made it.
+    what: str
     alive: weakref.ref | None = None
 
 
 class Recorder(TorchDispatchMode):
-    """Logs the birth and death of every storage, and the work of every operation, by phase."""
+    """Logs every allocation and release, and the work of every operation, by phase."""
 
     def __init__(self):
         super().__init__()
@@ -64,15 +91,14 @@ class Recorder(TorchDispatchMode):
         self.born = 0
         self.phase = ""
         self.work: dict[tuple[str, str, torch.dtype | None], Work] = defaultdict(Work)
-        self.now, self.most = (
-            defaultdict(int),
-            defaultdict(int),
-        )  # bytes by place: False device, True host, None both
-        self.at_peak: dict[str, list[TracedStorage]] = {}  # of each phase, what was on the device
+        # Bytes by place. False: the device; True: the host; None: both together.
+        self.now: dict[bool | None, int] = defaultdict(int)
+        self.most: dict[bool | None, int] = defaultdict(int)
+        # What was on the device at each phase's peak.
+        self.at_peak: dict[str, list[TracedStorage]] = {}
         self.peak_of_phase: dict[str, int] = defaultdict(int)
-        self.place: bool | None = (
-            None  # where new storages are: True on the host; None: where their operands are
-        )
+        # Where new storages are. True: the host; False: the device; None: where their operands are.
+        self.place: bool | None = None
 
     def begin(self, phase: str) -> None:
         self.phase = phase
@@ -83,7 +109,7 @@ class Recorder(TorchDispatchMode):
         self.events.append(("empty_cache",))
 
     def lap(self) -> None:
-        """Time means nothing here."""
+        """Nothing: tracing measures no time."""
 
     def born_now(self, tensor: Tensor, what: str, on_host: bool = False) -> None:
         storage = tensor.untyped_storage()
@@ -112,7 +138,10 @@ class Recorder(TorchDispatchMode):
                 self.note_peak()
 
     def note_peak(self) -> None:
-        """What is alive where a phase has its peak; not at every byte more, which would take quadratic time."""
+        """Lists what is on the device, if this is a new peak.
+
+        Only if it is 1 % above the last one: a list for every allocation would take too long.
+        """
         if self.now[False] > 1.01 * self.peak_of_phase[self.phase]:
             self.peak_of_phase[self.phase] = self.now[False]
             self.at_peak[self.phase] = [
@@ -132,7 +161,7 @@ class Recorder(TorchDispatchMode):
         return about is not None and about.on_host
 
     def call(self, tensors: Iterator[Tensor], what: str) -> None:
-        """Names what a module's or an optimizer's tensors are."""
+        """Names what these tensors hold."""
         for tensor in tensors:
             self.born_now(tensor, what)
             self.storages[tensor.untyped_storage()._cdata].what = what
@@ -140,7 +169,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         packet = func._overloadpacket
-        if packet is aten._local_scalar_dense:  # .item(): any value will do, but a finite one
+        # .item(): any finite value will do.
+        if packet is aten._local_scalar_dense:
             tensor = args[0]
             return 1.0 if tensor.is_floating_point() else tensor.dtype is torch.bool or 1
         if packet in (aten.equal, aten.is_nonzero):
@@ -180,13 +210,16 @@ class Recorder(TorchDispatchMode):
 
 
 class Meter:
-    """In a Recorder's place where everything really runs: what CUDA's own allocator says of each phase."""
+    """Takes the place of a Recorder when everything really runs on a GPU.
+
+    It asks CUDA's own allocator for the peak of each phase.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.phase = ""
         self.peaks: dict[str, Peak] = {}
-        self.laps: list[float] = []  # seconds, of each step
+        self.laps: list[float] = []  # seconds per step
 
     def begin(self, phase: str) -> None:
         torch.cuda.synchronize(self.device)
@@ -209,11 +242,14 @@ class Meter:
         return contextlib.nullcontext()
 
     def call(self, tensors: Iterator[Tensor], what: str) -> None:
-        """Who owns what cannot be told here."""
+        """Nothing: CUDA's allocator does not tell what its memory holds."""
 
 
 def workspace_of(packet, args) -> int:
-    """Bytes a CUDA kernel takes for itself: FlashAttention-2's backward pass sums dq in fp32, padded to 128 rows and 32 columns."""
+    """Bytes that a CUDA kernel takes for itself.
+
+    The backward pass of FlashAttention-2 sums dq in fp32, padded to 128 rows and 32 columns.
+    """
     if packet is aten._scaled_dot_product_flash_attention_backward:
         batch, heads, tokens, width = args[1].shape
         rows, columns = math.ceil(tokens / 128) * 128, math.ceil(width / 32) * 32
@@ -221,13 +257,16 @@ def workspace_of(packet, args) -> int:
     return 0
 
 
-# -- what CUDA does otherwise ------------------------------------------------------------------------------------------
+# -- what CUDA does differently ----------------------------------------------------------------
 
 
 def fused_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
-    """As CUDA chooses: flash attention in 16 bits without a mask, else the memory-efficient one; under autocast in 16 bits."""
+    """The kernel that CUDA chooses, in 16 bits under autocast.
+
+    Flash attention in 16 bits without a mask, else memory-efficient attention.
+    """
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (
             tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value)
@@ -266,7 +305,7 @@ def in_fp32_under_autocast(function: Callable) -> Callable:
 def apply_in_place(
     self: torch.nn.Module, function: Callable, recurse: bool = True
 ) -> torch.nn.Module:
-    """nn.Module._apply for fake parameters, which the swap it would use refuses."""
+    """nn.Module._apply for fake parameters: torch's own swaps them, which fake tensors refuse."""
     for child in self.children() if recurse else ():
         child._apply(function)
     for name, parameter in self._parameters.items():
@@ -294,21 +333,24 @@ def patched(owner: object, **replacements: object) -> Iterator[None]:
             setattr(owner, name, original)
 
 
-INITS = (
-    "kaiming_uniform_",
-    "xavier_uniform_",
-    "uniform_",
-    "normal_",
-    "trunc_normal_",
-    "zeros_",
-    "ones_",
+INITS = [
     "constant_",
-)
+    "kaiming_uniform_",
+    "normal_",
+    "ones_",
+    "trunc_normal_",
+    "uniform_",
+    "xavier_uniform_",
+    "zeros_",
+]
 
 
 @contextlib.contextmanager
 def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
-    """All that runs within is logged. as_cuda=False: as the CPU does it, to compare with real runs; fake=False: on real tensors."""
+    """Logs everything that runs inside.
+
+    as_cuda=False: what the CPU does, to compare with real runs. fake=False: on real tensors.
+    """
     recorder = Recorder()
 
     def to_cpu(tensor: Tensor, *, pinned: bool) -> Tensor:
@@ -344,7 +386,7 @@ def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
 
 @contextlib.contextmanager
 def metering(device: torch.device) -> Iterator[Meter]:
-    """All that runs within really runs on this GPU, its weights filled with a constant: their values change no size."""
+    """Everything inside really runs on this GPU. Weights are 0.01: no size depends on them."""
     with patched(
         torch.nn.init, **{name: lambda tensor, *a, **k: tensor.data.fill_(0.01) for name in INITS}
     ):
