@@ -142,7 +142,7 @@ def test_an_unknown_card_and_an_unknown_model_are_named(run, compose, capfd):
 
 def test_eight_bit_moments_are_counted_as_bitsandbytes_holds_them():
     parameter = torch.nn.Parameter(torch.zeros(100, 256))
-    optimizer = phases.MomentsOfEightBits([parameter])
+    optimizer = phases.Adam8bitMemory([parameter])
     optimizer.step()
     held = sum(t.numel() * t.element_size() for t in phases.states_of(optimizer))
     assert held == 2 * (25600 + 4 * 100)
