@@ -1,7 +1,9 @@
-"""A process that encodes clips as a run does, and writes down each encoding.
+"""A process that encodes clips as a run does, and makes a note of each.
 
-python tests/data/one_of_several.py CACHE CLIPS NANO NOTES [stuck]    NOTES gets NAME.begun and NAME.done for every encoding of this process;
-its first one waits until another process encodes too, or, with `stuck`, does not end at all
+python tests/data/one_of_several.py CACHE CLIPS NANO NOTES [stuck]
+
+For every clip that this process encodes, the folder NOTES gets two files: NAME.begun and NAME.done.
+The first clip waits until another process has begun one too. With `stuck` it never ends.
 """
 
 import os
@@ -36,7 +38,7 @@ def noted_read(video, *arguments, **settings):
 
 
 def others() -> int:
-    """Clips that other processes have begun."""
+    """How many clips other processes have begun."""
     return sum(f".{os.getpid()}." not in path.name for path in notes.glob("*.begun"))
 
 

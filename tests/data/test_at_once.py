@@ -1,4 +1,4 @@
-"""Runs that start at the same moment share the work: nothing is made twice, and nobody waits for the dead."""
+"""Runs at the same time share the work: nothing is made twice, nobody waits for a killed run."""
 
 import errno
 import fcntl
@@ -82,7 +82,7 @@ with claimed(Path(sys.argv[1]), wait=False) as mine:
 
 
 def test_a_claim_does_not_live_on_in_a_forked_process(tmp_path):
-    """Else a worker that outlives its run would keep all others waiting."""
+    """Otherwise a worker that outlives its run would keep all others waiting."""
     holder = started("-c", FORKS, tmp_path / "file")
     mine, worker = holder.stdout.readline().split()
     assert mine == "True"
@@ -124,7 +124,7 @@ def test_a_folder_is_filled_once(tmp_path):
 
 @pytest.fixture
 def encoding(clips, nano_folder, tmp_path):
-    """encoding("stuck"): a process that encodes the six clips; tmp_path/notes tells what it did."""
+    """encoding("stuck") starts a process that encodes the six clips. See tmp_path/notes."""
     (tmp_path / "notes").mkdir()
     script, notes = Path(__file__).with_name("one_of_several.py"), tmp_path / "notes"
     return lambda *more: started(script, tmp_path / "cache", clips, nano_folder, notes, *more)

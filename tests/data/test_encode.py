@@ -1,4 +1,4 @@
-"""Encode once: by content, shared, and never half a file."""
+"""Each content is encoded once. The cache is shared, and never holds half a file."""
 
 import pytest
 import torch

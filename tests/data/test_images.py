@@ -1,4 +1,4 @@
-"""Image-to-video: what a clip starts from, with noise, without the VAE in training."""
+"""Image-to-video: the first image and its noise are encoded before training."""
 
 import csv
 import math
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def pictures(clips):
-    """images.txt beside the clips: each picture has a brightness of its own."""
+    """images.txt, and pictures that differ in brightness."""
     for number in range(6):
         Image.new("RGB", (160, 90), (40 * number,) * 3).save(clips / "videos" / f"{number}.png")
     (clips / "images.txt").write_text("".join(f"videos/{n}.png\n" for n in range(6)))
@@ -67,7 +67,7 @@ def test_images_are_read_turned_upright_covered_and_cropped(compose, pictures, t
 
 
 def test_a_picture_is_cropped_where_its_clip_is(compose, make_clip, tmp_path):
-    """The clip's own first frame as a picture, from a wide file, cropped at random: the same pixels."""
+    """The first frame of a wide clip, saved as a picture, is cropped at the same random place."""
     import imageio.v3
 
     frames = (
@@ -119,7 +119,7 @@ def test_mistakes_in_the_list_of_images_are_named(compose, pictures):
 
 
 def test_noise_levels_are_quantiles_of_the_log_normal():
-    """Of exp(N(-3, 0.5))."""
+    """Quantiles of exp(N(-3, 0.5))."""
     levels = [math.log(level) for level in noise_levels(1000)]
     assert abs(statistics.fmean(levels) + 3) < 1e-6 and abs(statistics.stdev(levels) - 0.5) < 0.01
     assert noise_levels(1) == [pytest.approx(math.exp(-3))] and noise_levels(0) == []

@@ -1,4 +1,4 @@
-"""Lists of clips: read as meant, or refused with the line and what to do."""
+"""Lists of clips are read as meant, or refused: with the line, and with what to do."""
 
 import csv
 
@@ -138,7 +138,7 @@ def test_a_dataset_from_a_local_table(compose, clips, streaming):
 
 
 def test_a_dataset_that_holds_the_videos_themselves(compose, clips, tmp_path):
-    """Rows with the clips' bytes, as hub data sets have them."""
+    """The rows hold the clips' bytes, as those of data sets on the hub do."""
     import datasets
 
     rows = {

@@ -1,4 +1,4 @@
-"""From file to frames: by timestamp, never stretched, and bad files named."""
+"""Frames are chosen by timestamp and never stretched. Bad files are named."""
 
 import subprocess
 
@@ -58,7 +58,7 @@ def test_frames_are_4k_plus_1(compose, make_clip, tmp_path):
 
 @pytest.mark.parametrize(("width", "height"), [(256, 128), (128, 256), (128, 128), (132, 240)])
 def test_frames_are_cropped_never_stretched(compose, tmp_path, width, height):
-    """A circle stays a circle: as wide as high, in every format."""
+    """A circle stays as wide as it is high, in every format."""
     y, x = numpy.mgrid[:height, :width]
     inside = (x - width / 2) ** 2 + (y - height / 2) ** 2 < 40**2
     picture = numpy.where(inside[..., None], 255, 0).astype(numpy.uint8).repeat(3, axis=2)
@@ -72,7 +72,7 @@ def test_frames_are_cropped_never_stretched(compose, tmp_path, width, height):
 
 
 def test_decord_returns_what_ffmpeg_does(make_clip, tmp_path, compose):
-    """Its wheel carries another ffmpeg; pixels, order and count must be the same."""
+    """decord contains another ffmpeg. Pixels, order and number of frames must be the same."""
     import torch  # noqa: F401
 
     # isort: split
@@ -90,7 +90,7 @@ def test_decord_returns_what_ffmpeg_does(make_clip, tmp_path, compose):
 
 
 def test_a_small_width_is_read_right_or_refused_by_name(make_clip, tmp_path, compose):
-    """Which are refused depends on the processor; none is misread."""
+    """Which widths are refused depends on the processor. None is read wrongly."""
     data, refused = data_of(compose), []
     wide = read_clip(make_clip(tmp_path / "wide.mp4", width=128), data).frames
     for width in range(8, 168, 8):
@@ -119,7 +119,7 @@ def test_broken_files_are_named(compose, make_clip, tmp_path):
 
 
 def test_a_file_cut_in_its_frames_is_named(compose, tmp_path):
-    """With its index at the front the decoder would return the frames that are there, and say nothing."""
+    """The index is at the front: the decoder would return fewer frames without an error."""
     noise = numpy.random.default_rng(0).integers(0, 255, (60, 128, 128, 3), dtype=numpy.uint8)
     imageio.v3.imwrite(tmp_path / "a.mp4", noise, plugin="FFMPEG", fps=8, macro_block_size=2)
     command = [

@@ -1,4 +1,4 @@
-"""The little world: the same clips on every rendering, and captions that say what they show."""
+"""The little world: clips are always the same, and captions say what they show."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""task=evaluate: variants on the same prompts and seeds, and everything it measures in one place."""
+"""task=evaluate compares models on the same prompts and seeds, and writes all it measures."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The measure on pixels: right on every kind of clip, drawn, blurred and restored by the VAE; silent where there is nothing."""
+"""What is seen in the pixels is right for every kind of clip, also after the VAE."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Base beside tuned: pairs, intervals, and what is written."""
+"""The base and the tuned model in pairs: differences, intervals, and the files."""
 
 import csv
 import json
