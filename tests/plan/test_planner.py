@@ -135,7 +135,7 @@ def test_what_does_not_fit_comes_with_what_would(run, capfd):
 
 def test_an_unknown_card_and_an_unknown_model_are_named(run, compose, capfd):
     with pytest.raises(Exception, match=r"task.card=rtx4091 is not known; did you mean"):
-        compose("task.card=rtx4091")
+        compose("task=plan", "task.card=rtx4091")
     run("a", "task=plan", "model=2b", "model.path=nobody/nothing", expect=2)
     assert "neither a folder here nor one of the released checkpoints" in capfd.readouterr().err
 
