@@ -1,4 +1,4 @@
-"""Shared: a nano checkpoint, small clips, and runs in this process."""
+"""Shared by all tests: a nano checkpoint, small clips, runs here and runs by launch.py."""
 
 import functools
 import os
@@ -7,66 +7,94 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
 
 PROJECT = Path(__file__).parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # tests run beside each other; threads that wait for each other spin
-)
+# Tests run beside each other. Threads that wait for each other would spin.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import families  # noqa: E402
+import warm  # noqa: E402
+from settings import QUICK  # noqa: E402
 
-from cogvx import compose as composing  # noqa: E402
-from cogvx.data.mp4 import write_video  # noqa: E402
-from cogvx.model import nano  # noqa: E402
-from cogvx.records import record  # noqa: E402
-from cogvx.runs import processes  # noqa: E402
+# torch and diffusers are imported where they are needed: pytest-xdist's first process, which runs
+# no test, starts the others only after it has read this file.
+
+
+# These take longest. Begun last, one of them would keep one process busy while the others wait.
+LONG_FILES = [
+    "end_to_end/test_sweeps.py",
+    "training/test_speed.py",
+    "end_to_end/test_run.py",
+    "end_to_end/test_every_family.py",
+    "options/test_optimizers.py",
+    "evaluation/test_evaluate.py",
+    "end_to_end/test_quality.py",
+]
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Puts the long files first; the others stay in the order of their folders."""
+
+    def place(item) -> int:
+        path = item.path.relative_to(PROJECT / "tests").as_posix()
+        return LONG_FILES.index(path) if path in LONG_FILES else len(LONG_FILES)
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish(session) -> None:
+    """Before the first test, in every process that runs tests."""
+    if session.items and not session.config.option.collectonly:
+        warm.serve()
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """One cache for the whole session, as users have one."""
-    return tmp_path_factory.mktemp("cache")
+    """One cache for all processes of a session, as users have one."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def nano_folder(cache) -> Path:
+    from cogvx.model import nano
+
     return nano.write(cache / "models" / "nano")
 
 
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory):
     """family_folder("5b_i2v"): a tiny checkpoint with that released family's flags."""
+    import families
+
     folder = tmp_path_factory.mktemp("families")
     return functools.cache(lambda family: families.write(folder / family, family))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compose(cache):
     """compose("lora.rank=4", ...): a checked configuration that uses the session's cache."""
-    return lambda *overrides: composing.compose_config([f"data.cache_dir='{cache}'", *overrides])
+    from cogvx.compose import compose_config
+
+    return lambda *overrides: compose_config([f"data.cache_dir='{cache}'", *overrides])
 
 
-@pytest.fixture
-def run(compose, tmp_path):
-    """run("name", "lora.rank=4", ...): a run in this process, without videos unless asked for; its folder."""
+@pytest.fixture(scope="session")
+def run_in(compose):
+    """run_in(folder, "lora.rank=4", ...): a run in this process; without videos unless asked."""
 
-    def start(name: str, *overrides: str, expect: int = 0) -> Path:
+    def start(folder: Path, *overrides: str, expect: int = 0) -> Path:
         from accelerate.state import AcceleratorState
 
+        from cogvx.records import record
+        from cogvx.runs import processes
+
         AcceleratorState._reset_state(reset_partial_state=True)
-        quick = [
-            "lora.rank=4",
-            "lora.lora_alpha=2",
-            "scheduler.lr_warmup_steps=2",
-            "validation.num_validation_videos=0",
-            "validation.scored_prompts=0",
-            "validation.heldout_timesteps=2",
-        ]
-        folder = record.open_folder(compose(*quick, f"output_dir='{tmp_path / name}'", *overrides))
+        folder = record.open_folder(compose(*QUICK, f"output_dir='{folder}'", *overrides))
         assert processes.run_here(folder) == expect
         return folder
 
@@ -74,8 +102,27 @@ def run(compose, tmp_path):
 
 
 @pytest.fixture
+def run(run_in, tmp_path):
+    """run("name", "lora.rank=4", ...): a run of this test alone; its folder."""
+
+    def start(name: str, *overrides: str, expect: int = 0) -> Path:
+        return run_in(tmp_path / name, *overrides, expect=expect)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def trained(run_in, tmp_path_factory):
+    """trained("lora.rank=4", ...): a finished run that tests share. They read it, or copy it."""
+    base = tmp_path_factory.mktemp("trained")
+    numbers = iter(range(1000))
+    return functools.cache(lambda *overrides: run_in(base / str(next(numbers)), *overrides))
+
+
+@pytest.fixture
 def stopped(tmp_path):
-    """stopped("name", whole, 4): a copy of a finished run's folder as a kill soon after its checkpoint of step 4 would leave it."""
+    """stopped("name", whole, 4): a copy of a finished run, as a kill after step 4 leaves it."""
+    from cogvx.records import record
 
     def copy(name: str, whole: Path, step: int) -> Path:
         folder = Path(shutil.copytree(whole, tmp_path / name))
@@ -88,20 +135,32 @@ def stopped(tmp_path):
     return copy
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def launch():
-    """launch("lora.rank=4", ...): `python launch.py ...` as a user types it."""
+    """launch("lora.rank=4", ...): `python launch.py ...` as a user types it, to its end."""
+    return warm.run
 
-    def start(*arguments: str, **settings) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(PROJECT / "launch.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, **settings)
 
-    return start
+@pytest.fixture
+def launching():
+    """launching("lora.rank=4", ..., stdout=...): its Popen. What still runs later is killed."""
+    started: list[subprocess.Popen] = []
+
+    def start(*arguments: object, **settings) -> subprocess.Popen:
+        started.append(warm.start(*arguments, **settings))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture(scope="session")
 def make_clip():
-    """make_clip(path, frames=16, fps=8, width=128, height=128): an mp4 whose frame i has brightness 10 i."""
+    """make_clip(path, frames=16, ...): an mp4 whose frame i has brightness 10 i."""
+    import numpy
+
+    from cogvx.data.mp4 import write_video
 
     def make(
         path: Path, *, frames: int = 16, fps: float = 8, width: int = 128, height: int = 128

@@ -1,5 +1,7 @@
-"""Tiny random checkpoints of the five released families: their own flags, in their on-disk format, at nano's size; and the
-comparison of what training passes to the transformer with what the pipeline passes."""
+"""Tiny random checkpoints of the five released families, with their flags and on-disk format.
+
+And the comparison of what training passes to the transformer with what the pipeline passes.
+"""
 
 from pathlib import Path
 
@@ -22,10 +24,14 @@ PROMPT = "A red circle moves up."
 
 FAMILIES = list(RELEASED)
 SMALLER = {
-    "num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "time_embed_dim": 64, "text_embed_dim": nano.TEXT_WIDTH,
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "num_layers": 2,
+    "time_embed_dim": 64,
+    "text_embed_dim": nano.TEXT_WIDTH,
     "max_text_seq_length": nano.TEXT_TOKENS,
-}  # fmt: skip
-# Height and width differ, so that no one can be taken for the other. 1.5 cuts its grid out of a larger one.
+}
+# Height and width differ, so that a mix-up shows. 1.5 cuts its grid out of a larger one.
 SAMPLE_1_0 = {"sample_height": 12, "sample_width": 16, "sample_frames": 9}
 SAMPLE_1_5 = {"sample_height": 40, "sample_width": 48, "sample_frames": 17}
 
@@ -41,9 +47,8 @@ def tiny(family: str) -> nano.Tiny:
 
 def write(folder: Path, family: str) -> Path:
     nano.write_random(folder, tiny(family))
-    if tiny(
-        family
-    ).geometry.learned_positions:  # a new table is the sine table; a trained one is not
+    if tiny(family).geometry.learned_positions:
+        # A new table is the sine table; a trained one is not.
         transformer = CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer")
         with torch.no_grad():
             generator = torch.Generator().manual_seed(5)
@@ -54,9 +59,8 @@ def write(folder: Path, family: str) -> Path:
 
 
 def pipeline_class(family: str):
-    return (
-        CogVideoXImageToVideoPipeline if tiny(family).geometry.image_to_video else CogVideoXPipeline
-    )
+    has_image = tiny(family).geometry.image_to_video
+    return CogVideoXImageToVideoPipeline if has_image else CogVideoXPipeline
 
 
 def model_of(folder) -> CogVideoX:
@@ -71,17 +75,13 @@ def model_of(folder) -> CogVideoX:
 
 
 def recorded(transformer) -> list[tuple[dict, torch.Tensor]]:
-    """Records from now on what the transformer is called with and what it answers."""
+    """A list that gets, from now on, each call of the transformer and its answer."""
     calls, forward = [], transformer.forward
 
     def record(**given):
         answer = forward(**given)
-        calls.append(
-            (
-                {k: v for k, v in given.items() if k not in ("attention_kwargs", "return_dict")},
-                answer[0],
-            )
-        )
+        others = ("attention_kwargs", "return_dict")
+        calls.append(({k: v for k, v in given.items() if k not in others}, answer[0]))
         return answer
 
     transformer.forward = record
@@ -89,7 +89,7 @@ def recorded(transformer) -> list[tuple[dict, torch.Tensor]]:
 
 
 class PipelinesDraw(FixedDraw):
-    """Draws what the pipeline drew: its starting noise, and its sample of the image's posterior."""
+    """Draws what the pipeline drew: its first noise, and its sample of the image's posterior."""
 
     def noise(self, latents):
         assert latents.shape == self.pipelines_noise.shape, (
@@ -109,14 +109,22 @@ def passed_by_the_pipeline(folder, family, frames, height, width, picture):
     calls = recorded(pipeline.transformer)
     start = {"image": picture} if picture else {}
     pipeline(
-        **start, prompt=PROMPT, guidance_scale=1, num_frames=frames, height=height, width=width, num_inference_steps=2,
-        max_sequence_length=nano.TEXT_TOKENS, generator=torch.Generator().manual_seed(7), output_type="latent",
-    )  # fmt: skip
+        **start,
+        prompt=PROMPT,
+        guidance_scale=1,
+        num_frames=frames,
+        height=height,
+        width=width,
+        num_inference_steps=2,
+        max_sequence_length=nano.TEXT_TOKENS,
+        generator=torch.Generator().manual_seed(7),
+        output_type="latent",
+    )
     return calls[0]
 
 
 def passed_by_training(folder, compose, frames, height, width, picture, theirs):
-    """Latents of any clip of this length: at the pipeline's first timestep no signal is left."""
+    """The clip's latents are any: at the pipeline's first timestep no signal is left."""
     pretrained, model = PretrainedModel(folder, CPU, torch.float32), model_of(folder)
     calls = recorded(model.transformer)
     encoder = Encoder(None, "", torch.float32, CPU)
@@ -140,15 +148,22 @@ def passed_by_training(folder, compose, frames, height, width, picture, theirs):
 
 
 def differences_from_the_pipeline(folder, family, compose, frames, height, width) -> list[str]:
-    """What training passes to the transformer otherwise than the pipeline, not bit for bit the same; and "answer" where that differs."""
+    """The arguments of the transformer that differ, by a bit, between training and the pipeline.
+
+    "answer" is among them if the transformer's output differs.
+    """
     noise = numpy.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
     picture = Image.fromarray(noise) if tiny(family).geometry.image_to_video else None
     theirs, their_answer = passed_by_the_pipeline(folder, family, frames, height, width, picture)
     ours, our_answer = passed_by_training(folder, compose, frames, height, width, picture, theirs)
-    given = {  # what this family has
-        "hidden_states": True, "encoder_hidden_states": True, "timestep": True, "image_rotary_emb": family != "2b",
+    # True: the family's transformer takes it.
+    given = {
+        "hidden_states": True,
+        "encoder_hidden_states": True,
+        "timestep": True,
+        "image_rotary_emb": family != "2b",
         "ofs": family == "1_5_5b_i2v",
-    }  # fmt: skip
+    }
     found = [
         name for name, there in given.items() if not same(ours[name], theirs.get(name), there=there)
     ]

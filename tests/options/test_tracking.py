@@ -2,13 +2,13 @@
 
 import json
 import os
-import struct
 import time
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+from wandb_file import histories, records
 
 from cogvx import config as configuration
 from cogvx.files import read_json_lines, shown
@@ -54,39 +54,12 @@ def gif(tmp_path) -> Path:
     return tmp_path / "01_seed42.mp4"
 
 
-def sent(folder: Path) -> list:
-    """The records of a run that wandb has written into a folder: LevelDB's log format, blocks of 32 KiB after 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    [path] = folder.glob("wandb/*run-*/*.wandb")
-    content, place, found, whole = path.read_bytes(), 7, [], b""
-    while place + 7 <= len(content):
-        if (left := 32768 - place % 32768) < 7:
-            place += left
-            continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-        whole += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            found.append(Record.FromString(whole))
-            whole = b""
-    return found
-
-
-def histories(folder: Path) -> list[dict]:
-    items = [each.history.item for each in sent(folder) if each.HasField("history")]
-    return [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items_}
-        for items_ in items
-    ]
-
-
 def run_of(folder: Path):
-    return next(each.run for each in sent(folder) if each.HasField("run"))
+    return next(each.run for each in records(folder) if each.HasField("run"))
 
 
 def exit_code(folder: Path) -> int:
-    return next(each.exit.exit_code for each in sent(folder) if each.HasField("exit"))
+    return next(each.exit.exit_code for each in records(folder) if each.HasField("exit"))
 
 
 def sessions(folder: Path) -> list:
