@@ -1,0 +1,89 @@
+"""What the project says about itself: its dependencies, and its benchmarks."""
+
+import ast
+import importlib
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import conftest
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+BENCHMARKS = PROJECT / "tests" / "benchmarks"
+SOURCES = [
+    PROJECT / "launch.py",
+    *sorted((PROJECT / "cogvx").rglob("*.py")),
+    *sorted((PROJECT / "tests").rglob("*.py")),
+]
+PROGRAMS = [path.stem for path in sorted(BENCHMARKS.glob("*.py"))]
+# Packages whose absence a message names with what installs them.
+OPTIONAL = {"vbench"}
+# Needed without an import of ours.
+NOT_IMPORTED = {"protobuf", "pytest-xdist", "ruff"}
+sys.path.append(str(BENCHMARKS))
+
+import mutations  # noqa: E402
+
+
+def normal(name: str) -> str:
+    """The name of a package without version, extras and spelling (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", name)[0]).lower()
+
+
+def named() -> set[str]:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {normal(n) for n in project["dependencies"] + project["optional-dependencies"]["dev"]}
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_every_package_that_is_imported_is_named_in_pyproject():
+    assert len(SOURCES) >= 100
+    ours = {path.stem for path in SOURCES} | {"cogvx"}
+    modules = set().union(*map(imported, SOURCES)) - sys.stdlib_module_names - ours - OPTIONAL
+    provided = metadata.packages_distributions()
+    packages = {module: {normal(name) for name in provided[module]} for module in modules}
+    assert len(packages) >= 25
+    # imageio[ffmpeg] brings imageio_ffmpeg.
+    known = named() | {"imageio-ffmpeg"}
+    assert {m: names for m, names in packages.items() if not names & known} == {}
+    assert named() - set().union(*packages.values()) == NOT_IMPORTED
+
+
+def test_the_files_that_run_first_exist():
+    assert conftest.LONG_FILES
+    assert all((PROJECT / "tests" / path).is_file() for path in conftest.LONG_FILES)
+
+
+def test_requirements_pin_what_pyproject_names():
+    lines = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert "uv pip compile pyproject.toml --extra dev -o requirements.txt" in lines[1]
+    pinned = {normal(line) for line in lines if not line.startswith("#")}
+    assert len(pinned) >= 100 and named() - pinned == set()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_benchmark_can_be_imported(program):
+    """It is not run here, but every name that it takes from cogvx exists."""
+    assert len(PROGRAMS) >= 8
+    importlib.import_module(program)
+
+
+@pytest.mark.parametrize("mistake", mutations.MISTAKES[1:], ids=lambda mistake: mistake.what)
+def test_a_mutation_finds_its_code_once(mistake):
+    assert len(mutations.MISTAKES) >= 5
+    text = (PROJECT / mistake.file).read_text(encoding="utf-8")
+    assert text.count(mistake.right) == 1, f"{mistake.file} has changed: {mistake.right}"
+    assert mistake.wrong != mistake.right
