@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Starts a Slurm of this machine alone, runs a command beside it, stops it; the exit code is the command's. As root, in a container too:
-#   apt-get install slurm-wlm munge slurmdbd mariadb-server && pip install -r sweeps/requirements-slurm.txt
+# Starts a Slurm of this machine alone, runs a command beside it and stops it. The exit code is the
+# command's. Run it as root; a container will do:
+#   apt-get install slurm-wlm munge slurmdbd mariadb-server
+#   pip install -r sweeps/requirements-slurm.txt
 #   tests/slurm_loopback.sh                         # the tests of sweeps on Slurm
 #   tests/slurm_loopback.sh python launch.py -m lora.rank=16,64 hydra/launcher=submitit_slurm
-# Everything lies in a temporary folder, nothing in /etc. submitit asks sacct what became of a job that was killed, hence the accounting
-# (slurmdbd over a MariaDB); without it, it would wait for such a job for ever.
+# Everything lies in a temporary folder, nothing in /etc. The accounting (slurmdbd over a MariaDB)
+# is there because submitit asks sacct what became of a job that was killed. Without an answer it
+# would wait for ever.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- python -m pytest -rs tests/runs/test_engines.py -k slurm
@@ -36,15 +39,18 @@ until_it_works() {
 mkdir -p "$at"/{munge,database,state,spool}
 dd if=/dev/urandom of="$at/munge/key" bs=1024 count=1 status=none
 chmod 600 "$at/munge/key"
-start munged --foreground --force --key-file="$at/munge/key" --socket="$at/munge/socket" --pid-file="$at/munge/pid" \
-    --log-file="$at/munge/log" --seed-file="$at/munge/seed"
+start munged --foreground --force --key-file="$at/munge/key" --socket="$at/munge/socket" \
+    --pid-file="$at/munge/pid" --log-file="$at/munge/log" --seed-file="$at/munge/seed"
 until_it_works munge --no-input --socket="$at/munge/socket"
 
-mariadb-install-db --no-defaults --user=root --datadir="$at/database" --auth-root-authentication-method=normal >>"$at/log" 2>&1
-start mariadbd --no-defaults --user=root --datadir="$at/database" --socket="$at/database/socket" --pid-file="$at/database/pid" \
+mariadb-install-db --no-defaults --user=root --datadir="$at/database" \
+    --auth-root-authentication-method=normal >>"$at/log" 2>&1
+start mariadbd --no-defaults --user=root --datadir="$at/database" \
+    --socket="$at/database/socket" --pid-file="$at/database/pid" \
     --bind-address=127.0.0.1 --port=16815
 until_it_works mariadb --no-defaults --socket="$at/database/socket" \
-    --execute="create user slurm@'127.0.0.1' identified by 'slurm'; grant all on slurm.* to slurm@'127.0.0.1'"
+    --execute="create user slurm@'127.0.0.1' identified by 'slurm';
+               grant all on slurm.* to slurm@'127.0.0.1'"
 
 cat >"$at/slurmdbd.conf" <<C
 AuthType=auth/munge

@@ -1,6 +1,8 @@
-"""What the planner predicts beside what others have measured: writes tests/golden/calibration.md.
+"""Memory that the planner predicts, beside what others have measured.
 
-python tests/benchmarks/calibration.py          about 4 minutes on 2 cores, no GPU, no weights
+python tests/benchmarks/calibration.py      4 minutes on 2 cores; writes tests/golden/calibration.md
+
+It needs no GPU and no weights.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ sys.path[:0] = [str(PROJECT)]
 
 from cogvx.compose import compose_config  # noqa: E402
 from cogvx.plan.allocator import GIB, replay  # noqa: E402
-from cogvx.runs import processes  # noqa: E402
+from cogvx.progress import quiet_libraries  # noqa: E402
 
 TABLE = PROJECT / "tests" / "golden" / "calibration.md"
 
@@ -38,18 +40,29 @@ class Row:
         return f"{self.model} {kind} bs{self.batch} {self.optimizer}{again}"
 
 
-# cogvideox-factory, README: 49x480x720, latents precomputed, A100, max_memory_reserved before validation. Its LoRA rows without
-# those that only show what was loaded before training. Trainable weights fp32, torch's foreach AdamW, bitsandbytes' 8-bit Adam.
+# README of cogvideox-factory: 49x480x720, latents precomputed, A100, max_memory_reserved before
+# validation. Trainable weights fp32, torch's foreach AdamW, bitsandbytes' 8-bit Adam. Its other
+# LoRA rows only show what was loaded before training, and are left out.
 ROWS = [
-    Row("2b", 16, False, 1, "adamw", 43.764), Row("2b", 64, False, 1, "adamw", 44.314), Row("2b", 256, False, 1, "adamw", 45.826),
-    Row("2b", 16, True, 4, "adamw", 21.803), Row("2b", 64, True, 4, "adamw", 22.254), Row("2b", 256, True, 4, "adamw", 22.020),
-    Row("5b", 64, True, 1, "adamw", 20.818), Row("5b", 256, True, 1, "adamw", 22.119),
-    Row("5b", 16, True, 4, "adamw", 46.492), Row("5b", 64, True, 4, "adamw", 47.805), Row("5b", 256, True, 4, "adamw", 47.268),
-    Row("2b", 64, False, 1, "adamw8bit", 44.004), Row("2b", 256, False, 1, "adamw8bit", 45.291),
-    Row("5b", 64, True, 1, "adamw8bit", 20.818), Row("5b", 256, True, 1, "adamw8bit", 21.352),
+    Row("2b", 16, False, 1, "adamw", 43.764),
+    Row("2b", 64, False, 1, "adamw", 44.314),
+    Row("2b", 256, False, 1, "adamw", 45.826),
+    Row("2b", 16, True, 4, "adamw", 21.803),
+    Row("2b", 64, True, 4, "adamw", 22.254),
+    Row("2b", 256, True, 4, "adamw", 22.020),
+    Row("5b", 64, True, 1, "adamw", 20.818),
+    Row("5b", 256, True, 1, "adamw", 22.119),
+    Row("5b", 16, True, 4, "adamw", 46.492),
+    Row("5b", 64, True, 4, "adamw", 47.805),
+    Row("5b", 256, True, 4, "adamw", 47.268),
+    Row("2b", 64, False, 1, "adamw8bit", 44.004),
+    Row("2b", 256, False, 1, "adamw8bit", 45.291),
+    Row("5b", 64, True, 1, "adamw8bit", 20.818),
+    Row("5b", 256, True, 1, "adamw8bit", 21.352),
     Row("5b", 64, True, 4, "adamw8bit", 46.820),
-]  # fmt: skip
-# These runs were of two steps. Their full fine-tuning figures are those of a first step, before the optimizer has states: fp16's scaler leaves it out.
+]
+# The published full fine-tuning runs had two steps. fp16's scaler left the first one out, so their
+# figures are those of a first step, before the optimizer has states.
 FIRST_STEPS = [
     Row("2b", None, True, 1, "adamw", 33.934),
     Row("2b", None, True, 4, "adamw", 38.281, "unexplained"),
@@ -58,7 +71,8 @@ FIRST_STEPS = [
     Row("5b", None, True, 1, "adamw8bit", 52.826),
     Row("5b", None, True, 4, "adamw8bit", 66.648),
 ]
-# The first guide's table (47, 61, 62, 63, 80, 75 GB) was measured with another trainer, encoders resident; shown, not compared.
+# The table of diffusers' guide, measured with another trainer that keeps both encoders on the GPU:
+# shown, not compared.
 GUIDE = [
     ("2B LoRA bs1", 47),
     ("2B LoRA bs2", 61),
@@ -70,7 +84,7 @@ GUIDE = [
 
 
 def predicted(row: Row) -> float:
-    """GiB reserved by our step, with the published one's optimizer kernels and checkpointing."""
+    """GiB that our step reserves, with the optimizer kernels and checkpointing of the published."""
     import torch
 
     from cogvx.model import blocks
@@ -79,7 +93,7 @@ def predicted(row: Row) -> float:
     from cogvx.plan.trace import patched
 
     torch.set_num_threads(1)
-    processes.quiet_libraries()
+    quiet_libraries()
     kind = "lora=null" if row.rank is None else f"lora.rank={row.rank}"
     again = f"memory.gradient_checkpointing={str(row.recompute).lower()}"
     batch, optimizer = f"train.train_batch_size={row.batch}", f"optimizer={row.optimizer}"
@@ -99,17 +113,15 @@ def predicted(row: Row) -> float:
 
 
 def predictions(rows: list[Row]) -> list[float]:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
         return pool.map(predicted, rows, chunksize=1)
 
 
 def lines_of(rows: list[Row], found: list[float]) -> list[str]:
     lines = ["| | published | predicted | error |", "|---|---|---|---|"]
     for row, value in zip(rows, found, strict=True):
-        note = f" ({row.note})" if row.note else ""
-        lines.append(
-            f"| {row.name} | {row.published:.2f} | {value:.2f} | {value / row.published - 1:+.1%}{note} |"
-        )
+        error = f"{value / row.published - 1:+.1%}" + (f" ({row.note})" if row.note else "")
+        lines.append(f"| {row.name} | {row.published:.2f} | {value:.2f} | {error} |")
     return lines
 
 
@@ -121,16 +133,26 @@ if __name__ == "__main__":
     values = predictions([*ROWS, *FIRST_STEPS])
     lora, full = values[: len(ROWS)], values[len(ROWS) :]
     errors = errors_of(ROWS, lora)
-    summary = f"LoRA, {len(ROWS)} rows: median error {statistics.median(errors):.1%}, at most {max(errors):.1%}."
+    median, most = statistics.median(errors), max(errors)
     text = [
-        "# Predicted and published memory", "",
-        "GiB reserved at most by a training step at 49x480x720. Made by `python tests/benchmarks/calibration.py`.",
-        "Published: cogvideox-factory, README, A100, before validation.", "", summary, "",
-        *lines_of(ROWS, lora), "",
-        "Full fine-tuning, first step (the published runs ended before the optimizer had states; steady state is higher):", "",
-        *lines_of(FIRST_STEPS, full), "",
+        "# Predicted and published memory",
+        "",
+        "GiB reserved at most by a training step at 49x480x720. "
+        "Made by `python tests/benchmarks/calibration.py`.",
+        "Published: cogvideox-factory, README, A100, before validation.",
+        "",
+        f"LoRA, {len(ROWS)} rows: median error {median:.1%}, at most {most:.1%}.",
+        "",
+        *lines_of(ROWS, lora),
+        "",
+        "Full fine-tuning, first step (the published runs ended before the optimizer had states; "
+        "steady state is higher):",
+        "",
+        *lines_of(FIRST_STEPS, full),
+        "",
         "Not comparable: diffusers' guide gives, with another trainer and both encoders resident, "
-        + ", ".join(f"{name} {value} GB" for name, value in GUIDE) + ".",
-    ]  # fmt: skip
+        + ", ".join(f"{name} {value} GB" for name, value in GUIDE)
+        + ".",
+    ]
     TABLE.write_text("\n".join(text) + "\n", encoding="utf-8")
     print(TABLE.read_text(encoding="utf-8"))

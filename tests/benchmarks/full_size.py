@@ -1,6 +1,6 @@
-"""The 2B at full size with random weights takes a real LoRA step on the CPU under memory=low, beside what is planned for it.
+"""A real LoRA step of the 2B on the CPU, at full size under memory=low, beside its plan.
 
-python tests/benchmarks/full_size.py            minutes on 2 cores, 20 GB of RAM
+python tests/benchmarks/full_size.py        minutes on 2 cores, 20 GB of RAM; random weights
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent.parent)]
 
-from cogvx.runs import processes  # noqa: E402
+from cogvx.progress import quiet_libraries  # noqa: E402
 
-processes.quiet_libraries()
+quiet_libraries()
 
 from cogvx.compose import compose_config  # noqa: E402
 from cogvx.plan.allocator import GIB  # noqa: E402
@@ -30,7 +30,6 @@ if __name__ == "__main__":
     seconds = time.monotonic() - started
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     for place, name in ((False, "device"), (True, "host"), (None, "both")):
-        print(
-            f"{name:7} planned {planned.most[place] / GIB:6.2f} GiB   allocated {real.most[place] / GIB:6.2f} GiB"
-        )
+        sizes = planned.most[place] / GIB, real.most[place] / GIB
+        print(f"{name:7} planned {sizes[0]:6.2f} GiB   allocated {sizes[1]:6.2f} GiB")
     print(f"a load and a step in {seconds:.0f} s; the process had {rss:.1f} GiB at most")

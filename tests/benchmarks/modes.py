@@ -1,6 +1,8 @@
-"""What each memory mode takes and costs, by the planner: writes tests/golden/modes.md.
+"""The memory that each memory mode takes and the time that it costs, as the planner has them.
 
-python tests/benchmarks/modes.py                about 10 minutes on 2 cores, no GPU, no weights
+python tests/benchmarks/modes.py            10 minutes on 2 cores; writes tests/golden/modes.md
+
+It needs no GPU and no weights.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ sys.path[:0] = [str(PROJECT)]
 from cogvx.compose import compose_config  # noqa: E402
 from cogvx.options.cards import CARDS  # noqa: E402
 from cogvx.plan.allocator import GIB  # noqa: E402
-from cogvx.plan.phases import PHASES  # noqa: E402
-from cogvx.plan.planner import IN_TWO_PROCESSES, at_layers, configs_of, plainly, traces  # noqa: E402
-from cogvx.runs import processes  # noqa: E402
+from cogvx.plan.phases import PHASES, configs_of  # noqa: E402
+from cogvx.plan.planner import IN_TWO_PROCESSES, at_layers, plainly, traces  # noqa: E402
+from cogvx.progress import quiet_libraries  # noqa: E402
 
 TABLE = PROJECT / "tests" / "golden" / "modes.md"
 ROWS = [
@@ -33,7 +35,7 @@ AGAIN, FULL = (
     "memory.gradient_checkpointing=true",
     "model=2b lora=null memory.gradient_checkpointing=true",
 )
-# An option, what it is added to, the phase it is for, and what the tests found of its results.
+# An option, what it is added to, the phase that it is for, and how the tests found its results.
 OPTIONS = [
     ("memory.gradient_checkpointing=true", "", "train", "same bits"),
     ("memory.recompute=selective", AGAIN, "train", "same bits"),
@@ -77,7 +79,8 @@ def row(overrides: str) -> str:
     necessary = at_layers(layers, two.phase("train").flops, three.phase("train").flops)
     sizes = " | ".join(f"{found[name].peak.reserved / GIB:.1f}" for name in PHASES)
     ratio, host = found["train"].flops / necessary, max(first.host, second.host) / GIB
-    return f"| {overrides} | {sizes} | **{max(p.peak.reserved for p in found.values()) / 1e9:.1f}** | {ratio:.2f} | {host:.0f} |"
+    most = max(phase.peak.reserved for phase in found.values()) / 1e9
+    return f"| {overrides} | {sizes} | **{most:.1f}** | {ratio:.2f} | {host:.0f} |"
 
 
 def option_rows() -> list[str]:
@@ -85,44 +88,49 @@ def option_rows() -> list[str]:
     jobs = []
     for option, base, phase, _ in OPTIONS:
         for overrides in (base, f"{base} {option}"):
-            jobs.append(
-                (
-                    compose_config(["model=5b", *overrides.split(), "train.mixed_precision=bf16"]),
-                    [phase],
-                    None,
-                    CARD,
-                )
-            )
+            settings = ["model=5b", *overrides.split(), "train.mixed_precision=bf16"]
+            jobs.append((compose_config(settings), [phase], None, CARD))
     outcomes, rows = traces(jobs), []
     for (option, base, phase, found), without, added in zip(
         OPTIONS, outcomes[::2], outcomes[1::2], strict=True
     ):
         before, after = without.phase(phase), added.phase(phase)
         sizes = f"{before.peak.reserved / GIB:.1f} | {after.peak.reserved / GIB:.1f}"
-        rows.append(
-            f"| {option} | {base or 'fast'} | {phase} | {sizes} | {after.seconds / before.seconds:.2f} | {found} |"
-        )
+        times = f"{after.seconds / before.seconds:.2f}"
+        rows.append(f"| {option} | {base or 'fast'} | {phase} | {sizes} | {times} | {found} |")
     return rows
 
 
 if __name__ == "__main__":
-    processes.quiet_libraries()
+    quiet_libraries()
     lines = [
-        "# Memory by mode, predicted", "",
-        "Reserved at most, GiB by phase and GB over all; LoRA rank 64 unless lora=null, batch 1, bf16, the model's own size and length; AdamW.",
-        "Computed: executed over necessary FLOPs of a step. RAM: GiB of weights and activations that wait there.",
-        "Made by `python tests/benchmarks/modes.py`; nothing here was measured on a GPU.", "",
-        f"| | {' | '.join(PHASES)} | most, GB | computed | RAM |", "|---" * (len(PHASES) + 4) + "|",
-    ]  # fmt: skip
+        "# Memory by mode, predicted",
+        "",
+        "Reserved at most, GiB by phase and GB over all; LoRA rank 64 unless lora=null, batch 1, "
+        "bf16, the model's own size and length; AdamW.",
+        "Computed: executed over necessary FLOPs of a step. "
+        "RAM: GiB of weights and activations that wait there.",
+        "Made by `python tests/benchmarks/modes.py`; nothing here was measured on a GPU.",
+        "",
+        f"| | {' | '.join(PHASES)} | most, GB | computed | RAM |",
+        "|---" * (len(PHASES) + 4) + "|",
+    ]
     for overrides in ROWS:
         lines.append(row(overrides))
         print(lines[-1], flush=True)
     lines += [
-        "", "## Each option by itself", "",
-        "5b, LoRA rank 64, unless the second column says otherwise: GiB reserved in the phase without and with it, how many times as long",
-        "the phase takes by the plan for an A100 (`bus`: and what the copies between RAM and the card do not hide), and its results beside",
-        "those without it (tests/model/test_blocks.py, tests/training).", "",
-        "| option | added to | phase | without | with | time | results |", "|---|---|---|---|---|---|---|", *option_rows(),
-    ]  # fmt: skip
+        "",
+        "## Each option by itself",
+        "",
+        "5b, LoRA rank 64, unless the second column says otherwise: GiB reserved in the phase "
+        "without and with it, how many times as long",
+        "the phase takes by the plan for an A100 (`bus`: and what the copies between RAM and the "
+        "card do not hide), and its results beside",
+        "those without it (tests/model/test_blocks.py, tests/training).",
+        "",
+        "| option | added to | phase | without | with | time | results |",
+        "|---|---|---|---|---|---|---|",
+        *option_rows(),
+    ]
     print("\n".join(lines[-len(OPTIONS) :]))
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")

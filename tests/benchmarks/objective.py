@@ -1,6 +1,6 @@
-"""Time of a training step with the velocity loss, as a ratio to the published x0-weighted form.
+"""The time of a training step with the velocity loss, over that with the published loss of x0.
 
-python tests/benchmarks/objective.py            on an otherwise idle machine; prints the median of several rounds
+python tests/benchmarks/objective.py        on an idle machine; prints the median of the rounds
 """
 
 import statistics
@@ -13,9 +13,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent.parent)]
 
-from cogvx.runs import processes  # noqa: E402
+from cogvx.progress import quiet_libraries  # noqa: E402
 
-processes.quiet_libraries()
+quiet_libraries()
 
 from cogvx.model import nano  # noqa: E402
 from cogvx.model.cogvideox import CogVideoX  # noqa: E402
@@ -31,14 +31,16 @@ def velocity_loss(model: CogVideoX, batch: Batch, draw: Draw) -> torch.Tensor:
 
 
 def weighted_x0_loss(model: CogVideoX, batch: Batch, draw: Draw) -> torch.Tensor:
-    """As diffusers' example, CogVideo and finetrainers compute it: x0 from the prediction, weighted by 1 / (1 - alphas_cumprod)."""
+    """The error of x0, weighted by 1 / (1 - alphas_cumprod).
+
+    As the example of diffusers, CogVideo and finetrainers compute it.
+    """
     latents = model.scale(draw.posterior(batch.latent_moments))
     noise, timesteps = draw.noise(latents), draw.timesteps(model.num_timesteps)
     noisy_latents = model.add_noise(latents, noise, timesteps)
     predicted = model.predict_velocity(noisy_latents, None, batch.prompt_embeds, timesteps)
-    x0 = model.velocity(
-        predicted, noisy_latents, timesteps
-    )  # sqrt(a) noisy - sqrt(1 - a) predicted
+    # The formula of the velocity also gives x0: sqrt(a) noisy - sqrt(1 - a) predicted.
+    x0 = model.velocity(predicted, noisy_latents, timesteps)
     weights = 1 / (1 - model.alphas_cumprod[timesteps])
     while weights.ndim < x0.ndim:
         weights = weights.unsqueeze(-1)
@@ -73,6 +75,5 @@ if __name__ == "__main__":
         times = {loss: seconds(loss, model, batch) for loss in order}
         ratios.append(times[velocity_loss] / times[weighted_x0_loss])
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    print(
-        f"velocity / weighted x0: median {statistics.median(ratios):.3f}, {spread}, {ROUNDS} rounds of {STEPS} steps"
-    )
+    median, rounds = statistics.median(ratios), f"{ROUNDS} rounds of {STEPS} steps"
+    print(f"velocity / weighted x0: median {median:.3f}, {spread}, {rounds}")

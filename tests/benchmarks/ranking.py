@@ -1,7 +1,9 @@
-"""Does the held-out loss rank settings as what their videos show does? The demo's sweep over rank and a learning rate too low, right and too high.
+"""Does the held-out loss rank settings as their videos do?
 
-python tests/benchmarks/ranking.py                     15 minutes on 2 cores; writes tests/golden/ranking.md
-python tests/benchmarks/ranking.py hydra.launcher.jobs=1       overrides may follow
+A sweep of the demo over the rank and a learning rate that is too low, right or too high.
+
+python tests/benchmarks/ranking.py          15 minutes on 2 cores; writes tests/golden/ranking.md
+python tests/benchmarks/ranking.py hydra.launcher.jobs=1        overrides may follow
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ VIDEOS = 12  # of each kind, of 15 sampling steps
 class Job:
     rank: int
     rate: float
-    heldout_loss: float  # infinite where training broke off
-    taught: float  # shares of videos right in all respects: a ruined model may paint everything in the new colour
+    heldout_loss: float  # infinite if training broke off
+    # Shares of the videos that are right in every respect. A ruined model may paint everything in
+    # the new colour, so the colour alone is not enough.
+    taught: float
     others: float
 
     @classmethod
     def read(cls, row: dict[str, str], sweep: Path) -> Job:
-        """Of a row of the leaderboard."""
+        """The job in a row of the sweep's leaderboard."""
         judged = sweep / row["folder"] / "evaluation.json"
         found = (
             json.loads(judged.read_text(encoding="utf-8"))["comparisons"]["result"]
@@ -44,27 +48,42 @@ class Job:
         )
         right = {each["kind"]: each["tuned"] for each in found if each["measure"] == "all"}
         return cls(
-            int(row["rank"]), float(row["learning_rate"]), float(row["objective"] or "inf"),
-            right.get("taught", 0.0), right.get("other", 0.0),
-        )  # fmt: skip
+            rank=int(row["rank"]),
+            rate=float(row["learning_rate"]),
+            heldout_loss=float(row["objective"] or "inf"),
+            taught=right.get("taught", 0.0),
+            others=right.get("other", 0.0),
+        )
 
     @property
     def score(self) -> float:
         return (self.taught + self.others) / 2
 
     def cells(self) -> str:
-        return f"| {self.rank} | {self.rate:g} | {RATES[self.rate]} | {self.heldout_loss:.4f} | {self.taught:.0%} | {self.others:.0%} | {self.score:.2f} |"
+        settings = f"{self.rank} | {self.rate:g} | {RATES[self.rate]}"
+        shares = f"{self.taught:.0%} | {self.others:.0%} | {self.score:.2f}"
+        return f"| {settings} | {self.heldout_loss:.4f} | {shares} |"
 
 
 def trained() -> list[Job]:
-    """A sweep in outputs/, named by the commit: started again after it was stopped, it goes on. Delete it to measure anew."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
-    sweep = PROJECT / "outputs" / "sweeps" / f"ranking_{commit}"
-    swept = [f"lora.rank={','.join(map(str, RANKS))}", f"optimizer.learning_rate={','.join(f'{rate:g}' for rate in RATES)}"]  # fmt: skip
+    """The jobs of a sweep in outputs/ that is named by the commit.
+
+    Started again after it was stopped, it goes on. Delete it to measure again.
+    """
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    sweep = PROJECT / "outputs" / "sweeps" / f"ranking_{commit.strip()}"
+    swept = [
+        f"lora.rank={','.join(map(str, RANKS))}",
+        f"optimizer.learning_rate={','.join(f'{rate:g}' for rate in RATES)}",
+    ]
     settings = [
-        f"train.max_train_steps={STEPS}", f"validation.scored_prompts={VIDEOS}", "validation.num_inference_steps=15",
-        "validation.num_validation_videos=0", f"output_dir='{sweep}'",
-    ]  # fmt: skip
+        f"train.max_train_steps={STEPS}",
+        f"validation.scored_prompts={VIDEOS}",
+        "validation.num_inference_steps=15",
+        "validation.num_validation_videos=0",
+        f"output_dir='{sweep}'",
+    ]
     subprocess.run(
         [sys.executable, str(PROJECT / "launch.py"), "-m", *swept, *settings, *sys.argv[1:]],
         check=True,
@@ -90,15 +109,23 @@ def main() -> int:
         "held-out loss": wrong_ones_are_last(jobs, lambda job: job.heldout_loss),
         "score": wrong_ones_are_last(jobs, lambda job: -job.score),
     }
-    text = "\n".join([
-        f"The demo (`python launch.py`) of {STEPS} steps at nine settings, by `python tests/benchmarks/ranking.py`. Taught and others: of {VIDEOS} videos with the",
-        "taught word in the prompt, and of as many without, the share that is right in all of shape, colour, direction and background; score: the mean",
-        "of the two.", "",
-        "| rank | learning rate | | held-out loss | taught | others | score |", "|---|---|---|---|---|---|---|",
-        *(job.cells() for job in jobs), "",
-        f"Rank correlation (Spearman) of held-out loss, lowest first, and score: {correlation:.2f}. Wrong rates are last by "
-        + ", ".join(f"{name}: {'yes' if right else 'no'}" for name, right in last.items()) + ".", "",
-    ])  # fmt: skip
+    verdicts = ", ".join(f"{name}: {'yes' if right else 'no'}" for name, right in last.items())
+    lines = [
+        f"The demo (`python launch.py`) of {STEPS} steps at nine settings, by "
+        f"`python tests/benchmarks/ranking.py`. Taught and others: of {VIDEOS} videos with the",
+        "taught word in the prompt, and of as many without, the share that is right in all of "
+        "shape, colour, direction and background; score: the mean",
+        "of the two.",
+        "",
+        "| rank | learning rate | | held-out loss | taught | others | score |",
+        "|---|---|---|---|---|---|---|",
+        *(job.cells() for job in jobs),
+        "",
+        "Rank correlation (Spearman) of held-out loss, lowest first, and score: "
+        f"{correlation:.2f}. Wrong rates are last by {verdicts}.",
+        "",
+    ]
+    text = "\n".join(lines)
     print(text)
     TABLE.write_text(text, encoding="utf-8")
     return int(not all(last.values()))

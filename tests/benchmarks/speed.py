@@ -1,10 +1,11 @@
-"""Steps per second beside a plain loop that does what diffusers' example does, and of compiled blocks beside others.
+"""Our steps beside a plain loop like that of diffusers' example; compiled blocks beside plain.
 
-python tests/benchmarks/speed.py          about 5 minutes on 2 quiet cores; every figure is a ratio within one session
+python tests/benchmarks/speed.py            5 minutes on 2 quiet cores
 
-The plain loop encodes the caption in every step, weights the error of x0 by 1 / (1 - alphas_cumprod), and reads the loss after
-every step. Text encoders of three sizes stand in for T5-XXL beside nano: what caching saves depends on nothing but the encoder's
-share of a step.
+Every figure is a ratio within one session. The plain loop encodes the caption in every step,
+weights the error of x0 by 1 / (1 - alphas_cumprod), and reads the loss after every step. Text
+encoders of three sizes stand in for T5-XXL: what caching saves depends on the encoder's share of a
+step alone.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from transformers import T5Config, T5EncoderModel  # noqa: E402
 from cogvx.compose import compose_config  # noqa: E402
 from cogvx.model import nano  # noqa: E402
 from cogvx.model.pretrained import PretrainedModel  # noqa: E402
+from cogvx.progress import quiet_libraries  # noqa: E402
 from cogvx.records import record  # noqa: E402
-from cogvx.runs import processes  # noqa: E402
 from cogvx.training.prepare import Prepared, start_processes  # noqa: E402
 from cogvx.training.trainer import Trainer  # noqa: E402
 
@@ -61,7 +62,10 @@ def our_steps(trainer: Trainer, count: int) -> None:
 
 
 def plain_steps(trainer: Trainer, tokenizer, encoder, count: int) -> None:
-    """As examples/cogvideo/train_cogvideox_lora.py of diffusers: latents in memory, everything else in the loop."""
+    """As examples/cogvideo/train_cogvideox_lora.py of diffusers.
+
+    The latents are in memory; everything else is done in the loop.
+    """
     transformer, scheduler = trainer.state.transformer, trainer.data.pretrained.noise_scheduler()
     optimizer = torch.optim.AdamW(trainer.state.parameters, lr=1e-3)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
@@ -107,22 +111,25 @@ def seconds(work, *arguments) -> float:
 
 
 def ratio(one, other) -> str:
-    """How many times faster `other` is than `one`, both called in turn: median, lowest and highest of the rounds."""
-    one(), other()  # warm
+    """How many times faster `other` is than `one`: median, lowest and highest of the rounds.
+
+    They are called in turn.
+    """
+    # The first calls compile and fill caches.
+    one(), other()
     ratios = [one() / other() for _ in range(ROUNDS)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main() -> None:
-    processes.quiet_libraries()
+    quiet_libraries()
     print(f"{torch.get_num_threads()} threads; {STEPS} steps, {ROUNDS} rounds, in turn\n")
     trainer = trainer_of()
     tokenizer, _ = PretrainedModel(
         trainer.data.pretrained.folder, torch.device("cpu"), torch.float32
     ).text_encoder()
-    print(
-        "| text encoder beside nano | its share of the plain step | ours beside the plain loop |\n|---|---|---|"
-    )
+    print("| text encoder beside nano | its share of the plain step | ours beside the plain loop |")
+    print("|---|---|---|")
     for name, (layers, width, heads) in ENCODERS.items():
         settings = {
             "d_model": width,

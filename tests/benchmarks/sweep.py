@@ -1,9 +1,12 @@
-"""Nine jobs as one sweep beside nine launches, one after the other: what starting once and running beside each other saves.
+"""Nine jobs as one sweep, and as nine launches one after the other.
 
-python tests/benchmarks/sweep.py                       16 minutes on 2 quiet cores
-python tests/benchmarks/sweep.py --rounds 1 --steps 4  a try
+A sweep saves starts, and runs its jobs beside each other.
 
-A round runs both, in turn one or the other first. The same jobs, from the same cache, which is filled before.
+python tests/benchmarks/sweep.py                            16 minutes on 2 quiet cores
+python tests/benchmarks/sweep.py --rounds 1 --steps 4       a try
+
+A round runs both; rounds take turns in which comes first. The jobs are the same, and so is their
+cache, which is filled before the first round.
 """
 
 from __future__ import annotations
@@ -25,18 +28,19 @@ def launched(*arguments: str) -> None:
     command = [sys.executable, str(PROJECT / "launch.py"), *arguments]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode != 0:
-        raise SystemExit(
-            f"{' '.join(command)} ended with {ran.returncode}:\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}"
-        )
+        said = f"{ran.stdout[-2000:]}{ran.stderr[-2000:]}"
+        raise SystemExit(f"{' '.join(command)} ended with {ran.returncode}:\n{said}")
 
 
 def as_one_sweep(settings: list[str], folder: Path) -> None:
-    launched("-m", *settings, *(f"{key}={','.join(map(str, values))}" for key, values in SWEPT.items()), f"output_dir={folder}")  # fmt: skip
+    swept = [f"{key}={','.join(map(str, values))}" for key, values in SWEPT.items()]
+    launched("-m", *settings, *swept, f"output_dir={folder}")
 
 
 def as_launches(settings: list[str], folder: Path) -> None:
     for number, values in enumerate(itertools.product(*SWEPT.values())):
-        launched(*settings, *(f"{key}={value}" for key, value in zip(SWEPT, values, strict=True)), f"output_dir={folder}/{number}")  # fmt: skip
+        given = [f"{key}={value}" for key, value in zip(SWEPT, values, strict=True)]
+        launched(*settings, *given, f"output_dir={folder}/{number}")
 
 
 def seconds(run, settings: list[str], folder: Path) -> float:
@@ -55,9 +59,13 @@ def main() -> None:
 
 def compare(asked: argparse.Namespace, place: Path) -> None:
     settings = [
-        f"data.cache_dir={place / 'cache'}", f"train.max_train_steps={asked.steps}", "scheduler.lr_warmup_steps=2",
-        "train.logging_steps=1", "validation.num_validation_videos=0", "validation.scored_prompts=0",
-    ]  # fmt: skip
+        f"data.cache_dir={place / 'cache'}",
+        f"train.max_train_steps={asked.steps}",
+        "scheduler.lr_warmup_steps=2",
+        "train.logging_steps=1",
+        "validation.num_validation_videos=0",
+        "validation.scored_prompts=0",
+    ]
     launched("task=encode", *settings, f"output_dir={place / 'encode'}")
     taken = {as_one_sweep: [], as_launches: []}
     for number in range(asked.rounds):
@@ -66,15 +74,16 @@ def compare(asked: argparse.Namespace, place: Path) -> None:
     ratios = [
         one / other for one, other in zip(taken[as_launches], taken[as_one_sweep], strict=True)
     ]
-    print(
-        f"nine jobs of {asked.steps} steps, {asked.rounds} rounds\n\n| | median | lowest to highest |\n|---|---|---|"
-    )
-    for name, found, unit in (
-        ("nine launches", taken[as_launches], " s"), ("one sweep", taken[as_one_sweep], " s"), ("launches / sweep", ratios, ""),
-    ):  # fmt: skip
-        print(
-            f"| {name} | {statistics.median(found):.2f}{unit} | {min(found):.2f} to {max(found):.2f} |"
-        )
+    print(f"nine jobs of {asked.steps} steps, {asked.rounds} rounds\n")
+    print("| | median | lowest to highest |\n|---|---|---|")
+    rows = [
+        ("nine launches", taken[as_launches], " s"),
+        ("one sweep", taken[as_one_sweep], " s"),
+        ("launches / sweep", ratios, ""),
+    ]
+    for name, found, unit in rows:
+        median = f"{statistics.median(found):.2f}{unit}"
+        print(f"| {name} | {median} | {min(found):.2f} to {max(found):.2f} |")
 
 
 if __name__ == "__main__":
