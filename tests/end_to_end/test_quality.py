@@ -1,8 +1,13 @@
-"""What nano knows, and that the demo teaches it its concept without the rest being lost: judged on the pixels of videos made by plain
-diffusers from what a run delivers."""
+"""Nano knows its world, and the demo teaches it a new colour without the rest being lost.
+
+Judged on the pixels of videos that plain diffusers makes from what a run delivers. COGVX_DEMO_RUN
+names a finished run of the demo; without it, one is trained here.
+"""
 
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import numpy
 import pytest
@@ -16,7 +21,7 @@ from cogvx.model import nano
 
 
 def videos(folder, prompts, settings, adapter=None, images=None) -> list[numpy.ndarray]:
-    """One for each prompt, [F, H, W, 3] uint8, made by the pipeline in batches, as conf/model/nano.yaml says."""
+    """One for each prompt, [F, H, W, 3] uint8, by the pipeline as conf/model/nano.yaml says."""
     kind = CogVideoXPipeline if images is None else CogVideoXImageToVideoPipeline
     pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -26,10 +31,17 @@ def videos(folder, prompts, settings, adapter=None, images=None) -> list[numpy.n
     for start in range(0, len(prompts), 8):
         some = slice(start, start + 8)
         made = pipeline(
-            prompt=prompts[some], height=64, width=64, num_frames=9, max_sequence_length=nano.TEXT_TOKENS,
-            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-            generator=torch.Generator().manual_seed(start), output_type="np", **({} if images is None else {"image": images[some]}),
-        ).frames  # fmt: skip
+            prompt=prompts[some],
+            height=64,
+            width=64,
+            num_frames=9,
+            max_sequence_length=nano.TEXT_TOKENS,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=torch.Generator().manual_seed(start),
+            output_type="np",
+            **({} if images is None else {"image": images[some]}),
+        ).frames
         found += list((numpy.asarray(made) * 255).round().astype(numpy.uint8))
     return found
 
@@ -83,19 +95,27 @@ def test_nano_i2v_goes_on_from_the_picture(compose, cache):
     assert figures.pop("psnr") >= 20 and min(figures.values()) >= 0.9, figures
 
 
+@pytest.fixture
+def demo_run(run) -> Path:
+    """A finished run of the demo. One that is trained here has twice the usual alpha / rank."""
+    given = os.environ.get("COGVX_DEMO_RUN")
+    return Path(given) if given else run("a", "lora.rank=16", "lora.lora_alpha=32")
+
+
 @pytest.mark.slow
-def test_the_demo_teaches_its_colour_and_the_rest_is_kept(run, compose, nano_folder):
-    """At the strength that plain diffusers reads from the file: alpha / rank is 2 here. Of what is taught, the bound leaves three of
-    24 videos to another machine's rounding."""
-    folder = run("a", "lora.rank=16", "lora.lora_alpha=32")
+def test_the_demo_teaches_its_colour_and_the_rest_is_kept(demo_run, compose, nano_folder):
+    """At the strength that plain diffusers reads from the file.
+
+    Three of 24 videos that show what is taught may fail, for another machine's rounding.
+    """
     prompts, settings = demo.scored_prompts(24), compose().model
-    base, tuned = (
-        judged(nano_folder, prompts["taught"], settings, adapter) for adapter in (None, folder)
-    )
-    assert share(base, scores.NEW_MEASURE) <= 0.1 and share(tuned, scores.NEW_MEASURE) >= 0.8
-    base, tuned = (
-        judged(nano_folder, prompts["other"], settings, adapter) for adapter in (None, folder)
-    )
-    for measure in ("shape", "colour", "background", "direction"):
-        assert share(tuned, measure) >= 0.8 * share(base, measure), measure
-    assert json.loads((folder / "summary.json").read_text())["status"] == "done"
+    for kind in ("taught", "other"):
+        base = judged(nano_folder, prompts[kind], settings)
+        tuned = judged(nano_folder, prompts[kind], settings, demo_run)
+        if kind == "taught":
+            assert share(base, scores.NEW_MEASURE) <= 0.1
+            assert share(tuned, scores.NEW_MEASURE) >= 0.8
+        else:
+            for measure in ("shape", "colour", "background", "direction"):
+                assert share(tuned, measure) >= 0.8 * share(base, measure), measure
+    assert json.loads((demo_run / "summary.json").read_text())["status"] == "done"
