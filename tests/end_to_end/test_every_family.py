@@ -1,4 +1,4 @@
-"""The README's table: each family, by LoRA and by full fine-tuning, from clips to a result in plain diffusers."""
+"""The README's table: each family, by LoRA and by full fine-tuning, from clips to diffusers."""
 
 import json
 from pathlib import Path
@@ -24,9 +24,8 @@ COLUMNS = [
     "result loads in diffusers",
     "resumes bit-equal",
 ]
-held: dict[
-    tuple[str, str], set[str]
-] = {}  # of each family and column, for which kinds of training it was found to hold
+# By family and column: the kinds of training for which the tests below found it to hold.
+held: dict[tuple[str, str], set[str]] = {}
 
 
 def note(family: str, column: str, kind: str) -> None:
@@ -36,7 +35,7 @@ def note(family: str, column: str, kind: str) -> None:
 
 @pytest.fixture
 def delivered(monkeypatch):
-    """What the model of each run answered when it was delivered."""
+    """The output of each run's model when its result was written."""
     answers, deliver = [], export.deliver
 
     def deliver_and_answer(folder, transformer, *others):
@@ -146,7 +145,7 @@ def table() -> str:
 
 @pytest.mark.slow
 def test_the_readmes_table_is_what_was_found():
-    """Made from what the tests above have held; python -m pytest -n0 -s tests/end_to_end/test_every_family.py prints it."""
+    """`python -m pytest -n0 -s tests/end_to_end/test_every_family.py` prints the table."""
     assert len(held) == len(FAMILIES) * len(COLUMNS), "runs after the others of this file"
     print("\n" + table())
     assert table() in (PROJECT / "README.md").read_text(encoding="utf-8")

@@ -45,10 +45,9 @@ def test_the_smallest_block_that_suffices_is_taken():
 
 
 def test_each_phase_has_its_own_peak():
-    events = [
-        ("phase", "a"), ("allocate", 1, 30 * MIB), ("allocate", 2, 20 * MIB), ("free", 2),
-        ("phase", "b"), ("empty_cache",), ("allocate", 3, 12 * MIB), ("free", 1), ("free", 3),
-    ]  # fmt: skip
+    first = [("allocate", 1, 30 * MIB), ("allocate", 2, 20 * MIB), ("free", 2)]
+    second = [("empty_cache",), ("allocate", 3, 12 * MIB), ("free", 1), ("free", 3)]
+    events = [("phase", "a"), *first, ("phase", "b"), *second]
     peaks = replay(events)
     assert (peaks["a"].allocated, peaks["a"].reserved) == (50 * MIB, 50 * MIB)
     assert (peaks["b"].allocated, peaks["b"].reserved) == (42 * MIB, 50 * MIB)

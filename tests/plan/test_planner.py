@@ -1,4 +1,7 @@
-"""The planner runs the trainer's own code; on a CPU its count is exact, and it agrees with what others measured."""
+"""The planner runs the trainer's own code.
+
+On a CPU its count of bytes is exact. For GPUs it agrees with what others have measured.
+"""
 
 import json
 import sys
@@ -17,22 +20,32 @@ import calibration  # noqa: E402
 
 SMALL = ["data.max_num_frames=9", "data.height=64", "data.width=64", "data.fps=8"]
 CASES = [
-    [], ["lora=null"], ["memory.gradient_checkpointing=true"], ["memory=balanced"], ["memory=low"], ["memory=minimal"],
-    ["train.mixed_precision=bf16"], ["lora=null", "memory=balanced"],
-    ["lora=null", "memory=balanced", "memory.offload_optimizer=true"], ["optimizer=schedule_free"],
-]  # fmt: skip
+    [],
+    ["lora=null"],
+    ["memory.gradient_checkpointing=true"],
+    ["memory=balanced"],
+    ["memory=low"],
+    ["memory=minimal"],
+    ["train.mixed_precision=bf16"],
+    ["lora=null", "memory=balanced"],
+    ["lora=null", "memory=balanced", "memory.offload_optimizer=true"],
+    ["optimizer=schedule_free"],
+]
 
 
 @pytest.fixture(autouse=True)
 def another_run():
-    """As a process of its own."""
+    """Lets a test choose its precision, as a new process could."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def sizes(recorder) -> list[tuple]:
-    """Allocations by size, and releases, in order, up to the end, where the order of releases is Python's."""
+    """Allocations by size, and releases, in order.
+
+    Without those at the end, where Python decides the order of releases.
+    """
     events = recorder.events[: recorder.events.index(("phase", "end"))]
     return [event[0::2] for event in events]
 
@@ -47,7 +60,10 @@ def recorded(compose, nano_folder, overrides, wanted, **how):
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
 @pytest.mark.slow
 def test_without_contents_as_with(compose, nano_folder, overrides):
-    """Every allocation and release of a training step, in order and in bytes, is the one that real tensors make; so is its work."""
+    """Tensors without contents make every allocation and release that real tensors make.
+
+    In order and in bytes. The operations that are counted are the same too.
+    """
     fake = recorded(compose, nano_folder, overrides, ["held-out loss", "train"], as_cuda=False)
     real = recorded(
         compose, nano_folder, overrides, ["held-out loss", "train"], as_cuda=False, fake=False
@@ -61,7 +77,7 @@ def test_without_contents_as_with(compose, nano_folder, overrides):
 
 
 def test_the_count_is_the_profilers(compose, nano_folder, tmp_path):
-    """Against PyTorch's own record of what its CPU allocator gave out during a step."""
+    """Against what PyTorch's profiler says that its CPU allocator gave out during a step."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
@@ -84,7 +100,7 @@ def test_attention_is_planned_as_cuda_runs_it(compose):
 
 @pytest.mark.slow
 def test_what_a_mode_promises_holds_in_order(compose):
-    """At full size with few layers: each mode takes less than the one before, and the frozen weights leave the device."""
+    """At full size with few layers: each mode takes less memory than the one before."""
     peaks = []
     for memory in ("fast", "balanced", "low", "minimal"):
         config = compose("model=5b", f"memory={memory}")
@@ -95,7 +111,7 @@ def test_what_a_mode_promises_holds_in_order(compose):
 
 @pytest.mark.slow
 def test_published_figures_are_met():
-    """Four of the table's rows anew, and the table's own figures (python tests/benchmarks/calibration.py makes it)."""
+    """Four rows of the table, computed again: near the published figures, and as in the table."""
     rows = [row for row in calibration.ROWS if row.rank == 64 and row.optimizer == "adamw"]
     found = calibration.predictions(rows)
     assert len(rows) == 4 and max(calibration.errors_of(rows, found)) <= 0.05
@@ -166,9 +182,7 @@ def test_what_is_planned_is_measured_where_it_can_be_counted(run, nano_folder, c
 
 
 @pytest.mark.slow
-def test_of_all_gradients_one_is_there_at_a_time_when_steps_are_taken_in_the_backward_pass(
-    compose, nano_folder
-):
+def test_with_steps_in_the_backward_pass_one_gradient_exists_at_a_time(compose, nano_folder):
     settings = ["lora=null", "train.max_grad_norm=null", "memory.gradient_checkpointing=true"]
     at_peak = []
     for in_backward in ("false", "true"):
@@ -185,5 +199,7 @@ def test_several_processes_are_planned_with_their_buckets(compose, nano_folder):
         recorded(compose, nano_folder, settings, ["train"], as_cuda=False)
         for settings in (["lora=null"], ["lora=null", "parallel=ddp"])
     )
-    trained = 4 * sum(p.numel() for p in phases.PlannedModel(Path(), phases.CPU, torch.float32, phases.configs_of(compose(f"model.path='{nano_folder}'"))).transformer().parameters())  # fmt: skip
+    configs = phases.configs_of(compose(f"model.path='{nano_folder}'"))
+    planned = phases.PlannedModel(Path(), phases.CPU, torch.float32, configs).transformer()
+    trained = 4 * sum(parameter.numel() for parameter in planned.parameters())
     assert abs(two.most[False] - one.most[False] - trained) < 0.02 * trained

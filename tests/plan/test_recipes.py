@@ -1,4 +1,4 @@
-"""Every recipe of conf/experiment/ plans: what it says fits together at full size, and needs the memory that it states."""
+"""Every recipe of conf/experiment/ can be planned at full size, and needs the memory it states."""
 
 import dataclasses
 import re
@@ -15,14 +15,14 @@ STATED = re.compile(r"plans ([\d.]+) GiB")
 
 @pytest.fixture(autouse=True)
 def another_run():
-    """As a process of its own."""
+    """Lets a test choose its precision, as a new process could."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def quickly(config):
-    """Of the micro-batches of a step all after the first are alike."""
+    """With two micro-batches a step at most: all after the first are alike."""
     accumulation = min(2, config.train.gradient_accumulation_steps)
     return dataclasses.replace(
         config, train=dataclasses.replace(config.train, gradient_accumulation_steps=accumulation)
