@@ -179,7 +179,7 @@ def report_complaint(sweep: Sweep, job: Job, complaint: str | None) -> None:
             file=sys.stderr,
         )
     elif complaint is not None:
-        print(f"warning: {job.name}: {complaint}", file=sys.stderr)
+        print(f"warning {job.name}: {complaint}", file=sys.stderr)
 
 
 # -- watching the jobs from here -----------------------------------------------------------------

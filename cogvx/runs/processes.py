@@ -191,7 +191,7 @@ def conclude_run(folder: Path, summary: dict) -> None:
             print(f"report  {shown(report.write_page(folder))}", flush=True)
     except OSError as error:
         print(
-            f"\nwarning: summary.json or report.html could not be written: {error}",
+            f"\nwarning summary.json or report.html could not be written: {error}",
             file=sys.stderr,
             flush=True,
         )
