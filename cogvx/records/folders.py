@@ -21,6 +21,7 @@ from cogvx.files import read_json, shown
 from cogvx.progress import counted
 from cogvx.records import record
 from cogvx.records.leaderboard import WIDE
+from cogvx.records.pages import size_text
 from cogvx.records.sweep import SWEEP, Progress, State, Sweep, is_locked, progress_of
 from cogvx.records.table import STATE_COLOURS
 
@@ -50,14 +51,6 @@ def size_of(path: Path) -> int:
     """Bytes on disk, of a file or of all files in a folder."""
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.lstat().st_size for file in files if not file.is_dir() or file.is_symlink())
-
-
-def size_text(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 def age_text(seconds: float) -> str:

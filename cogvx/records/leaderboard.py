@@ -16,6 +16,7 @@ from cogvx.records.pages import column, setting_text
 
 MOST_ROWS = 30
 WIDE = 160  # characters, where the output is no terminal
+WIDEST_VALUE = 24  # characters of a setting that stay on one line
 # A row's measure -> its heading and the fewest decimals of its column.
 MEASURES = {
     "state": ("state", 0),
@@ -34,13 +35,17 @@ def show(rows: list[dict]) -> None:
     shown = rows[:MOST_ROWS]
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
-    for key in settings:
-        table.add_column(key.rpartition(".")[2], justify="right", overflow="fold")
+    texts_of = {key: [setting_text(row[key]) for row in shown] for key in settings}
+    for key, texts in texts_of.items():
+        # A long value breaks into lines, but no digit of it is cut off.
+        least = min(WIDEST_VALUE, max(map(len, texts)))
+        heading = key.rpartition(".")[2]
+        table.add_column(heading, justify="right", overflow="fold", min_width=least)
     for name in measured:
         justify = "left" if name == "state" else "right"
         table.add_column(MEASURES[name][0], justify=justify, overflow="fold")
     columns = [[place_text(row) for row in shown]]
-    columns += [[setting_text(row[key]) for row in shown] for key in settings]
+    columns += texts_of.values()
     columns += [column([row[name] for row in shown], MEASURES[name][1]) for name in measured]
     for texts in zip(*columns, strict=True):
         table.add_row(*map(Text, texts))

@@ -183,6 +183,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
+def size_text(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
 def difference_interval(before: list[float], after: list[float]) -> Interval | None:
     """The mean difference of pairs with its 95 % interval (Student's t); None for less than two."""
     from scipy.special import stdtrit

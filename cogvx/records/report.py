@@ -28,6 +28,7 @@ from cogvx.records.pages import (
     joined,
     setting_text,
     signed,
+    size_text,
 )
 from cogvx.records.sweep import State, state_of
 
@@ -138,10 +139,11 @@ def about(run: Run) -> str:
 
 def state_in_words(run: Run) -> str | None:
     """None for a run that is done: then the page speaks for itself."""
+    # A run that is done still holds its lock while it writes this page.
+    if run.summary.get("status") == State.done.name:
+        return None
     state = state_of(run.folder, run.summary, started=bool(run.facts))
     reason = run.summary.get("reason")
-    if state is State.done:
-        return None
     if state is State.running:
         return "This run is still running. The page shows what there is so far."
     if state is State.pending:
@@ -179,7 +181,19 @@ def heldout_change(run: Run) -> Interval | None:
 
 def verdict(run: Run) -> list[str]:
     """One or two sentences; empty while there is nothing to judge."""
-    return [sentence for sentence in (loss_verdict(run), score_verdict(run)) if sentence]
+    found = (plan_verdict(run.summary), loss_verdict(run), score_verdict(run))
+    return [sentence for sentence in found if sentence]
+
+
+def plan_verdict(summary: dict) -> str:
+    """Of task=plan."""
+    if "fits" not in summary:
+        return ""
+    fits = "fits" if summary["fits"] else "does not fit"
+    return (
+        f"This training {fits} on {summary['card']}: its peak is "
+        f"{summary['peak_reserved_gib']:.1f} GiB, in the phase {summary['peak_phase']}."
+    )
 
 
 def loss_verdict(run: Run) -> str:
@@ -250,11 +264,27 @@ def usage_of(folder: Path) -> str | None:
 def numbers(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """Groups of lines: what was measured, and its value with its unit."""
     return [
+        ("The plan", [*said_of_plan(run.summary)]),
         ("Training", [*said_of_training(run)]),
         ("Held-out loss", [*said_of_heldout(run)]),
         ("Speed and memory", [*said_of_speed(run)]),
         ("Where it ran", [*said_of_place(run)]),
     ]
+
+
+def said_of_plan(summary: dict):
+    if "fits" not in summary:
+        return
+    yield "Card", summary["card"]
+    yield (
+        "Peak memory",
+        f"{summary['peak_reserved_gib']:.2f} GiB in the phase {summary['peak_phase']}",
+    )
+    yield "Memory of the machine", size_text(summary["host_gib"] * 2**30)
+    yield "Time of a step", f"{summary['seconds_per_step']:.3g} s"
+    yield "Compute of a step", f"{summary['tflop_per_step']:.3g} TFLOP"
+    yield "Size of a checkpoint", size_text(summary["checkpoint_gib"] * 2**30)
+    yield "Cache for each clip", size_text(summary["cache_mib_per_clip"] * 2**20)
 
 
 def said_of_training(run: Run):

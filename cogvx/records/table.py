@@ -18,10 +18,12 @@ from rich.text import Text
 from cogvx.errors import first_line
 from cogvx.files import shown
 from cogvx.progress import counted
+from cogvx.records.leaderboard import WIDEST_VALUE
 from cogvx.records.pages import duration, setting_text
 from cogvx.records.sweep import Job, Progress, State, Sweep, seconds_left
 
 LOG_EVERY = 60  # seconds
+DROPPED_FIRST = ("loss", "left", "step")  # columns that a narrow terminal does without
 STATE_COLOURS = {
     State.done: "green",
     State.paused: "dim",
@@ -95,27 +97,44 @@ class Table:
         names = sorted(
             self.progress, key=lambda name: self.progress[name].state is not State.running
         )
-        names = {*names[: max(4, self.console.height - 6)]}
-        settings = list(dict.fromkeys(key for name in names for key in self.values[name]))
+        kept = {*names[: max(4, self.console.height - 6)]}
+        names = [name for name in self.progress if name in kept]
+        settings, measures = self.settings(names), self.measures(names)
+        for column in DROPPED_FIRST:
+            if width_of(settings) + width_of(measures) > self.console.width:
+                del measures[column]
         grid = Grid(box=None, pad_edge=False, header_style="dim")
-        for key in settings:
-            # A value may break into two lines, but no digit is cut off.
-            grid.add_column(key, justify="right", overflow="fold")
-        for heading in ("state", "step", "loss", "held-out", "left"):
+        for key, texts in settings.items():
+            # A long value breaks into lines, but no digit of it is cut off.
+            least = min(WIDEST_VALUE, max(map(len, texts)))
+            grid.add_column(key, justify="right", overflow="fold", min_width=least)
+        for heading in measures:
             justify = "left" if heading == "state" else "right"
             grid.add_column(heading, justify=justify, no_wrap=True)
-        for name in [name for name in self.progress if name in names]:
-            found, values = self.progress[name], self.values[name]
-            left = found.seconds_left() if found.state is State.running else None
-            grid.add_row(
-                *(Text(setting_text(values.get(key))) for key in settings),
-                Text(found.state.value, style=STATE_COLOURS.get(found.state, "dim")),
-                steps_of(found),
-                "" if found.loss is None else f"{found.loss:.4f}",
-                "" if found.heldout_loss is None else f"{found.heldout_loss:.4f}",
-                "" if left is None else duration(left),
-            )
+        for row in zip(*settings.values(), *measures.values(), strict=True):
+            grid.add_row(*(text if isinstance(text, Text) else Text(text) for text in row))
         return grid
+
+    def settings(self, names: list[str]) -> dict[str, list[str]]:
+        """The jobs' values, a column for each setting: a name of a folder would be cut."""
+        keys = dict.fromkeys(key for name in names for key in self.values[name])
+        return {key: [setting_text(self.values[name].get(key)) for name in names] for key in keys}
+
+    def measures(self, names: list[str]) -> dict[str, list]:
+        found = [self.progress[name] for name in names]
+        left = [p.seconds_left() if p.state is State.running else None for p in found]
+        return {
+            "state": [Text(p.state.value, style=STATE_COLOURS.get(p.state, "dim")) for p in found],
+            "step": [steps_of(p) for p in found],
+            "loss": ["" if p.loss is None else f"{p.loss:.4f}" for p in found],
+            "held-out": ["" if p.heldout_loss is None else f"{p.heldout_loss:.4f}" for p in found],
+            "left": ["" if seconds is None else duration(seconds) for seconds in left],
+        }
+
+
+def width_of(columns: dict[str, list]) -> int:
+    """Characters of a table with these columns."""
+    return sum(2 + max(len(key), *map(len, texts)) for key, texts in columns.items())
 
 
 def steps_of(progress: Progress) -> str:

@@ -98,6 +98,13 @@ def test_the_interval_is_students_for_paired_differences():
     assert pages.difference_interval([1.0, 2.0], [2.0]) is None
 
 
+def test_a_run_that_is_done_writes_its_own_page_while_it_holds_its_lock(folder):
+    with record.locked(folder):
+        assert "still running" not in read_page(folder)
+        record.finish(folder, {"status": "interrupted"})
+        assert "still running" in read_page(folder)
+
+
 def test_a_run_that_failed_says_why_and_one_that_never_started_has_a_page(
     folder, compose, tmp_path
 ):

@@ -4,17 +4,20 @@ Without torch, and without running any job.
 """
 
 import csv
+import io
 import json
 import multiprocessing
 import signal
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.records import comparison, record
 from cogvx.records.sweep import Progress, State, Sweep, progress_of, seconds_left
+from cogvx.records.table import Table
 from cogvx.runs import grid, jobs, pool
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -317,3 +320,18 @@ def test_a_report_beside_a_sweeps_end_never_breaks_the_leaderboard(frozen):
                 assert len(list(csv.DictReader(file))) == 3
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     assert not list(frozen.folder.glob("*.partial"))
+
+
+def test_a_narrow_live_table_drops_columns_and_no_digit(tmp_path):
+    rates = ["0.0001234567", "0.0001234568"]
+    given = [f"optimizer.learning_rate={','.join(rates)}", f"output_dir={tmp_path / 'sweep'}"]
+    made, frozen_jobs, _ = grid.sweep_of(given, grid.Place())
+    made.freeze(frozen_jobs, ["launch.py"])
+    table = Table(made)
+    for width, headings in ((100, ("loss", "left")), (34, ("held-out",))):
+        table.console = Console(width=width, record=True, file=io.StringIO())
+        table.console.print(table.grid())
+        lines = table.console.export_text().splitlines()
+        assert [line.split()[0] for line in lines[1:]] == rates
+        assert all(heading in lines[0] for heading in headings)
+    assert "left" not in lines[0]
