@@ -160,8 +160,8 @@ def encode_claimed(
 
 def cache_state(what: str, total: int, missing: int) -> str:
     if missing == 0:
-        return f"encode  nothing: all {counted(total, what)} are in the cache"
-    return f"encode  {counted(missing, what)}; {total - missing} of {total} are in the cache"
+        return f"encode  nothing: {counted(total, what)} found in the cache"
+    return f"encode  {counted(missing, what)}; {total - missing} of {total} found in the cache"
 
 
 def latent_moments(model: AutoencoderKLCogVideoX, frames: Tensor, vae: Encoder) -> Tensor:

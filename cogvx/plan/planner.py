@@ -185,7 +185,7 @@ def measure_phases(config: Config, found: Outcome) -> dict:
     On a GPU: what CUDA's allocator and the clock say. On a CPU: what was really allocated,
     compared with a plan for the CPU, which has neither CUDA's kernels nor its allocator.
     """
-    print("\nmeasure runs every phase for real, with random weights ...", flush=True)
+    print("\nmeasure runs every phase for real, with weights that mean nothing ...", flush=True)
     if torch.cuda.is_available():
         meter = run_phases(config, PHASES, steps=2, device=torch.device("cuda"))
         planned = {phase.name: phase.peak for phase in found.phases}

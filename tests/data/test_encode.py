@@ -6,7 +6,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 
 from cogvx.data.cache import Cache, content_key
-from cogvx.data.encode import Encoder, encode_clips, encode_prompts, latent_moments
+from cogvx.data.encode import Encoder, cache_state, encode_clips, encode_prompts, latent_moments
 from cogvx.errors import UserError
 from cogvx.model import nano
 from cogvx.model.pretrained import PretrainedModel
@@ -35,8 +35,8 @@ def test_the_second_time_encodes_nothing_and_loads_no_vae(compose, clips, nano_f
     second, _ = encode_clips(data.read(), data, cache, encoder, said.append)
     assert [clip.path for clip in second] == [clip.path for clip in first] and len(loads) == 1
     assert said == [
-        "encode  6 clips; 0 of 6 are in the cache",
-        "encode  nothing: all 6 clips are in the cache",
+        "encode  6 clips; 0 of 6 found in the cache",
+        "encode  nothing: 6 clips found in the cache",
     ]
     (clips / "videos" / "0.mp4").rename(clips / "videos" / "renamed.mp4")
     (clips / "videos.txt").write_text(
@@ -106,6 +106,11 @@ def test_half_a_cached_file_is_encoded_again(compose, clips, nano_folder, tmp_pa
     first[0].path.write_bytes(whole[:100])
     encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
     assert first[0].path.read_bytes() == whole and len(loads) == 2
+
+
+def test_one_clip_is_not_many():
+    assert cache_state("clip", 3, 1) == "encode  1 clip; 2 of 3 found in the cache"
+    assert cache_state("clip", 1, 0) == "encode  nothing: 1 clip found in the cache"
 
 
 def test_bad_clips_are_named_and_the_others_go_on(compose, clips, nano_folder, tmp_path):

@@ -133,6 +133,7 @@ def test_a_plan_prints_what_is_asked_and_leaves_it_in_the_folder(run, nano_folde
         "task.card=rtx3060_12gb",
     )
     said = capfd.readouterr().out
+    assert said.index("runs the code of every phase") < said.index("allocated")
     for phase in phases.PHASES:
         assert said.count(f"\n{phase}") == 1
     assert "rtx3060_12gb has 11.4 GiB free: it fits" in said and "TFLOP a step" in said
