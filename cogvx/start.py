@@ -24,11 +24,11 @@ def start_task(config: Config, folder: Path) -> dict:
 
 def start_training(config: Config, folder: Path) -> dict:
     from cogvx.plan.clock import Expectation, present_card
-    from cogvx.training.trainer import train
+    from cogvx.training.train import train_model
 
     is_main = os.environ.get("RANK", "0") == "0"
     with Expectation(folder, present_card() if is_main else None) as expected:
-        return train(config, folder, expected)
+        return train_model(config, folder, expected)
 
 
 def start_plan(config: Config, folder: Path) -> dict:
@@ -38,9 +38,9 @@ def start_plan(config: Config, folder: Path) -> dict:
 
 
 def start_encoding(config: Config, folder: Path) -> dict:
-    from cogvx.training.trainer import encode
+    from cogvx.training.train import encode_data
 
-    return encode(config, folder)
+    return encode_data(config, folder)
 
 
 def start_nano_vae(config: Config, folder: Path) -> dict:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import numpy
 import torch
-from accelerate import Accelerator
 
 from cogvx.data.listed import text_of
 from cogvx.data.video import read_clip, to_bytes
@@ -29,8 +28,10 @@ from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.trained_weights import weights_of
 from cogvx.progress import bar, counted
 from cogvx.training import checkpoint as checkpoints
-from cogvx.training.prepare import Prepared, picture, start_processes
-from cogvx.training.validation import Videos, heldout_loss
+from cogvx.training.heldout import heldout_loss
+from cogvx.training.prepare import Prepared, first_frame, prepare, start_processes
+from cogvx.training.ranks import Ranks
+from cogvx.training.videos import VideoGenerator
 
 if TYPE_CHECKING:
     from cogvx.config import Config
@@ -68,14 +69,14 @@ def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
 
     Writes evaluation.json, evaluation.csv, evaluation.png and videos/ into the folder.
     """
-    started, accelerator = time.monotonic(), start_processes(config)
+    started, ranks = time.monotonic(), start_processes(config)
     variants = variants_of(config, task)
-    data, prompts = prepare_prompts(config, task, folder, accelerator)
+    data, prompts = prepare_prompts(config, task, folder, ranks)
     asked = scores.video_requests(prompts, task.seed)
     ways = [nearest_clip(data, config)]
     if task.clip_path is not None:
-        ways.append(clip_similarity(task.clip_path, accelerator.device))
-    measured = measure_variants(config, data, variants, asked, ways, folder, accelerator)
+        ways.append(clip_similarity(task.clip_path, data.pretrained.device))
+    measured = measure_variants(config, data, variants, asked, ways, folder, ranks)
     found = {
         variant.name: scores.comparisons(
             measured.video_scores[BASE], measured.video_scores[variant.name]
@@ -105,7 +106,7 @@ def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
 
 
 def prepare_prompts(
-    config: Config, task: EvaluateTask, folder: Path, accelerator: Accelerator
+    config: Config, task: EvaluateTask, folder: Path, ranks: Ranks
 ) -> tuple[Prepared, dict[str, list[str]]]:
     """The encoded data, and the prompts of each kind, whose embeddings are among it.
 
@@ -114,13 +115,13 @@ def prepare_prompts(
     """
     prompts = prompts_from_files(task) or scores.scored_prompts_of(config, task.count)
     every = [prompt for those in prompts.values() for prompt in those]
-    data = Prepared.from_config(config, folder, accelerator, every)
+    data = prepare(config, folder, ranks, every)
     if not prompts:
         clips = [*data.held_out, *data.train][: task.count]
         prompts = {"taught": [clip.example.prompt for clip in clips]}
         if data.pretrained.geometry().image_to_video:
             data.images |= {
-                clip.example.prompt: picture(clip.example, config.data) for clip in clips
+                clip.example.prompt: first_frame(clip.example, config.data) for clip in clips
             }
     return data, prompts
 
@@ -132,13 +133,13 @@ def measure_variants(
     asked: list[scores.VideoRequest],
     ways: list[Way],
     folder: Path,
-    accelerator: Accelerator,
+    ranks: Ranks,
 ) -> Measured:
     measured = Measured()
     with attention.using(config.train.attention):
-        for variant, model in models(config, data, variants, accelerator):
+        for variant, model in models(config, data, variants):
             loss = heldout_loss(
-                model, len(data.held_out), data.held_out_batch, config.validation, accelerator
+                model, len(data.held_out), data.held_out_batch, config.validation, ranks
             )
             measured.heldout_loss[variant.name] = None if loss is None else loss.mean
             videos = make_videos(config, data, model, variant, asked, folder)
@@ -170,12 +171,16 @@ def variants_of(config: Config, task: EvaluateTask) -> list[Variant]:
     UserError if the run has no weights, or if full fine-tuning is asked for strengths.
     """
     run = task.run
-    places = {path.name: path for path in checkpoints.all_complete(run)} if task.checkpoints else {}
+    places = (
+        {path.name: path for path in checkpoints.complete_checkpoints(run)}
+        if task.checkpoints
+        else {}
+    )
     result = run / weights_of(config.lora).result
     if result.exists():
         places["result"] = run
     elif not places:
-        kept = checkpoints.all_complete(run)
+        kept = checkpoints.complete_checkpoints(run)
         if not kept:
             raise UserError(
                 f"task.run={run} has no result ({result.name}) and no checkpoint: "
@@ -196,7 +201,7 @@ def variants_of(config: Config, task: EvaluateTask) -> list[Variant]:
 
 
 def models(
-    config: Config, data: Prepared, variants: list[Variant], accelerator: Accelerator
+    config: Config, data: Prepared, variants: list[Variant]
 ) -> Iterator[tuple[Variant, CogVideoX]]:
     """Each variant's model, one after the other."""
     pretrained = data.pretrained
@@ -232,13 +237,13 @@ def make_videos(
     folder: Path,
 ) -> list[numpy.ndarray]:
     """The variant's videos, each [F, H, W, 3] uint8. Also written to videos/."""
-    videos = Videos(folder, config, data.pretrained, [], data.embeds, data.images, {}, [])
-    vae, made = data.pretrained.vae(tiling=config.memory.vae_tiling), []
+    generator = VideoGenerator(config, data.pretrained, data.embeds, data.images)
+    vae, made = generator.vae(), []
     progress = bar(asked, desc=f"videos  {variant.name}", unit="video", leave=False)
     for number, request in enumerate(progress, start=1):
-        frames = videos.generate(model.transformer, vae, request.prompt, request.seed, None)
+        frames = generator.generate(model.transformer, vae, request.prompt, request.seed)
         name = f"{number:03d}_{request.kind}_seed{request.seed}.mp4"
-        videos.save(folder_of_videos(folder, variant.name) / name, frames)
+        generator.save(folder_of_videos(folder, variant.name) / name, frames)
         made.append(frames)
     return made
 

@@ -34,9 +34,10 @@ from cogvx.options.tracking import Tracking
 from cogvx.options.train import Precision
 from cogvx.plan.trace import Meter, Recorder, metering, patched, tracing
 from cogvx.training.prepare import Prepared
+from cogvx.training.ranks import Ranks
+from cogvx.training.setup import build_trainer
 from cogvx.training.step import Batch, Draw
-from cogvx.training.trainer import Trainer
-from cogvx.training.validation import Videos
+from cogvx.training.videos import VideoGenerator
 
 CPU = torch.device("cpu")
 PHASES = ["encode clips", "encode prompts", "load", "held-out loss", "train", "video"]
@@ -273,15 +274,15 @@ def run_training(
     images = {"prompt": picture} if pretrained.geometry().image_to_video else {}
     prepared = PlannedData(pretrained, clips, [clip], {}, ["prompt"], "prompt", images, config)
     recorder.begin("load")
-    trainer = Trainer.build(config, folder, accelerator, prepared)
+    trainer = build_trainer(config, folder, Ranks(accelerator), prepared)
     transformer = trainer.state.transformer
     recorder.call((p for p in transformer.parameters() if not p.requires_grad), "frozen weights")
     recorder.call(trainer.state.parameters, "trained weights")
-    if trainer.state.masters is None:
+    if trainer.state.fp32_weights is None:
         for parameter in trainer.state.parameters:
             parameter.register_post_accumulate_grad_hook(functools.partial(name_gradient, recorder))
     else:
-        recorder.call(trainer.state.masters.copies, "trained weights")
+        recorder.call(trainer.state.fp32_weights.copies, "trained weights")
     if (
         config.parallel.num_processes > 1
     ):  # DistributedDataParallel's buckets; it is not built, as its peers are not there
@@ -315,10 +316,8 @@ def run_training(
             dtype=pretrained.dtype,
             device=pretrained.device,
         )
-        videos = Videos(
-            folder, config, pretrained, ["prompt"], lambda prompt: embeds, images, {}, []
-        )
-        vae = pretrained.vae(tiling=config.memory.vae_tiling)
+        generator = VideoGenerator(config, pretrained, lambda prompt: embeds, images)
+        vae = generator.vae()
         recorder.call(vae.parameters(), "VAE weights")
         nothing = [numpy.zeros((1, 1, 1, 3))]
         with (
@@ -326,7 +325,7 @@ def run_training(
             patched(VideoProcessor, postprocess_video=lambda self, **given: nothing),
             patched(config.validation, num_inference_steps=STEPS_OF_VIDEO),
         ):
-            videos.generate(transformer, vae, "prompt", 0, "")
+            generator.generate(transformer, vae, "prompt", 0, "")
 
 
 def name_gradient(recorder: Recorder | Meter, parameter: torch.nn.Parameter) -> None:

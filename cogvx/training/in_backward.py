@@ -1,7 +1,8 @@
-"""Full fine-tuning whose optimizer steps during the backward pass, so that of all the gradients only one exists at a time.
+"""Full fine-tuning that steps the optimizer during the backward pass.
 
-As LOMO does for SGD (Lv et al. 2023, Full Parameter Fine-tuning with Limited Resources), here with Adam and its moments. There is
-no moment at which all gradients are known, so they cannot be clipped to a common norm.
+Only one gradient exists at a time. LOMO does this for SGD (Lv et al. 2023, Full Parameter
+Fine-tuning for Large Language Models with Limited Resources); here it is Adam with its moments.
+The gradients never exist together, so they cannot be clipped to a common norm.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from cogvx.training.torch_optimizer import can_skip_on_device
 
 
 class SteppingInBackward:
-    """Steps `optimizer`, torch's fused Adam or AdamW with one group, for each weight when its gradient is complete."""
+    """Steps torch's fused Adam or AdamW for each weight as soon as its gradient is complete."""
 
     def __init__(self, optimizer: Optimizer):
         self.optimizer = optimizer
-        self.squares: list[Tensor] = []  # of the norms of this step's gradients
+        self.squared_norms: list[Tensor] = []  # of this step's gradients
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.register_post_accumulate_grad_hook(self.step_for)
 
@@ -27,13 +28,13 @@ class SteppingInBackward:
         norm, [group] = parameter.grad.norm(), self.optimizer.param_groups
         # A weight whose gradient is not finite does not change.
         can_skip_on_device(self.optimizer, norm)
-        every, group["params"] = group["params"], [parameter]
+        all_parameters, group["params"] = group["params"], [parameter]
         self.optimizer.step()
-        group["params"], parameter.grad = every, None
-        self.squares.append(norm.square())
+        group["params"], parameter.grad = all_parameters, None
+        self.squared_norms.append(norm.square())
 
     def grad_norm(self) -> Tensor:
-        """Of all gradients of the backward pass just done."""
-        total = torch.stack(self.squares).sum().sqrt()
-        self.squares.clear()
+        """The norm of all gradients of the last backward pass."""
+        total = torch.stack(self.squared_norms).sum().sqrt()
+        self.squared_norms.clear()
         return total

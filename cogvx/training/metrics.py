@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from cogvx.errors import first_line
@@ -15,23 +18,23 @@ from cogvx.records.sweep import name_of_sweep
 
 
 class Metrics:
-    """Appends to metrics.jsonl and to the tracker. On a resume, lines after the resumed step are taken out first."""
+    """Appends to metrics.jsonl and to the tracker.
+
+    If the run is resumed, the lines after the resumed step are removed first.
+    """
 
     def __init__(
         self, folder: Path, tracking: Tracking, config: dict[str, object], *, resumed_at: int
     ):
         self.path = folder / "metrics.jsonl"
         self.tracking, self.failed = tracking, False
-        self.kept = (
-            [line for line in read_json_lines(self.path) if line["step"] <= resumed_at]
-            if resumed_at
-            else []
-        )
+        lines = read_json_lines(self.path) if resumed_at else []
+        self.kept = [line for line in lines if line["step"] <= resumed_at]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self.mirror(tracking.start, folder, config, resumed_at, name_of_sweep(folder))
 
     def has(self, name: str, step: int) -> bool:
-        """Whether a resumed run had logged this already."""
+        """Whether the run logged this before it was resumed."""
         return any(line["step"] == step and name in line for line in self.kept)
 
     def log(self, step: int, **values: object) -> None:
@@ -49,13 +52,23 @@ class Metrics:
         self.mirror(self.tracking.finish, status)
 
     def mirror(self, call: Callable, *arguments: object) -> None:
-        """A tracker that fails stops nothing; it is said once."""
+        """A tracker that fails does not stop the run. One warning names the first failure."""
         try:
             call(*arguments)
         except Exception as error:
             if not self.failed:
                 name = type(self.tracking).__name__.lower()
                 tqdm.write(
-                    f"warning tracking={name} failed: {first_line(error)}; the run goes on, with all in {self.path.name}"
+                    f"warning tracking={name} failed: {first_line(error)}; "
+                    f"the run goes on, and {self.path.name} has all values"
                 )
             self.failed = True
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """On a GPU what torch has reserved at most; otherwise that of the whole process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_reserved(device) / 2**30, 3)
+    # macOS counts bytes here, Linux KiB.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)

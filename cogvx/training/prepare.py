@@ -1,9 +1,12 @@
-"""Before the first step: processes, checkpoint and data, with everything encoded and the encoders let go."""
+"""Before the first step: processes, base model and data. Everything is encoded here.
+
+S text tokens, D their width, C channels, F H W latent frames, height and width.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +23,7 @@ from cogvx.data.cache import Cache, content_key
 from cogvx.data.encode import (
     EncodedClip,
     Encoder,
+    Rejected,
     encode_clips,
     encode_images,
     encode_prompts,
@@ -27,57 +31,70 @@ from cogvx.data.encode import (
 )
 from cogvx.data.inspect import write_contact_sheet, write_report
 from cogvx.data.sources import Data, Example
-from cogvx.data.video import BadClip, to_bytes
+from cogvx.data.video import BadClip, read_clip, to_bytes
 from cogvx.errors import UserError
 from cogvx.files import shown
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.memory import Memory
-from cogvx.options.train import Precision
+from cogvx.options.train import Precision, Train
+from cogvx.progress import counted
 from cogvx.records import record
-from cogvx.training.step import Batch, sent
-from cogvx.training.validation import given_images, given_prompts
+from cogvx.training.ranks import Ranks
+from cogvx.training.step import Batch, on_device
+from cogvx.training.videos import RealClip, validation_images, validation_prompts
+
+# -- processes -----------------------------------------------------------------------------------
 
 
-def start_processes(config: Config) -> Accelerator:
-    """Accelerate on the devices present, checked to be what was asked for: it falls back silently in several ways."""
+def start_processes(config: Config) -> Ranks:
+    """Accelerate on the devices present. UserError if they cannot do what is asked for."""
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    precision = config.train.mixed_precision
-    if precision is Precision.fp16 and not gpu:
+    precision, processes = config.train.mixed_precision, config.parallel.num_processes
+    require_precision(precision, gpu=gpu)
+    if torch.cuda.is_available() and torch.cuda.device_count() < processes:
         raise UserError(
-            "train.mixed_precision=fp16 needs a GPU, and torch sees none on this machine. "
-            "On a CPU: train.mixed_precision=bf16, or no for fp32"
+            f"parallel.num_processes={processes}: torch sees "
+            f"{counted(torch.cuda.device_count(), 'GPU')}, and each process needs its own"
         )
-    if (
-        precision is Precision.bf16
-        and torch.cuda.is_available()
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise UserError(
-            f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; 2B trains in fp16, 5B needs a newer GPU"
-        )
-    if torch.cuda.is_available() and torch.cuda.device_count() < config.parallel.num_processes:
-        raise UserError(
-            f"parallel.num_processes={config.parallel.num_processes}: torch sees {torch.cuda.device_count()} GPU(s), and each "
-            f"process needs its own"
-        )
-    # Buffers never change, and sending them would wait for ranks that have no held-out clip to evaluate. The timeout is
-    # for the others, while one process downloads, encodes or makes videos.
+    # Buffers never change. Sending them would wait for processes that have no held-out clip.
+    # The timeout is for the others, while one process downloads, encodes or makes videos.
     settings = [
         DistributedDataParallelKwargs(broadcast_buffers=False),
         InitProcessGroupKwargs(timeout=timedelta(days=1)),
     ]
     accelerator = Accelerator(mixed_precision=precision.name, cpu=not gpu, kwargs_handlers=settings)
-    if accelerator.num_processes != config.parallel.num_processes:
+    # Accelerate falls back to one process silently, in several ways.
+    if accelerator.num_processes != processes:
         raise UserError(
-            f"parallel.num_processes={config.parallel.num_processes}, but accelerate runs {accelerator.num_processes}: "
-            f"start it with python launch.py, without torchrun or accelerate launch"
+            f"parallel.num_processes={processes}, but accelerate runs "
+            f"{accelerator.num_processes}: start it with python launch.py, "
+            f"without torchrun or accelerate launch"
         )
-    return accelerator
+    return Ranks(accelerator)
+
+
+def require_precision(precision: Precision, *, gpu: bool) -> None:
+    if precision is Precision.fp16 and not gpu:
+        raise UserError(
+            "train.mixed_precision=fp16 needs a GPU, and torch sees none on this machine. "
+            "On a CPU: train.mixed_precision=bf16, or no for fp32"
+        )
+    cuda = torch.cuda.is_available()
+    if precision is Precision.bf16 and cuda:
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return
+        raise UserError(
+            f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not support it; "
+            f"2B trains in fp16, 5B needs a newer GPU"
+        )
+
+
+# -- data ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Prepared:
-    """The data, encoded: nothing of the two encoders is left in memory."""
+    """The data, encoded. Neither of the two encoders is in memory any more."""
 
     pretrained: PretrainedModel
     train: list[EncodedClip]
@@ -85,97 +102,29 @@ class Prepared:
     prompts: dict[str, Path]  # the cached embedding of every caption, validation prompt and ""
     validation_prompts: list[str]
     example_prompt: str  # to show how the result is used
-    images: dict[
-        str, numpy.ndarray
-    ]  # image-to-video: for these prompts the first frame, [H, W, 3] uint8
-
-    @classmethod
-    def from_config(
-        cls, config: Config, folder: Path, accelerator: Accelerator, prompts: Iterable[str] = ()
-    ) -> Prepared:
-        """`prompts`: more that are to be encoded."""
-        say, cache = accelerator.print, Cache(config.data.cache_dir)
-        validation_prompts = given_prompts(config)
-        start_images = given_images(
-            config, 1 if validation_prompts is None else len(validation_prompts)
-        )
-        with (
-            accelerator.main_process_first()
-        ):  # what it downloads or renders is there for the others
-            examples = config.data.read()
-            config.data.trained_on(len(examples))  # too few are said before they are encoded
-            model_folder = config.model.prepare(**config.asked_of_model())
-        pretrained = PretrainedModel(
-            model_folder, accelerator.device, getattr(torch, config.train.mixed_precision.value)
-        )
-        say(f"model   {shown(Path(config.model.path))}, {pretrained.dtype} on {accelerator.device}")
-
-        vae, text = encoders(pretrained, cache, config.memory)
-        clips, rejected = encode_clips(examples, config.data, cache, vae, say)
-        if pretrained.geometry().image_to_video:
-            clips, without_image = encode_images(clips, config.data, cache, vae, say)
-            rejected += without_image
-        out, used = config.data.held_out(len(clips)), config.data.trained_on(len(clips))
-        if accelerator.is_main_process:
-            uses = [
-                "held out" if aside else "train" if trained else "left out: data.max_train_clips"
-                for aside, trained in zip(out, used, strict=True)
-            ]
-            write_report(folder, clips, uses, rejected)
-            write_contact_sheet(folder, clips, uses)
-            fingerprint = content_key([fingerprint_of(clip.example, cache) for clip in clips])
-            commit = pretrained.hub_commit()
-            record.note(
-                folder, device=device_name(accelerator.device), processes=accelerator.num_processes,
-                model_folder=str(model_folder), model_commit=commit, data_fingerprint=fingerprint,
-                model_fingerprint=cache.fingerprint(model_folder) if commit is None else None,  # a commit says it without reading 20 GB
-            )  # fmt: skip
-            drift = record.drift(folder)
-            if drift is not None:
-                say(f"warning {drift}")
-        train = [clip for clip, trained in zip(clips, used, strict=True) if trained]
-        aside = [clip for clip, aside in zip(clips, out, strict=True) if aside]
-        describe_clips([*train, *aside], len(train), config, say)
-        sheet = shown(folder / "contact_sheet.png")
-        say(f"clips   {sheet} shows what the model sees of them, dataset_report.csv says it")
-        require_equal_lengths(train, config)
-        for frames in sorted({clip.about["frames"] for clip in clips}):
-            for caution in pretrained.geometry().cautions(frames):
-                say(f"warning {caution}")
-        first = (aside or train)[0].example
-        if validation_prompts is None:
-            validation_prompts = [first.prompt]
-        example, images = [*validation_prompts, first.prompt][0], {}
-        if pretrained.geometry().image_to_video:
-            given = start_images or [None] * len(validation_prompts)
-            images[example] = picture(first, config.data)
-            for prompt, path in zip(validation_prompts, given, strict=True):
-                images[prompt] = picture(
-                    first if path is None else replace(first, image=path), config.data
-                )
-        all_prompts = ["", *(clip.example.prompt for clip in clips), *validation_prompts, *prompts]
-        embeds = encode_prompts(all_prompts, cache, text, pretrained.geometry().text_tokens, say)
-        clear_device_cache(
-            garbage_collection=True
-        )  # of the two encoders, which nothing refers to any more
-        return cls(pretrained, train, aside, embeds, validation_prompts, example, images)
+    images: dict[str, numpy.ndarray]  # image-to-video: first frame [H, W, 3] uint8 by prompt
 
     def embeds(self, prompt: str) -> torch.Tensor:
+        """[S, D]."""
         return read_tensor(self.prompts[prompt], "prompt_embeds")
 
     def load_batch(self, clips: list[EncodedClip], prompts: list[str], images: list[int]) -> Batch:
-        """On the device. `images`: which encoding of its image each clip starts from; 0 is without noise."""
+        """A batch on the device. `images`: which encoding of its image each clip starts from.
+
+        Encoding 0 is without noise.
+        """
         device, image_moments = self.pretrained.device, None
         latents = [read_tensor(clip.path, "latent_moments") for clip in clips]
         if clips[0].image_path is not None:
             rows = [
-                read_tensor(c.image_path, "image_moments", row)
-                for c, row in zip(clips, images, strict=True)
+                read_tensor(clip.image_path, "image_moments", row)
+                for clip, row in zip(clips, images, strict=True)
             ]
-            image_moments = sent(torch.stack(rows), device)
+            image_moments = on_device(torch.stack(rows), device)
+        embeds = [self.embeds(prompt) for prompt in prompts]
         return Batch(
-            latent_moments=sent(torch.stack(latents), device),
-            prompt_embeds=sent(torch.stack([self.embeds(prompt) for prompt in prompts]), device),
+            latent_moments=on_device(torch.stack(latents), device),
+            prompt_embeds=on_device(torch.stack(embeds), device),
             image_moments=image_moments,
         )
 
@@ -183,47 +132,75 @@ class Prepared:
         clip = self.held_out[index]
         return self.load_batch([clip], [clip.example.prompt], [0])
 
-    def clip_beside(self, prompt: str) -> EncodedClip:
-        """The clip whose caption shares most words with the prompt."""
+    def real_clip(self, prompt: str, data: Data) -> RealClip:
+        """The clip whose caption shares the most words with the prompt."""
         words = set(prompt.lower().split())
-        return max(
-            [*self.held_out, *self.train],
-            key=lambda clip: len(words & set(clip.example.prompt.lower().split())),
+        titled = [("held-out clip", clip) for clip in self.held_out]
+        titled += [("training clip", clip) for clip in self.train]
+        title, clip = max(
+            titled, key=lambda pair: len(words & set(pair[1].example.prompt.lower().split()))
         )
+        return RealClip(title, to_bytes(read_clip(clip.example.video, data).frames))
 
 
-def require_equal_lengths(clips: list[EncodedClip], config: Config) -> None:
-    """Clips of a batch are stacked."""
-    frames = sorted({clip.about["frames"] for clip in clips})
-    if config.train.train_batch_size > 1 and len(frames) > 1:
-        shapes = [
-            f"{sum(clip.about['frames'] == n for clip in clips)} clips of {n} frames"
-            for n in frames
-        ]
-        raise UserError(
-            f"train.train_batch_size={config.train.train_batch_size} needs clips of one length, and there are {', '.join(shapes)}. "
-            f"Either train.train_batch_size=1 train.gradient_accumulation_steps={config.train.train_batch_size}, "
-            f"or data.max_num_frames={frames[0]}, or data.min_num_frames={frames[-1]} to leave the shorter ones out"
-        )
+def prepare(
+    config: Config, folder: Path, ranks: Ranks, more_prompts: Iterable[str] = ()
+) -> Prepared:
+    """Encodes clips and prompts, and reports on them in the run's folder."""
+    data = config.data
+    # Blank prompts and missing images are reported before anything is encoded.
+    prompts = validation_prompts(config.validation)
+    images = validation_images(config.validation, 1 if prompts is None else len(prompts))
+
+    pretrained, examples = fetch(config, ranks)
+    cache = Cache(data.cache_dir)
+    vae, text_encoder = encoders(pretrained, cache, config.memory)
+    clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)
+    train, held_out, uses = split(clips, data)
+    if ranks.logs:
+        report(folder, clips, uses, rejected)
+        note_fingerprints(folder, config, pretrained, clips, cache, ranks)
+    describe(folder, train, held_out, data, ranks)
+    require_equal_lengths(train, config.train)
+    warn_of_lengths(clips, pretrained, ranks)
+
+    first = (held_out or train)[0].example
+    prompts = [first.prompt] if prompts is None else prompts
+    example_prompt = [*prompts, first.prompt][0]
+    pictures = {}
+    if pretrained.geometry().image_to_video:
+        pictures = first_frames(example_prompt, prompts, images, first, data)
+
+    captions = [clip.example.prompt for clip in clips]
+    needed = ["", *captions, *prompts, *more_prompts]
+    text_tokens = pretrained.geometry().text_tokens
+    embeds = encode_prompts(needed, cache, text_encoder, text_tokens, ranks.say)
+    # Nothing refers to the two encoders any more: their memory is given back.
+    clear_device_cache(garbage_collection=True)
+    return Prepared(pretrained, train, held_out, embeds, prompts, example_prompt, pictures)
 
 
-def fingerprint_of(example: Example, cache: Cache) -> list[str]:
-    files = [example.video, *([] if example.image is None else [example.image])]
-    return [example.prompt, *(cache.fingerprint(path) for path in files)]
+# -- step 1: read and encode ---------------------------------------------------------------------
 
 
-def picture(example: Example, data: Data) -> numpy.ndarray:
-    """What an image-to-video clip starts from, [H, W, 3] uint8. UserError when the file yields none."""
-    try:
-        return to_bytes(image_of(example, data))[0]
-    except BadClip as bad:
-        raise UserError(f"a validation video's {bad}") from bad
+def fetch(config: Config, ranks: Ranks) -> tuple[PretrainedModel, list[Example]]:
+    """The base model on this machine, and the list of clips."""
+    # What the first process downloads or renders is there for the others.
+    with ranks.accelerator.main_process_first():
+        examples = config.data.read()
+        # Raises an error if there are too few clips, before they are encoded.
+        config.data.trained_on(len(examples))
+        model_folder = config.model.prepare(**config.asked_of_model())
+    device = ranks.accelerator.device
+    dtype = getattr(torch, config.train.mixed_precision.value)
+    ranks.say(f"model   {shown(Path(config.model.path))}, {dtype} on {device}")
+    return PretrainedModel(model_folder, device, dtype), examples
 
 
 def encoders(pretrained: PretrainedModel, cache: Cache, memory: Memory) -> tuple[Encoder, Encoder]:
-    """The VAE and the text encoder, not loaded yet."""
+    """The VAE and the text encoder. Each is loaded when there is something to encode."""
     vae, text, tokenizer = (
-        cache.fingerprint(pretrained.folder / p) for p in ("vae", "text_encoder", "tokenizer")
+        cache.fingerprint(pretrained.folder / part) for part in ("vae", "text_encoder", "tokenizer")
     )
     return (
         Encoder(
@@ -241,36 +218,161 @@ def encoders(pretrained: PretrainedModel, cache: Cache, memory: Memory) -> tuple
     )
 
 
-def describe_clips(
-    clips: list[EncodedClip], train: int, config: Config, say: Callable[[str], None]
+def encode(
+    examples: list[Example],
+    data: Data,
+    cache: Cache,
+    vae: Encoder,
+    pretrained: PretrainedModel,
+    ranks: Ranks,
+) -> tuple[list[EncodedClip], list[Rejected]]:
+    clips, rejected = encode_clips(examples, data, cache, vae, ranks.say)
+    if not pretrained.geometry().image_to_video:
+        return clips, rejected
+    clips, without_image = encode_images(clips, data, cache, vae, ranks.say)
+    return clips, [*rejected, *without_image]
+
+
+# -- step 2: split and report --------------------------------------------------------------------
+
+
+def split(
+    clips: list[EncodedClip], data: Data
+) -> tuple[list[EncodedClip], list[EncodedClip], list[str]]:
+    """The clips to train on, the held-out clips, and what each clip is used for."""
+    out, used = data.held_out(len(clips)), data.trained_on(len(clips))
+    train = [clip for clip, trained in zip(clips, used, strict=True) if trained]
+    held_out = [clip for clip, aside in zip(clips, out, strict=True) if aside]
+    uses = [
+        "held out" if aside else "train" if trained else "left out: data.max_train_clips"
+        for aside, trained in zip(out, used, strict=True)
+    ]
+    return train, held_out, uses
+
+
+def report(
+    folder: Path, clips: list[EncodedClip], uses: list[str], rejected: list[Rejected]
 ) -> None:
-    frames = sorted({clip.about["frames"] for clip in clips})
-    size = f"{config.data.width}x{config.data.height}"
-    lengths = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
-    say(
-        f"data    {train} clips to train on, {len(clips) - train} held out; {lengths} frames of {size} at {config.data.fps or 'their own'} fps"
+    write_report(folder, clips, uses, rejected)
+    write_contact_sheet(folder, clips, uses)
+
+
+def note_fingerprints(
+    folder: Path,
+    config: Config,
+    pretrained: PretrainedModel,
+    clips: list[EncodedClip],
+    cache: Cache,
+    ranks: Ranks,
+) -> None:
+    """Records what the result depends on besides the settings; warns if a resumed run differs."""
+    commit = pretrained.hub_commit()
+    # A hub commit identifies the weights. Only a local folder of up to 20 GB must be read.
+    fingerprint = cache.fingerprint(pretrained.folder) if commit is None else None
+    record.note(
+        folder,
+        device=device_name(pretrained.device),
+        processes=ranks.count,
+        model_folder=str(pretrained.folder),
+        model_commit=commit,
+        data_fingerprint=content_key([fingerprint_of(clip.example, cache) for clip in clips]),
+        model_fingerprint=fingerprint,
     )
-    slow = [clip for clip in clips if clip.about["repeated"]]
-    if slow:
-        say(
-            f"warning {len(slow)} clips have a lower frame rate than data.fps={config.data.fps}: some of their frames are used twice "
-            f"(dataset_report.csv, column repeated). data.fps={math.floor(min(c.about['file_fps'] for c in slow))} would avoid it"
-        )
-    if train == len(clips):
-        say(
-            "warning no clip is held out, so there is no held-out loss: add clips, or set data.validation_fraction"
-        )
+    drift = record.drift(folder)
+    if drift is not None:
+        ranks.say(f"warning {drift}")
 
 
-def read_tensor(path: Path, name: str, row: int | None = None) -> torch.Tensor:
-    """A tensor of a file, or one row of it."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name) if row is None else file.get_slice(name)[row]
+def fingerprint_of(example: Example, cache: Cache) -> list[str]:
+    files = [example.video, *([] if example.image is None else [example.image])]
+    return [example.prompt, *(cache.fingerprint(path) for path in files)]
 
 
 def device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def describe(
+    folder: Path, train: list[EncodedClip], held_out: list[EncodedClip], data: Data, ranks: Ranks
+) -> None:
+    clips = [*train, *held_out]
+    frames = sorted({clip.about["frames"] for clip in clips})
+    lengths = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
+    ranks.say(
+        f"data    {counted(len(train), 'clip')} to train on, {len(held_out)} held out; "
+        f"{lengths} frames of {data.width}x{data.height} at {data.fps or 'their own'} fps"
     )
+    slow = [clip for clip in clips if clip.about["repeated"]]
+    if slow:
+        lowest = math.floor(min(clip.about["file_fps"] for clip in slow))
+        ranks.say(
+            f"warning {counted(len(slow), 'clip has', 'clips have')} a lower frame rate than "
+            f"data.fps={data.fps}, so some frames are used twice (dataset_report.csv, column "
+            f"repeated); data.fps={lowest} avoids this"
+        )
+    if not held_out:
+        ranks.say(
+            "warning no clip is held out, so there is no held-out loss: "
+            "add clips, or set data.validation_fraction"
+        )
+    sheet = shown(folder / "contact_sheet.png")
+    ranks.say(f"clips   see {sheet} (pictures) and dataset_report.csv (table)")
+
+
+def require_equal_lengths(clips: list[EncodedClip], train: Train) -> None:
+    """UserError if the clips of a batch cannot be stacked."""
+    frames = sorted({clip.about["frames"] for clip in clips})
+    size = train.train_batch_size
+    if size == 1 or len(frames) == 1:
+        return
+    lengths = [
+        f"{counted(sum(clip.about['frames'] == n for clip in clips), 'clip')} of {n} frames"
+        for n in frames
+    ]
+    raise UserError(
+        f"train.train_batch_size={size} needs clips of one length, "
+        f"and there are {', '.join(lengths)}. "
+        f"Either train.train_batch_size=1 train.gradient_accumulation_steps={size}, "
+        f"or data.max_num_frames={frames[0]}, "
+        f"or data.min_num_frames={frames[-1]} to leave the shorter ones out"
+    )
+
+
+def warn_of_lengths(clips: list[EncodedClip], pretrained: PretrainedModel, ranks: Ranks) -> None:
+    for frames in sorted({clip.about["frames"] for clip in clips}):
+        for caution in pretrained.geometry().cautions(frames):
+            ranks.say(f"warning {caution}")
+
+
+# -- step 3: first frames of validation videos, for image-to-video -------------------------------
+
+
+def first_frames(
+    example_prompt: str,
+    prompts: list[str],
+    images: list[Path] | None,
+    first: Example,
+    data: Data,
+) -> dict[str, numpy.ndarray]:
+    """By prompt, [H, W, 3] uint8. Where no image is given, the one of the `first` clip."""
+    found = {example_prompt: first_frame(first, data)}
+    for prompt, path in zip(prompts, images or [None] * len(prompts), strict=True):
+        example = first if path is None else replace(first, image=path)
+        found[prompt] = first_frame(example, data)
+    return found
+
+
+def first_frame(example: Example, data: Data) -> numpy.ndarray:
+    """The image that a clip starts from, [H, W, 3] uint8. UserError if the file has none."""
+    try:
+        return to_bytes(image_of(example, data))[0]
+    except BadClip as bad:
+        raise UserError(f"a validation video's {bad}") from bad
+
+
+def read_tensor(path: Path, name: str, row: int | None = None) -> torch.Tensor:
+    """A tensor of a safetensors file, or one row of it."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name) if row is None else file.get_slice(name)[row]

@@ -1,4 +1,4 @@
-"""The objective of CogVideoX, whole, and every random number in it.
+"""The objective of CogVideoX, and every random number in it.
 
 B batch, F latent frames, C channels, H W latent size, S text tokens, D their width.
 """
@@ -18,29 +18,18 @@ from cogvx.options.train import Timesteps, TimestepSampling
 
 @dataclass(frozen=True)
 class Batch:
-    latent_moments: (
-        Tensor  # [B, 2C, F, H, W], mean and log variance of the VAE's posterior, unscaled
-    )
+    """Clips and prompts as the encoders left them; image_moments only for image-to-video."""
+
+    latent_moments: Tensor  # [B, 2C, F, H, W], mean and log variance from the VAE, unscaled
     prompt_embeds: Tensor  # [B, S, D]
-    image_moments: Tensor | None = (
-        None  # [B, 2C, 1, H, W], of the image a clip starts from; None for text-to-video
-    )
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+    image_moments: Tensor | None = None  # [B, 2C, 1, H, W], the image each clip starts from
 
 
 def training_losses(model: CogVideoX, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the predicted velocity and the timestep it was taken at, for each clip: [B] fp32 and [B].
+    """Each clip's mean squared error of the predicted velocity [B], fp32, and its timestep [B].
 
-    It equals mean((x0_predicted - x0)^2 / (1 - alphas_cumprod)), the form diffusers, CogVideo and finetrainers write, at
-    every timestep; that form, computed in bf16, is wrong near t = 0.
+    At every timestep this equals mean((x0_predicted - x0)^2 / (1 - alphas_cumprod)), the form that
+    diffusers, CogVideo and finetrainers write. Computed in bf16, that form is wrong near t = 0.
     """
     latents = model.scale(draw.posterior(batch.latent_moments))  # [B, F, C, H, W]
     noise, timesteps = draw.noise(latents), draw.timesteps(model.num_timesteps)
@@ -51,26 +40,29 @@ def training_losses(model: CogVideoX, batch: Batch, draw: Draw) -> tuple[Tensor,
     return (predicted.float() - velocity).square().mean(dim=(1, 2, 3, 4)), timesteps
 
 
+# -- random numbers ------------------------------------------------------------------------------
+
+
 class Sample(NamedTuple):
-    """A clip's turn in training."""
+    """One use of a clip in training."""
 
     epoch: int
     index: int  # of the clip
     place: int  # in the sequence of all samples of the run
 
 
-# Each kind of draw has a stream of its own.
-ORDER, POSTERIOR, NOISE, TIMESTEP, CAPTION, IMAGE_POSTERIOR, IMAGE_NOISE, IMAGE_DROPOUT = range(
-    1, 9
-)
-GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples, modulo 1, fill any stretch evenly
+# Each kind of random number has its own stream.
+ORDER, POSTERIOR, NOISE, TIMESTEP, CAPTION = 1, 2, 3, 4, 5
+IMAGE_POSTERIOR, IMAGE_NOISE, IMAGE_DROPOUT = 6, 7, 8
+# (sqrt(5) - 1) / 2. Its multiples, modulo 1, fill any interval evenly.
+GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The random numbers of a batch: each a function of (seed, epoch, clip) and of nothing that came before.
+    """The random numbers of a batch. Each is a function of (seed, epoch, clip) alone.
 
-    So they are the same for any number of processes, after a resume, and whatever validation did in between.
+    So they do not depend on the number of processes, on a resume, or on validation in between.
     """
 
     seed: int
@@ -91,10 +83,13 @@ class Draw:
             self.generator(stream, sample).standard_normal(shape[1:], dtype=numpy.float32)
             for sample in self.samples
         ]
-        return sent(torch.from_numpy(numpy.stack(rows)), self.device)
+        return on_device(torch.from_numpy(numpy.stack(rows)), self.device)
 
     def posterior(self, moments: Tensor, stream: int = POSTERIOR) -> Tensor:
-        """A sample of the VAE's posterior, [B, 2C, F, H, W] -> [B, C, F, H, W], as diffusers' DiagonalGaussianDistribution."""
+        """A sample of the VAE's posterior, [B, 2C, F, H, W] -> [B, C, F, H, W].
+
+        The arithmetic is that of diffusers' DiagonalGaussianDistribution.
+        """
         mean, log_variance = moments.float().chunk(2, dim=1)
         return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * self.normal(stream, mean.shape)
 
@@ -103,60 +98,56 @@ class Draw:
 
     def timesteps(self, num_timesteps: int) -> Tensor:
         """[B], each from 0 to num_timesteps - 1."""
-        shares = [self.share_of_schedule(sample) for sample in self.samples]
-        return sent(
-            torch.tensor([min(int(share * num_timesteps), num_timesteps - 1) for share in shares]),
-            self.device,
-        )
+        positions = [self.schedule_position(sample) for sample in self.samples]
+        timesteps = [min(int(p * num_timesteps), num_timesteps - 1) for p in positions]
+        return on_device(torch.tensor(timesteps), self.device)
 
-    def share_of_schedule(self, sample: Sample) -> float:
-        """The timestep in [0, 1)."""
+    def schedule_position(self, sample: Sample) -> float:
+        """The timestep as a share of the schedule, from 0 up to 1."""
         sampling = self.timestep_sampling
         if sampling.timesteps is Timesteps.stratified:
             start = numpy.random.default_rng((TIMESTEP, self.seed)).random()
             return (start + sample.place * GOLDEN) % 1.0
         generator = self.generator(TIMESTEP, sample)
         if sampling.timesteps is Timesteps.logit_normal:
-            return float(
-                1 / (1 + numpy.exp(-generator.normal(sampling.logit_mean, sampling.logit_std)))
-            )
+            normal = generator.normal(sampling.logit_mean, sampling.logit_std)
+            return float(1 / (1 + numpy.exp(-normal)))
         return generator.random()
 
     def drops_caption(self) -> list[bool]:
-        return [
-            bool(self.generator(CAPTION, sample).random() < self.caption_dropout)
-            for sample in self.samples
-        ]
+        """For each sample whether it is trained without its caption."""
+        values = [self.generator(CAPTION, sample).random() for sample in self.samples]
+        return [bool(value < self.caption_dropout) for value in values]
 
     def image_variants(self, count: int) -> list[int]:
-        """Which of `count` noisy encodings of its image each clip starts from: all of them, in an order of the clip's own,
-        before one comes again."""
-        rounds = [
-            numpy.random.default_rng((IMAGE_NOISE, self.seed, s.epoch // count, s.index))
-            for s in self.samples
-        ]
-        return [
-            int(generator.permutation(count)[sample.epoch % count])
-            for generator, sample in zip(rounds, self.samples, strict=True)
-        ]
+        """Which of `count` noisy encodings of its image each clip starts from.
+
+        A clip uses all of them, in its own order, before one comes again.
+        """
+        chosen = []
+        for sample in self.samples:
+            round_number = sample.epoch // count
+            seeds = (IMAGE_NOISE, self.seed, round_number, sample.index)
+            order = numpy.random.default_rng(seeds).permutation(count)
+            chosen.append(int(order[sample.epoch % count]))
+        return chosen
 
     def image(self, moments: Tensor | None) -> Tensor | None:
-        """Image latents, [B, 2C, 1, H, W] -> [B, C, 1, H, W]; zeros for a share image_dropout of the samples."""
+        """Image latents, [B, 2C, 1, H, W] -> [B, C, 1, H, W].
+
+        A share image_dropout of the samples gets zeros.
+        """
         if moments is None:
             return None
-        kept = [
-            self.generator(IMAGE_DROPOUT, sample).random() >= self.image_dropout
-            for sample in self.samples
-        ]
+        values = [self.generator(IMAGE_DROPOUT, sample).random() for sample in self.samples]
         latents = self.posterior(moments, IMAGE_POSTERIOR)
-        return latents * sent(torch.tensor(kept, dtype=latents.dtype), self.device).view(
-            -1, 1, 1, 1, 1
-        )
+        kept = torch.tensor([v >= self.image_dropout for v in values], dtype=latents.dtype)
+        return latents * on_device(kept, self.device).view(-1, 1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
 class FixedDraw(Draw):
-    """For held-out losses: the timestep is given; the noise is drawn once per clip and timestep, and stays."""
+    """For held-out losses: the timestep is given, and the noise is always the same."""
 
     timestep: int = 0
 
@@ -165,10 +156,20 @@ class FixedDraw(Draw):
 
 
 def sample_order(seed: int, examples: int, start: int, count: int) -> list[Sample]:
-    """Places start ... start + count - 1 of an endless sequence of epochs, each a seeded permutation of the examples."""
+    """`count` samples from place `start` of an endless sequence of epochs.
+
+    Each epoch is a seeded permutation of the examples.
+    """
     order = []
     for place in range(start, start + count):
         epoch, position = divmod(place, examples)
         permutation = numpy.random.default_rng((ORDER, seed, epoch)).permutation(examples)
         order.append(Sample(epoch, int(permutation[position]), place))
     return order
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies to the device without waiting for it."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -20,7 +20,6 @@ PROJECT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(PROJECT)]
 
 import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
 from transformers import T5Config, T5EncoderModel  # noqa: E402
 
 from cogvx.compose import compose_config  # noqa: E402
@@ -28,7 +27,8 @@ from cogvx.model import nano  # noqa: E402
 from cogvx.model.pretrained import PretrainedModel  # noqa: E402
 from cogvx.progress import quiet_libraries  # noqa: E402
 from cogvx.records import record  # noqa: E402
-from cogvx.training.prepare import Prepared, start_processes  # noqa: E402
+from cogvx.training.prepare import prepare, start_processes  # noqa: E402
+from cogvx.training.setup import build_trainer  # noqa: E402
 from cogvx.training.trainer import Trainer  # noqa: E402
 
 STEPS, ROUNDS, TOKENS = 30, 5, nano.TEXT_TOKENS
@@ -48,11 +48,9 @@ def trainer_of(*overrides: str) -> Trainer:
         [f"output_dir={folder}", "validation.num_validation_videos=0", *overrides]
     )
     record.open_folder(config)
-    accelerator: Accelerator = start_processes(config)
-    accelerator.print = lambda *texts: None
-    return Trainer.build(
-        config, folder, accelerator, Prepared.from_config(config, folder, accelerator)
-    )
+    ranks = start_processes(config)
+    ranks.accelerator.print = lambda *texts: None
+    return build_trainer(config, folder, ranks, prepare(config, folder, ranks))
 
 
 def our_steps(trainer: Trainer, count: int) -> None:

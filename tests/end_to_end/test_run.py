@@ -369,7 +369,7 @@ def test_a_killed_run_goes_on_to_the_same_result(launch, launching, cache, tmp_p
     assert process.returncode == (-9 if kill == signal.SIGKILL else 128 + kill)
     assert not (killed / lora.WEIGHTS).exists()
     if kill != signal.SIGKILL:
-        assert "everything is kept" in said
+        assert "a checkpoint is saved" in said
         assert json.loads((killed / "summary.json").read_text())["status"] == "interrupted"
     resumed = launch(f"train.resume={killed}")
     assert resumed.returncode == 0, resumed.stderr
@@ -459,7 +459,7 @@ def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cach
 def test_checkpoints_are_pruned_to_the_limit(run):
     settings = ["train.max_train_steps=3", "train.checkpointing_steps=1"]
     folder = run("a", *settings, "train.checkpoints_total_limit=2")
-    kept = [path.name for path in checkpoints.all_complete(folder)]
+    kept = [path.name for path in checkpoints.complete_checkpoints(folder)]
     assert kept == ["step_000002", "step_000003"]
 
 

@@ -46,7 +46,7 @@ def gif(tmp_path) -> Path:
     import numpy
 
     from cogvx.data.mp4 import write_video
-    from cogvx.training.validation import write_gif
+    from cogvx.inference.pictures import write_gif
 
     frames = numpy.random.default_rng(0).integers(0, 255, (3, 32, 48, 3), dtype=numpy.uint8)
     write_video(tmp_path / "01_seed42.mp4", frames, fps=8)
@@ -258,11 +258,13 @@ def test_a_run_tells_its_tracker_how_it_ended(run, monkeypatch):
         monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
         run(name, *settings, expect=code)
     monkeypatch.setattr(trainer.Trainer, "evaluate", lambda self, **how: None)
-    monkeypatch.setattr(
-        trainer.Trainer,
-        "must_stop",
-        lambda self: setattr(self, "asked_to_stop", 15) or self.step == 3,
-    )
+    looked = iter(range(10))
+
+    def requested(self, ranks):
+        self.received = 15
+        return next(looked) == 3
+
+    monkeypatch.setattr(trainer.StopSignals, "requested", requested)
     run("d", *settings, expect=143)
     assert ended == ["done", "failed", "interrupted", "interrupted"]
 

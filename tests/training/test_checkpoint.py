@@ -11,6 +11,7 @@ from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import LoraWeights
 from cogvx.options import optimizers
 from cogvx.training import checkpoint as checkpoints
+from cogvx.training.state import TrainingState
 
 LORA = lora.Lora(4, 2, ["to_q"], use_rslora=False, use_dora=False, init_from=None)
 ADAMW = optimizers.AdamW(1e-3, 0.9, 0.95, 1e-8, 1e-2)
@@ -25,33 +26,33 @@ def state(nano_folder):
 
 def state_of(transformer, optimizer):
     weights = LoraWeights(LORA)
-    return checkpoints.TrainingState(
+    return TrainingState(
         transformer, weights, lora.trainable(transformer), optimizer, ADAMW, None, None
     )
 
 
 def test_the_oldest_go_only_after_the_newest_is_there(state, tmp_path):
     for step in (1, 2, 3, 4):
-        checkpoints.write(tmp_path, state, step, [], limit=2)
-    assert [path.name for path in checkpoints.all_complete(tmp_path)] == [
+        checkpoints.write_checkpoint(tmp_path, state, step, [], limit=2)
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == [
         "step_000003",
         "step_000004",
     ]
-    assert checkpoints.newest(tmp_path).name == "step_000004"
+    assert checkpoints.newest_checkpoint(tmp_path).name == "step_000004"
 
 
 def test_no_limit_keeps_all(state, tmp_path):
     for step in (1, 2, 3):
-        checkpoints.write(tmp_path, state, step, [], limit=None)
-    assert len(checkpoints.all_complete(tmp_path)) == 3
+        checkpoints.write_checkpoint(tmp_path, state, step, [], limit=None)
+    assert len(checkpoints.complete_checkpoints(tmp_path)) == 3
 
 
 @pytest.mark.parametrize(
     "damage", ["no manifest", "half a manifest", "a file cut short", "a file missing"]
 )
 def test_what_is_not_whole_is_passed_over(state, tmp_path, damage):
-    checkpoints.write(tmp_path, state, 1, [], limit=None)
-    newest = checkpoints.write(tmp_path, state, 2, [], limit=None)
+    checkpoints.write_checkpoint(tmp_path, state, 1, [], limit=None)
+    newest = checkpoints.write_checkpoint(tmp_path, state, 2, [], limit=None)
     match damage:
         case "no manifest":
             (newest / checkpoints.MANIFEST).unlink()
@@ -61,39 +62,39 @@ def test_what_is_not_whole_is_passed_over(state, tmp_path, damage):
             (newest / lora.WEIGHTS).write_bytes(b"123")
         case "a file missing":
             (newest / checkpoints.OPTIMIZER).unlink()
-    assert checkpoints.newest(tmp_path).name == "step_000001"
+    assert checkpoints.newest_checkpoint(tmp_path).name == "step_000001"
 
 
 def test_a_folder_without_a_whole_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
-        checkpoints.newest(tmp_path)
+        checkpoints.newest_checkpoint(tmp_path)
     (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
     with pytest.raises(UserError, match="only step_000001, not complete"):
-        checkpoints.newest(tmp_path)
+        checkpoints.newest_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
-        checkpoints.newest(tmp_path / "nowhere")
+        checkpoints.newest_checkpoint(tmp_path / "nowhere")
 
 
 def test_a_failed_write_leaves_the_older_checkpoint_and_says_how_to_go_on(
     state, tmp_path, monkeypatch
 ):
-    checkpoints.write(tmp_path, state, 1, [], limit=1)
+    checkpoints.write_checkpoint(tmp_path, state, 1, [], limit=1)
     monkeypatch.setattr(
         torch, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(UserError, match=r"No space left on device.*train.resume="):
-        checkpoints.write(tmp_path, state, 2, [], limit=1)
+        checkpoints.write_checkpoint(tmp_path, state, 2, [], limit=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
 
 
 def test_a_resumed_optimizer_has_the_settings_asked_for(state, tmp_path):
-    folder = checkpoints.write(tmp_path, state, 3, [], limit=None)
+    folder = checkpoints.write_checkpoint(tmp_path, state, 3, [], limit=None)
     parameters = lora.trainable(state.transformer)
     other = state_of(
         state.transformer, torch.optim.AdamW(parameters, betas=(0.8, 0.9), weight_decay=0.5)
     )
     other.load(folder)
-    assert checkpoints.manifest(folder)["step"] == 3
+    assert checkpoints.read_manifest(folder)["step"] == 3
     assert (
         other.optimizer.param_groups[0]["betas"],
         other.optimizer.param_groups[0]["weight_decay"],
@@ -135,14 +136,16 @@ def test_the_rehearsal_looks_at_the_free_space(state, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
     with pytest.raises(
-        UserError, match=r"MiB free; 3 checkpoint\(s\) of this run and its result need up to"
+        UserError, match=r"MiB free; 3 checkpoints of this run and its result need up to"
     ):
         checkpoints.rehearse(tmp_path, state, kept=3)
 
 
 def test_the_manifest_names_step_and_files(state, tmp_path):
     manifest = json.loads(
-        (checkpoints.write(tmp_path, state, 12, [], limit=None) / checkpoints.MANIFEST).read_text()
+        (
+            checkpoints.write_checkpoint(tmp_path, state, 12, [], limit=None) / checkpoints.MANIFEST
+        ).read_text()
     )
     assert manifest["step"] == 12 and set(manifest["files"]) == {
         lora.WEIGHTS,

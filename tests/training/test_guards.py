@@ -8,7 +8,7 @@ import torch
 from cogvx.files import read_json_lines
 from cogvx.model import lora
 from cogvx.model.pretrained import PretrainedModel
-from cogvx.training import guards, trainer
+from cogvx.training import dtypes, trainer
 from cogvx.training.torch_optimizer import set_learning_rate
 
 SHORT = [
@@ -46,7 +46,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_clip_is_named(run, spoil,
     [skipped] = lines(folder, "skipped")
     assert skipped["step"] == 5
     assert "videos.txt:" in skipped["skipped"][0] and " at timestep " in skipped["skipped"][0]
-    assert "warning step 5 left out" in capfd.readouterr().out
+    assert "warning step 5 is skipped" in capfd.readouterr().out
     assert all(tensor.isfinite().all() for tensor in lora.read(folder)[0].values())
     assert len(lines(folder, "loss")) == 4 and "NaN" not in (folder / "metrics.jsonl").read_text()
     assert json.loads((folder / "summary.json").read_text())["status"] == "done"
@@ -114,10 +114,10 @@ def test_the_audit_counts_every_weight_and_insists_on_fp32(nano_folder, compose)
     transformer = PretrainedModel(nano_folder, torch.device("cpu"), torch.bfloat16).transformer()
     frozen = sum(p.numel() for p in transformer.parameters())
     compose("lora.rank=4").lora.attach(transformer, seed=0)
-    found = guards.audit(transformer, torch.bfloat16)
+    found = dtypes.count_dtypes(transformer, torch.bfloat16)
     trained = sum(p.numel() for p in lora.trainable(transformer))
     assert (found["trained"], found["frozen"]) == ({"float32": trained}, {"bfloat16": frozen})
-    assert "arithmetic bfloat16" in guards.in_words(found)
+    assert "arithmetic bfloat16" in dtypes.dtypes_line(found)
     lora.trainable(transformer)[0].data = lora.trainable(transformer)[0].data.bfloat16()
     with pytest.raises(TypeError, match="small updates survive in float32 only"):
-        guards.audit(transformer, torch.bfloat16)
+        dtypes.count_dtypes(transformer, torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import types
 
 import pytest
@@ -16,7 +17,7 @@ from cogvx.options.cards import CARDS, named
 from cogvx.options.train import Attention
 from cogvx.plan.clock import Expectation
 from cogvx.records import record
-from cogvx.training import guards, prepare, trainer
+from cogvx.training import prepare, timing, train, trainer
 
 SHORT = ["train.max_train_steps=12", "train.logging_steps=6", "validation.heldout_steps=12"]
 
@@ -270,16 +271,22 @@ def test_what_needs_all_gradients_at_once_is_refused(compose, settings, said):
 
 
 def test_slow_steps_are_said_once_with_their_cause(run, monkeypatch, capfd):
-    assert guards.slow(1.9, 0.0, 1.0) is None and guards.slow(100.0, 0.0, None) is None
-    assert "a step takes 2.1 s where the plan for this card says 1.0 s" in guards.slow(
+    assert (
+        timing.slow_step_warning(1.9, 0.0, 1.0) is None
+        and timing.slow_step_warning(100.0, 0.0, None) is None
+    )
+    assert "a step takes 2.1 s where the plan for this card says 1.0 s" in timing.slow_step_warning(
         2.1, 0.1, 1.0
     )
-    assert "1.5 s of it wait for data: put data.cache_dir on a local disk" in guards.slow(
-        2.1, 1.5, 1.0
+    assert (
+        "1.5 s of it wait for data: put data.cache_dir on a local disk"
+        in timing.slow_step_warning(2.1, 1.5, 1.0)
     )
-    train = trainer.train
+    train_model = train.train_model
     monkeypatch.setattr(
-        trainer, "train", lambda config, folder, expected: train(config, folder, lambda: 1e-6)
+        train,
+        "train_model",
+        lambda config, folder, expected: train_model(config, folder, lambda: 1e-6),
     )
     run("a", *SHORT, "train.logging_steps=2")
     assert capfd.readouterr().out.count("warning a step takes") == 1
@@ -305,8 +312,6 @@ def test_cards_are_known_by_the_names_cuda_gives_them(device, gib, card):
 
 @pytest.mark.slow
 def test_the_expectation_is_the_plans(compose, nano_folder, tmp_path):
-    import time
-
     from accelerate.state import AcceleratorState
 
     from cogvx.plan.planner import step_seconds
@@ -337,18 +342,19 @@ def test_the_expectation_is_the_plans(compose, nano_folder, tmp_path):
 
 def test_the_progress_bars_forecast_leaves_validation_out():
     bar = types.SimpleNamespace(start_t=0.0, last_print_t=0.0, disable=False)
-    self = types.SimpleNamespace(progress=bar, clock=0.0)
-    with trainer.Trainer.not_timed(self):
-        import time
-
+    timer = timing.StepTimer(lambda: None, first_step=0)
+    timer.start(bar)
+    started = timer.started
+    with timer.paused():
         time.sleep(0.05)
-    assert bar.start_t == bar.last_print_t == self.clock >= 0.05
+    assert bar.start_t == bar.last_print_t >= 0.05
+    assert timer.started - started == pytest.approx(bar.start_t)
 
 
 @pytest.mark.slow
 def test_a_profile_says_where_the_time_of_some_steps_went(run, capfd):
     folder = run("a", *SHORT, "train.profile_steps=2")
-    assert "operations.txt says where the time of 2 steps went" in capfd.readouterr().out
+    assert "operations.txt lists where the time of 2 steps went" in capfd.readouterr().out
     assert "aten::addmm" in (folder / "profile" / "operations.txt").read_text()
     names = {
         event.get("name")

@@ -1,0 +1,61 @@
+"""Which clips and random numbers a micro-step uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cogvx.config import Config
+from cogvx.options.train import TimestepSampling
+from cogvx.training.prepare import Prepared
+from cogvx.training.ranks import Ranks
+from cogvx.training.step import Batch, Draw, sample_order
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A micro-step's batch is a function of its number, so a resumed run sees the same ones."""
+
+    config: Config
+    data: Prepared
+    ranks: Ranks
+
+    def load(self, micro_step: int) -> tuple[Batch, Draw]:
+        """This process's part.
+
+        All processes together take consecutive places of the sample order. So the clips of an
+        optimizer step depend on the total batch size, and not on how many processes share it.
+        """
+        draw = self.draw(micro_step)
+        clips = [self.data.train[sample.index] for sample in draw.samples]
+        prompts = [
+            "" if drop else clip.example.prompt
+            for clip, drop in zip(clips, draw.drops_caption(), strict=True)
+        ]
+        return self.data.load_batch(clips, prompts, self.images(draw)), draw
+
+    def draw(self, micro_step: int) -> Draw:
+        train, seed = self.config.train, self.config.seed
+        size = train.train_batch_size
+        start = (micro_step * self.ranks.count + self.ranks.index) * size
+        return Draw(
+            seed,
+            sample_order(seed, len(self.data.train), start, size),
+            self.ranks.accelerator.device,
+            timestep_sampling=TimestepSampling(
+                train.timestep_sampling, train.logit_mean, train.logit_std
+            ),
+            caption_dropout=train.caption_dropout,
+            image_dropout=train.image_dropout,
+        )
+
+    def images(self, draw: Draw) -> list[int]:
+        """Which encoding of its image each clip starts from. Encoding 0 is without noise."""
+        noisy = self.config.data.image_noise_variants
+        if not noisy:
+            return [0] * len(draw.samples)
+        return [1 + variant for variant in draw.image_variants(noisy)]
+
+    def names(self, draw: Draw) -> list[str]:
+        """Where each clip is listed, and its file."""
+        examples = [self.data.train[sample.index].example for sample in draw.samples]
+        return [f"{example.origin} {example.video.name}" for example in examples]

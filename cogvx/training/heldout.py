@@ -1,0 +1,101 @@
+"""The held-out loss: how good the model is now, on clips that it is not trained on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+
+from cogvx.model.cogvideox import CogVideoX
+from cogvx.options.validation import Validation
+from cogvx.training.ranks import Ranks
+from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
+
+# Seeds the held-out noise. It is the same in every run, so that runs can be compared.
+HELD_OUT_SEED = 0
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    mean: float  # over clips, timesteps and draws of noise
+    standard_error: float | None  # of the mean over clips; None for a single clip
+    noise_floor: float | None  # standard error over draws of noise; None for a single draw
+    by_timestep: dict[int, float]
+    by_clip: list[float]  # in the order of the held-out clips: runs can be compared clip by clip
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" +- {self.standard_error:.4f}"
+        return f"{self.mean:.4f}{error}"
+
+    def for_metrics(self) -> dict[str, object]:
+        """The values of a line of metrics.jsonl."""
+        return {
+            "heldout_loss": self.mean,
+            "heldout_standard_error": self.standard_error,
+            "heldout_noise_floor": self.noise_floor,
+            "heldout_by_timestep": {str(t): loss for t, loss in self.by_timestep.items()},
+            "heldout_by_clip": self.by_clip,
+        }
+
+
+def heldout_loss(
+    model: CogVideoX,
+    clips: int,
+    load: Callable[[int], Batch],
+    validation: Validation,
+    ranks: Ranks,
+) -> HeldOutLoss | None:
+    """The training loss at fixed timesteps with fixed noise, without dropout and loss weights.
+
+    The timesteps are the middles of validation.heldout_timesteps equal bands of the schedule, so
+    by_timestep is the loss by band. load(index) returns a clip as a batch of one. The processes
+    share the clips. Returns None if there are none.
+    """
+    if not clips:
+        return None
+    bands, draws = validation.heldout_timesteps, range(validation.heldout_draws)
+    timesteps = [int((k + 0.5) * model.num_timesteps / bands) for k in range(bands)]
+    on_device = []
+    with torch.no_grad():
+        for index in range(ranks.index, clips, ranks.count):
+            batch = load(index)
+            for timestep in timesteps:
+                for number in draws:
+                    draw = fixed_draw(model.device, index, timestep, number)
+                    losses, _ = training_losses(model, batch, draw)
+                    on_device.append((index, timestep, number, losses))
+    # The losses are read from the device at the end, all together.
+    mine = [(index, t, number, losses.item()) for index, t, number, losses in on_device]
+    losses = {(index, t, number): loss for index, t, number, loss in gather_object(mine)}
+    return summarize(losses, range(clips), timesteps, draws)
+
+
+def fixed_draw(device: torch.device, index: int, timestep: int, number: int) -> FixedDraw:
+    samples = [Sample(epoch=timestep, index=index, place=0)]
+    return FixedDraw(HELD_OUT_SEED + number, samples, device, timestep=timestep)
+
+
+def summarize(
+    losses: dict[tuple[int, int, int], float], clips: range, timesteps: list[int], draws: range
+) -> HeldOutLoss:
+    """`losses` by (clip, timestep, number of the draw)."""
+    mean = statistics.fmean
+    by_clip = [mean(losses[i, t, d] for t in timesteps for d in draws) for i in clips]
+    by_draw = [mean(losses[i, t, d] for t in timesteps for i in clips) for d in draws]
+    return HeldOutLoss(
+        mean=mean(by_clip),
+        standard_error=standard_error(by_clip),
+        noise_floor=standard_error(by_draw),
+        by_timestep={t: mean(losses[i, t, d] for i in clips for d in draws) for t in timesteps},
+        by_clip=by_clip,
+    )
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Of the mean. None for fewer than two values, or if one is not finite."""
+    finite = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.stdev(values) / len(values) ** 0.5 if finite else None

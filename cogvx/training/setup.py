@@ -1,0 +1,194 @@
+"""From the configuration and the prepared data to a Trainer."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+
+from cogvx.config import Config, as_dict, flat
+from cogvx.errors import UserError
+from cogvx.files import shown
+from cogvx.inference import scores
+from cogvx.model import attention, blocks, lora
+from cogvx.model.cogvideox import CogVideoX
+from cogvx.model.pretrained import PretrainedModel
+from cogvx.model.trained_weights import FullWeights, LoraWeights, weights_of
+from cogvx.records import record
+from cogvx.training import checkpoint as checkpoints
+from cogvx.training.batches import Batches
+from cogvx.training.dtypes import count_dtypes, dtypes_line
+from cogvx.training.in_backward import SteppingInBackward
+from cogvx.training.loss_log import LossLog
+from cogvx.training.metrics import Metrics
+from cogvx.training.on_cpu import Fp32Weights
+from cogvx.training.prepare import Prepared
+from cogvx.training.ranks import Ranks
+from cogvx.training.state import TrainingState
+from cogvx.training.timing import StepTimer
+from cogvx.training.trainer import Trainer
+from cogvx.training.videos import ValidationVideos, VideoGenerator
+
+
+def build_trainer(
+    config: Config,
+    folder: Path,
+    ranks: Ranks,
+    data: Prepared,
+    *,
+    scored: list[scores.VideoRequest] | None = None,
+    expected: Callable[[], float | None] = lambda: None,
+) -> Trainer:
+    """`scored`: videos to score before and after; expected(): the planned seconds per step."""
+    accelerator, pretrained = ranks.accelerator, data.pretrained
+    source = checkpoints.resume_source(config.train.resume, folder)
+    state, dtypes = load_state(config, pretrained, ranks, resumed=source is not None)
+    step, pending = resume_point(config, state, source, ranks)
+    steps = number_of_steps(config, len(data.train), ranks.count)
+    if step > steps:
+        raise UserError(
+            f"the checkpoint is at step {step} and train.max_train_steps is {steps}: "
+            f"raise it to go on"
+        )
+    model = CogVideoX(
+        accelerator.prepare(state.transformer),
+        pretrained.noise_scheduler(),
+        pretrained.geometry(),
+        device=accelerator.device,
+        dtype=pretrained.dtype,
+    )
+    metrics = None
+    if ranks.logs:
+        record.note(folder, dtypes=dtypes, steps=steps)
+        settings = config.choices | flat(as_dict(config))
+        metrics = Metrics(folder, config.tracking, settings, resumed_at=step)
+    return Trainer(
+        config,
+        folder,
+        ranks,
+        data,
+        model,
+        state,
+        batches=Batches(config, data, ranks),
+        losses=LossLog(config.train.max_skipped_steps, rows=pending),
+        timer=StepTimer(expected, first_step=step),
+        videos=validation_videos(config, folder, data, scored or []),
+        metrics=metrics,
+        in_backward=in_backward_of(config, state),
+        source=source,
+        steps=steps,
+        step=step,
+    )
+
+
+def load_state(
+    config: Config, pretrained: PretrainedModel, ranks: Ranks, *, resumed: bool
+) -> tuple[TrainingState, dict]:
+    """The transformer on the device, with what is trained, its optimizer and the dtypes."""
+    weights = weights_of(config.lora)
+    transformer = weights.attach(pretrained, config.seed)
+    lines = [weights.describe(transformer), *([] if resumed else weights.start(transformer))]
+    dtypes, fp32_weights = count_dtypes(transformer, pretrained.dtype), None
+    if config.memory.offload_optimizer:
+        parameters = lora.trainable(transformer)
+        fp32_weights = Fp32Weights(parameters, pretrained.device, pretrained.dtype)
+    blocks.arrange(
+        transformer,
+        config.memory,
+        recompute=config.memory.gradient_checkpointing,
+        device=pretrained.device,
+        compiled=config.train.compile,
+    )
+    lines += [dtypes_line(dtypes), speed_line(config, transformer, pretrained)]
+    lines += [f"warning {warning}" for warning in optimizer_warnings(config, weights)]
+    for line in lines:
+        ranks.say(line)
+    return training_state(config, transformer, weights, fp32_weights, ranks), dtypes
+
+
+def training_state(
+    config: Config,
+    transformer: torch.nn.Module,
+    weights: LoraWeights | FullWeights,
+    fp32_weights: Fp32Weights | None,
+    ranks: Ranks,
+) -> TrainingState:
+    on_cpu, decay = fp32_weights is not None, config.train.ema_decay
+    parameters = fp32_weights.weights if on_cpu else lora.trainable(transformer)
+    optimizer = ranks.accelerator.prepare(
+        config.optimizer.build(parameters), device_placement=[not on_cpu]
+    )
+    if on_cpu:
+        optimizer.optimizer.register_step_post_hook(fp32_weights.update_copies)
+    return TrainingState(
+        transformer,
+        weights,
+        parameters,
+        optimizer,
+        config.optimizer,
+        scaler=ranks.accelerator.scaler,
+        average=None if decay is None else EMAModel(parameters, decay=decay),
+        fp32_weights=fp32_weights,
+    )
+
+
+def in_backward_of(config: Config, state: TrainingState) -> SteppingInBackward | None:
+    if not config.memory.step_in_backward:
+        return None
+    return SteppingInBackward(state.optimizer.optimizer)
+
+
+def resume_point(
+    config: Config, state: TrainingState, source: Path | None, ranks: Ranks
+) -> tuple[int, list]:
+    """The step to resume after, and this process's losses that were not logged yet."""
+    if source is None:
+        if config.train.resume == "auto":
+            ranks.say("resume  there is no checkpoint yet: starting at step 0")
+        return 0, []
+    manifest = checkpoints.read_manifest(source)
+    state.require_fit(source, manifest["optimizer"])
+    ranks.say(f"resume  {shown(source)} after step {manifest['step']}")
+    return manifest["step"], manifest["pending"][ranks.index :: ranks.count]
+
+
+def number_of_steps(config: Config, clips: int, processes: int) -> int:
+    train = config.train
+    if train.max_train_steps is not None:
+        return train.max_train_steps
+    clips_per_step = train.train_batch_size * train.gradient_accumulation_steps * processes
+    return math.ceil(train.num_train_epochs * clips / clips_per_step)
+
+
+def validation_videos(
+    config: Config, folder: Path, data: Prepared, scored: list[scores.VideoRequest]
+) -> ValidationVideos:
+    return ValidationVideos(
+        folder,
+        VideoGenerator(config, data.pretrained, data.embeds, data.images),
+        data.validation_prompts,
+        functools.partial(data.real_clip, data=config.data),
+        scored,
+    )
+
+
+def speed_line(config: Config, transformer: torch.nn.Module, pretrained: PretrainedModel) -> str:
+    heads, width = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+    kernel = attention.in_use(heads, width, pretrained.device, pretrained.dtype)
+    compiled = "; blocks compiled by torch" if config.train.compile else ""
+    return f"speed   attention by {kernel.name}{compiled}"
+
+
+def optimizer_warnings(config: Config, weights: LoraWeights | FullWeights) -> list[str]:
+    optimizer, scheduler = config.optimizer, config.scheduler
+    found = [*optimizer.warnings(), *weights.warnings(optimizer)]
+    if optimizer.averages_weights and scheduler.decays:
+        found.append(
+            f"optimizer={config.choices['optimizer']} is meant for scheduler=constant_with_warmup; "
+            f"this run has scheduler={config.choices['scheduler']}"
+        )
+    return found

@@ -1,0 +1,68 @@
+"""task=train and task=encode, from the configuration to the run's summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cogvx.config import Config
+from cogvx.inference import scores
+from cogvx.model import attention
+from cogvx.model.trained_weights import weights_of
+from cogvx.training import checkpoint as checkpoints
+from cogvx.training.metrics import peak_memory_gib
+from cogvx.training.prepare import prepare, start_processes
+from cogvx.training.setup import build_trainer
+from cogvx.training.trainer import Trainer
+
+
+def encode_data(config: Config, folder: Path) -> dict:
+    """task=encode: fills the cache and reports on every clip. Returns the run's summary."""
+    started, ranks = time.monotonic(), start_processes(config)
+    data = prepare(config, folder, ranks)
+    return {
+        "status": "done",
+        "clips": len(data.train) + len(data.held_out),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def train_model(
+    config: Config, folder: Path, expected: Callable[[], float | None] = lambda: None
+) -> dict:
+    """task=train. Returns the run's summary.
+
+    expected() is the planned seconds per step, or None while they are not known.
+    """
+    started, ranks = time.monotonic(), start_processes(config)
+    # A resumed run has its own weights to start from.
+    if checkpoints.resume_source(config.train.resume, folder) is None:
+        weights_of(config.lora).require_start()
+    config.tracking.require_login()
+    prompts = scores.scored_prompts_of(config, config.validation.scored_prompts)
+    scored = scores.video_requests(prompts, seed=0)
+    data = prepare(config, folder, ranks, [request.prompt for request in scored])
+    with attention.using(config.train.attention):
+        trainer = build_trainer(config, folder, ranks, data, scored=scored, expected=expected)
+        summary = run_and_tell_tracker(trainer)
+    return {
+        **summary,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_gib": peak_memory_gib(ranks.accelerator.device),
+    }
+
+
+def run_and_tell_tracker(trainer: Trainer) -> dict:
+    """The tracker learns how the run ended, also after an error."""
+    status = "failed"
+    try:
+        summary = trainer.run()
+        status = summary["status"]
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        if trainer.metrics:
+            trainer.metrics.finish(status)
+    return summary
