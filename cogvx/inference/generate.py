@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from cogvx.model import blocks
+from cogvx.model import blocks, offload
 
 if TYPE_CHECKING:
     import numpy
@@ -49,7 +49,7 @@ def generate(
     device, decode = vae.device, pipeline.decode_latents
 
     def decode_alone(latents: Tensor) -> Tensor:
-        with blocks.set_aside(transformer, device) if frugal else contextlib.nullcontext():
+        with offload.offloaded(transformer, device) if frugal else contextlib.nullcontext():
             # The VAE needs the memory that the transformer's activations have left.
             clear_device_cache()
             return decode(latents)

@@ -276,10 +276,11 @@ class PretrainedModel:
 
 def placed(text_encoder, device: torch.device, streamed: bool):
     """A T5 encoder on the device."""
-    from cogvx.model import blocks
+    from cogvx.model import transfer
+    from cogvx.model.offload import WeightOffloader
     from cogvx.options.memory import Storage
 
     if streamed:
-        blocks.Keeper(text_encoder.encoder.block, Storage.own, device, streamed=True)
-    blocks.bring(text_encoder, device)
+        WeightOffloader(text_encoder.encoder.block, Storage.own, device, streamed=True)
+    transfer.bring(text_encoder, device)
     return text_encoder

@@ -25,7 +25,7 @@ from cogvx.config import Config
 from cogvx.data.encode import EncodedClip, Encoder, latent_moments
 from cogvx.data.sources import Example
 from cogvx.inference import generate
-from cogvx.model import blocks
+from cogvx.model import transfer
 from cogvx.model.geometry import Geometry, read_config
 from cogvx.model.pretrained import PretrainedModel, placed
 from cogvx.model.released import NAMES, RELEASED, SCHEDULER, T5_XXL
@@ -74,7 +74,7 @@ class PlannedModel(PretrainedModel):
             "up_block_types": ["CogVideoXUpBlock3D"] * count,
         }
         vae = self.built(lambda: AutoencoderKLCogVideoX(**kinds | self.configs["vae"]), self.dtype)
-        blocks.bring(vae, self.device)
+        transfer.bring(vae, self.device)
         if tiling:
             vae.enable_tiling()
         return vae

@@ -3,7 +3,7 @@
 The tensors are fake CPU tensors that stand for those of a GPU: fake CUDA tensors cannot run
 backward without a driver. Where CUDA works differently, this is imitated: fused attention, the
 operations that autocast runs in fp32, workspaces. Tensors that our own code moves to the CPU's
-memory are logged separately. Only to_cpu, to_device and bring in model/blocks.py move them.
+memory are logged separately. Only to_cpu, to_device and bring in model/transfer.py move them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cogvx.model import blocks
+from cogvx.model import transfer
 from cogvx.plan.allocator import Event, Peak
 
 aten = torch.ops.aten
@@ -373,7 +373,7 @@ def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
             stack.enter_context(
                 patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor for name in INITS})
             )
-        stack.enter_context(patched(blocks, to_cpu=to_cpu, to_device=to_device, bring=bring))
+        stack.enter_context(patched(transfer, to_cpu=to_cpu, to_device=to_device, bring=bring))
         if as_cuda:
             norms = {
                 name: in_fp32_under_autocast(getattr(F, name))

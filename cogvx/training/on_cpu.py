@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cogvx.model import blocks
+from cogvx.model import transfer
 
 
 class Fp32Weights:
@@ -24,20 +24,20 @@ class Fp32Weights:
         self.copies = parameters
         self.weights = [torch.nn.Parameter(parameter.data) for parameter in parameters]
         for copy, weight in zip(self.copies, self.weights, strict=True):
-            copy.data = blocks.to_device(weight.data.to(dtype), device)
+            copy.data = transfer.to_device(weight.data.to(dtype), device)
             hook = functools.partial(self.fetch_gradient, weight)
             copy.register_post_accumulate_grad_hook(hook)
 
     @staticmethod
     def fetch_gradient(weight: torch.nn.Parameter, copy: torch.nn.Parameter) -> None:
-        gradient = blocks.to_cpu(copy.grad, pinned=False).float()
+        gradient = transfer.to_cpu(copy.grad, pinned=False).float()
         weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
         copy.grad = None
 
     @torch.no_grad()
     def update_copies(self, *_) -> None:
         for copy, weight in zip(self.copies, self.weights, strict=True):
-            copy.copy_(blocks.to_device(weight.to(copy.dtype), copy.device))
+            copy.copy_(transfer.to_device(weight.to(copy.dtype), copy.device))
 
     @contextlib.contextmanager
     def in_the_model(self) -> Iterator[None]:

@@ -107,7 +107,7 @@ def predicted(row: Row) -> float:
     def checkpointed(memory, block, *inputs):
         return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
 
-    with patched(optimizers.AdamW, build=foreach), patched(blocks, run_again=checkpointed):
+    with patched(optimizers.AdamW, build=foreach), patched(blocks, run_checkpointed=checkpointed):
         recorder = run_phases(config, ["train"], begun=False, steps=1 if row.rank is None else 2)
     return replay(recorder.events)["train"].reserved / GIB
 
