@@ -63,7 +63,7 @@ def cache(tmp_path_factory) -> Path:
 def nano_folder(cache) -> Path:
     from cogvx.model import nano
 
-    return nano.write(cache / "models" / "nano")
+    return nano.write_nano(cache / "models" / "nano")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the five released families, with their flags and on-disk format.
+"""Tiny random models of the five released families, with their flags and on-disk format.
 
 And the comparison of what training passes to the transformer with what the pipeline passes.
 """
@@ -11,12 +11,14 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideo
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
+from cogvx.data.cache import filled
 from cogvx.data.encode import Encoder, image_moments, prompt_embeds
 from cogvx.data.sources import Example
 from cogvx.model import nano
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.released import RELEASED
+from cogvx.progress import library_bars
 from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
 
 CPU = torch.device("cpu")
@@ -31,7 +33,8 @@ SMALLER = {
     "text_embed_dim": nano.TEXT_WIDTH,
     "max_text_seq_length": nano.TEXT_TOKENS,
 }
-# Height and width differ, so that a mix-up shows. 1.5 cuts its grid out of a larger one.
+# Height and width differ, so that a test sees it if they are swapped.
+# 1.5 cuts its grid out of a larger one.
 SAMPLE_1_0 = {"sample_height": 12, "sample_width": 16, "sample_frames": 9}
 SAMPLE_1_5 = {"sample_height": 40, "sample_width": 48, "sample_frames": 17}
 
@@ -45,10 +48,31 @@ def tiny(family: str) -> nano.Tiny:
     return nano.Tiny(transformer | smaller, nano.NANO.vae | own, snr_shift_scale)
 
 
+def write_random(folder: Path, tiny: nano.Tiny) -> Path:
+    """A model of random weights, always the same, unless the folder exists."""
+    return filled(folder, lambda partial: write_random_parts(partial, tiny))
+
+
+def write_random_parts(folder: Path, tiny: nano.Tiny) -> None:
+    with library_bars(shown=False), torch.random.fork_rng():
+        torch.manual_seed(0)
+        nano.write_text_encoder(folder)
+        CogVideoXTransformer3DModel(**tiny.transformer).save_pretrained(folder / "transformer")
+        with_narrow_posterior(nano.new_vae(tiny)).save_pretrained(folder / "vae")
+    nano.write_settings(folder, tiny)
+
+
+def with_narrow_posterior(vae):
+    """As in a trained VAE, the means spread further than the posterior, or latents were noise."""
+    with torch.no_grad():
+        vae.encoder.conv_out.conv.bias[nano.LATENT_CHANNELS :] = -10  # log variance
+    return vae
+
+
 def write(folder: Path, family: str) -> Path:
-    nano.write_random(folder, tiny(family))
+    write_random(folder, tiny(family))
+    # A new learned table is the sine table. A trained one is not.
     if tiny(family).geometry.learned_positions:
-        # A new table is the sine table; a trained one is not.
         transformer = CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer")
         with torch.no_grad():
             generator = torch.Generator().manual_seed(5)
@@ -59,8 +83,9 @@ def write(folder: Path, family: str) -> Path:
 
 
 def pipeline_class(family: str):
-    has_image = tiny(family).geometry.image_to_video
-    return CogVideoXImageToVideoPipeline if has_image else CogVideoXPipeline
+    return (
+        CogVideoXImageToVideoPipeline if tiny(family).geometry.image_to_video else CogVideoXPipeline
+    )
 
 
 def model_of(folder) -> CogVideoX:
@@ -75,13 +100,17 @@ def model_of(folder) -> CogVideoX:
 
 
 def recorded(transformer) -> list[tuple[dict, torch.Tensor]]:
-    """A list that gets, from now on, each call of the transformer and its answer."""
+    """Records from now on what the transformer is called with and what it answers."""
     calls, forward = [], transformer.forward
 
     def record(**given):
         answer = forward(**given)
-        others = ("attention_kwargs", "return_dict")
-        calls.append(({k: v for k, v in given.items() if k not in others}, answer[0]))
+        calls.append(
+            (
+                {k: v for k, v in given.items() if k not in ("attention_kwargs", "return_dict")},
+                answer[0],
+            )
+        )
         return answer
 
     transformer.forward = record
@@ -89,7 +118,7 @@ def recorded(transformer) -> list[tuple[dict, torch.Tensor]]:
 
 
 class PipelinesDraw(FixedDraw):
-    """Draws what the pipeline drew: its first noise, and its sample of the image's posterior."""
+    """Draws what the pipeline drew: its starting noise, and its sample of the image's posterior."""
 
     def noise(self, latents):
         assert latents.shape == self.pipelines_noise.shape, (
@@ -124,7 +153,7 @@ def passed_by_the_pipeline(folder, family, frames, height, width, picture):
 
 
 def passed_by_training(folder, compose, frames, height, width, picture, theirs):
-    """The clip's latents are any: at the pipeline's first timestep no signal is left."""
+    """Latents of any clip of this length: at the pipeline's first timestep no signal is left."""
     pretrained, model = PretrainedModel(folder, CPU, torch.float32), model_of(folder)
     calls = recorded(model.transformer)
     encoder = Encoder(None, "", torch.float32, CPU)
@@ -148,15 +177,15 @@ def passed_by_training(folder, compose, frames, height, width, picture, theirs):
 
 
 def differences_from_the_pipeline(folder, family, compose, frames, height, width) -> list[str]:
-    """The arguments of the transformer that differ, by a bit, between training and the pipeline.
+    """What training passes to the transformer and the pipeline does not, bit for bit.
 
-    "answer" is among them if the transformer's output differs.
+    "answer" is among them if the transformer's answer differs.
     """
     noise = numpy.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
     picture = Image.fromarray(noise) if tiny(family).geometry.image_to_video else None
     theirs, their_answer = passed_by_the_pipeline(folder, family, frames, height, width, picture)
     ours, our_answer = passed_by_training(folder, compose, frames, height, width, picture, theirs)
-    # True: the family's transformer takes it.
+    # What this family has.
     given = {
         "hidden_states": True,
         "encoder_hidden_states": True,
@@ -168,7 +197,8 @@ def differences_from_the_pipeline(folder, family, compose, frames, height, width
         name for name, there in given.items() if not same(ours[name], theirs.get(name), there=there)
     ]
     if not torch.equal(our_answer, their_answer):
-        found.append("answer")  # positions that the transformer adds itself
+        # It also depends on the positions that the transformer adds itself.
+        found.append("answer")
     if ours["hidden_states"].shape[1] % (tiny(family).geometry.patch_size_t or 1):
         found.append("latent frames that are no whole patches")
     return found

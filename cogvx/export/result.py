@@ -1,14 +1,14 @@
-"""The result: weights that plain diffusers loads, a LoRA at the trained strength, and how to use them."""
+"""The result of a run: weights that plain diffusers loads, and how to use them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy
 from PIL import Image
 
 from cogvx.config import Config
+from cogvx.files import replacing, write_json
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import FullWeights, LoraWeights
 from cogvx.records.usage import INFERENCE_SETTINGS, snippet
@@ -25,18 +25,36 @@ def deliver(
     image: numpy.ndarray | None,
     pretrained: PretrainedModel,
 ) -> str:
-    """Writes the weights and INFERENCE_SETTINGS into the run's folder; returns the lines that use them, with this prompt and, for
-    image-to-video, this image [H, W, 3] uint8, which is written too."""
+    """Writes the weights and inference.json into the run's folder.
+
+    Returns the lines of Python that use them with this prompt. For image-to-video they start from
+    `image`, [H, W, 3] uint8, which is written too.
+    """
     weights.save_result(transformer, folder, pretrained.dtype)
+    if image is not None:
+        with replacing(folder / IMAGE) as partial:
+            Image.fromarray(image).save(partial, format="PNG")
+    settings = inference_settings(config, weights, pretrained, prompt)
+    settings["image"] = None if image is None else str(folder / IMAGE)
+    write_json(folder / INFERENCE_SETTINGS, settings)
+    return snippet(folder, settings)
+
+
+def inference_settings(
+    config: Config,
+    weights: LoraWeights | FullWeights,
+    pretrained: PretrainedModel,
+    prompt: str,
+) -> dict:
+    """The contents of inference.json."""
     sampling, data, geometry = config.validation, config.data, pretrained.geometry()
-    settings = {
+    return {
         "pipeline": geometry.pipeline,
         "base_model": config.model.path,
         "revision": pretrained.hub_commit() or config.model.revision,
         "torch_dtype": config.train.mixed_precision.value,
         **weights.inference_settings(),
         "id_token": data.id_token,
-        "image": None if image is None else str(folder / IMAGE),
         "call": {
             "prompt": prompt,
             "height": data.height,
@@ -49,9 +67,3 @@ def deliver(
         },
         "fps": data.fps,
     }
-    if image is not None:
-        Image.fromarray(image).save(folder / IMAGE)
-    (folder / INFERENCE_SETTINGS).write_text(
-        json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8"
-    )
-    return snippet(folder, settings)

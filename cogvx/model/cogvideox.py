@@ -1,4 +1,6 @@
-"""CogVideoX as training sees it: scaling, noise, positions and the predicted velocity, each equal to the pipeline's.
+"""CogVideoX in training: scaling, noise, positions and the predicted velocity.
+
+Each equals what the diffusers pipeline computes.
 
 B batch, F latent frames, C channels, H W latent size, S text tokens, D their width.
 """
@@ -18,7 +20,7 @@ OFS = 2.0  # the offset that CogVideoXImageToVideoPipeline gives to 1.5-5B-I2V
 
 
 class CogVideoX:
-    """The transformer with its noise schedule and positions. Schedule arithmetic is fp32 whatever the weights are."""
+    """The transformer with its noise schedule and positions. The schedule is always fp32."""
 
     def __init__(
         self,
@@ -38,32 +40,33 @@ class CogVideoX:
         self.rotary_embeddings = lru_cache(maxsize=8)(self.compute_rotary_embeddings)
 
     def scale(self, latents: Tensor) -> Tensor:
-        """The VAE's latents to the transformer's: unit variance, frames first, and for 1.5 copies of the first frame in front
-        where a token needs them. They are trained like the others; CogVideoXPipeline samples them and drops them again."""
-        latents = (latents * self.geometry.scaling_factor).permute(
-            0, 2, 1, 3, 4
-        )  # [B, C, F, H, W] -> [B, F, C, H, W]
+        """The VAE's latents [B, C, F, H, W] to the transformer's [B, F, C, H, W].
+
+        They get unit variance. For 1.5, copies of the first frame are put in front until the frames
+        fill whole tokens. They are trained like the others; CogVideoXPipeline samples them too, and
+        drops them.
+        """
+        latents = (latents * self.geometry.scaling_factor).permute(0, 2, 1, 3, 4)
         padding = self.geometry.padding(latents.shape[1])
         return torch.cat([latents[:, :1]] * padding + [latents], dim=1) if padding else latents
 
     def image_condition(self, image_latents: Tensor | None, frames: int) -> Tensor | None:
-        """What stands beside the noisy latents in the channels: the image's latents [B, C, 1, H, W] on the first of `frames`
-        latent frames, padding included, and zeros on the others, [B, F, C, H, W]. None for text-to-video.
+        """The image latents [B, C, 1, H, W] as further channels [B, F, C, H, W].
 
-        1.5-5B-I2V was trained on image latents divided by the scaling factor (invert_scale_latents), the others multiply.
+        They stand on the first of `frames` latent frames, padding included; the others are zeros.
+        1.5-5B-I2V was trained on image latents divided by the scaling factor
+        (invert_scale_latents). The others multiply. None for text-to-video.
         """
         if image_latents is None:
             return None
         factor = self.geometry.scaling_factor
-        scaled = (
-            1 / factor if self.geometry.invert_scale_latents else factor
-        ) * image_latents.permute(0, 2, 1, 3, 4)
-        return torch.cat(
-            [scaled, scaled.new_zeros(len(scaled), frames - 1, *scaled.shape[2:])], dim=1
-        )
+        factor = 1 / factor if self.geometry.invert_scale_latents else factor
+        scaled = factor * image_latents.permute(0, 2, 1, 3, 4)
+        zeros = scaled.new_zeros(len(scaled), frames - 1, *scaled.shape[2:])
+        return torch.cat([scaled, zeros], dim=1)
 
     def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at timesteps [B], each [B, 1, 1, 1, 1]."""
+        """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at [B] timesteps, [B, 1, 1, 1, 1]."""
         alphas_cumprod = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
@@ -72,16 +75,18 @@ class CogVideoX:
         return signal * latents + noise_level * noise
 
     def velocity(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the transformer learns to predict (Salimans and Ho 2022, Progressive Distillation, appendix D)."""
+        """The target (Salimans and Ho 2022, Progressive Distillation, appendix D)."""
         signal, noise_level = self.signal_and_noise(timesteps)
         return signal * noise - noise_level * latents
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """min(SNR, gamma) / (SNR + 1), [B]: Hang et al. 2023 (Efficient Diffusion Training via Min-SNR Weighting), for velocities."""
+        """min(SNR, gamma) / (SNR + 1), [B], for a loss of velocities.
+
+        Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting.
+        """
         alphas_cumprod = self.alphas_cumprod[timesteps]
-        return torch.minimum(
-            alphas_cumprod, gamma * (1 - alphas_cumprod)
-        )  # both over (SNR + 1) = 1 / (1 - alphas_cumprod)
+        # Numerator and denominator are multiplied by 1 - alphas_cumprod = 1 / (SNR + 1).
+        return torch.minimum(alphas_cumprod, gamma * (1 - alphas_cumprod))
 
     def predict_velocity(
         self,
@@ -90,29 +95,30 @@ class CogVideoX:
         prompt_embeds: Tensor,
         timesteps: Tensor,
     ) -> Tensor:
-        """[B, F, C, H, W], of the noisy latents' shape; condition and prompt_embeds [B, S, D] as they are beside them."""
+        """Noisy latents and condition [B, F, C, H, W], prompts [B, S, D] -> [B, F, C, H, W]."""
         _, frames, _, height, width = noisy_latents.shape
+        ofs = image_rotary_emb = None
+        if self.geometry.ofs:
+            ofs = torch.full((1,), OFS, dtype=self.dtype, device=self.device)
+        if self.geometry.rotary:
+            image_rotary_emb = self.rotary_embeddings(frames, height, width)
         given = noisy_latents if condition is None else torch.cat([noisy_latents, condition], dim=2)
         return self.transformer(
             hidden_states=given.to(self.dtype),
             encoder_hidden_states=prompt_embeds.to(self.dtype),
             timestep=timesteps,
-            ofs=torch.full((1,), OFS, dtype=self.dtype, device=self.device)
-            if self.geometry.ofs
-            else None,
-            image_rotary_emb=self.rotary_embeddings(frames, height, width)
-            if self.geometry.rotary
-            else None,
+            ofs=ofs,
+            image_rotary_emb=image_rotary_emb,
             return_dict=False,
         )[0]
 
     def compute_rotary_embeddings(
         self, frames: int, height: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin of the tokens' rotations, [F/p_t * H/p * W/p, head_dim] each, as CogVideoXPipeline makes them.
+        """cos and sin of the tokens' rotations, [F/p_t * H/p * W/p, head_dim] each.
 
-        1.0 resizes the grid to the one its positions were trained for (CogVideo's own fine-tuning builds it from the clip
-        instead); 1.5 cuts its grid out of a larger one.
+        1.0 resizes the grid to the one that its positions were trained for. (CogVideo's own
+        fine-tuning builds it from the clip instead.) 1.5 cuts its grid out of a larger one.
         """
         geometry, patch = self.geometry, self.geometry.patch_size
         grid = (height // patch, width // patch)

@@ -1,6 +1,6 @@
-"""Full fine-tuning: every weight of the transformer is trained, in fp32, over arithmetic in the run's precision.
+"""Full fine-tuning: every weight of the transformer is trained, in fp32.
 
-Saved as a transformer/ folder that CogVideoXTransformer3DModel.from_pretrained reads. The functions are those of lora.py.
+The weights are saved as a transformer/ folder for CogVideoXTransformer3DModel.from_pretrained.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ FOLDER = "transformer"
 SHARD = "5GB"
 
 
-def attach(transformer: CogVideoXTransformer3DModel) -> None:
-    """Sets every parameter to be trained. Updates of 1e-5 vanish in bf16 weights, so they have to be fp32."""
+def train_all(transformer: CogVideoXTransformer3DModel) -> None:
+    """Updates of 1e-5 vanish in bf16 weights, so trained weights are fp32."""
     transformer.requires_grad_(True).float()
 
 
-def save(
+def save_transformer(
     transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes folder/transformer, in `dtype` or as it is."""
+    """Writes folder/transformer, in `dtype` or in the weights' own."""
     from huggingface_hub import save_torch_state_dict
 
     place = folder / FOLDER
@@ -44,8 +44,9 @@ def save(
         max_shard_size=SHARD,
     )
     transformer.save_config(place)
+    # safetensors writes files that only their owner can read.
     for path in place.iterdir():
-        path.chmod(folder.stat().st_mode & 0o666)  # safetensors writes files for their owner alone
+        path.chmod(folder.stat().st_mode & 0o666)
 
 
 def saved(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -58,32 +59,31 @@ def saved(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def differences(
+def transformer_differences(
     transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool
 ) -> list[str]:
-    """How what was saved differs from the model in names, shapes and (if asked) values; empty when they agree."""
+    """How folder/transformer differs from the model in names, shapes and, if asked, values."""
     expected, found, seen = transformer.state_dict(), [], set()
     for name, tensor in saved(folder):
         seen.add(name)
         if name not in expected:
             found.append(f"{name} is not part of the transformer")
         elif tensor.shape != expected[name].shape:
-            found.append(
-                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            )
+            shape = tuple(expected[name].shape)
+            found.append(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
         elif values and not tensor.equal(expected[name].cpu()):
             found.append(f"{name} has other values")
     return sorted(found + [f"{name} is missing" for name in expected.keys() - seen])
 
 
-def load(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
-    """Puts folder/transformer into the model; every tensor must find its place, with its shape."""
+def load_transformer(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+    """Copies folder/transformer into the model. UserError unless names and shapes agree."""
     import torch
 
-    found = differences(transformer, folder, values=False)
+    found = transformer_differences(transformer, folder, values=False)
     if found:
         raise UserError(listed(f"{folder / FOLDER} does not fit this model:", found))
-    places = transformer.state_dict()
+    weights = transformer.state_dict()
     with torch.no_grad():
         for name, tensor in saved(folder):
-            places[name].copy_(tensor)
+            weights[name].copy_(tensor)

@@ -1,4 +1,4 @@
-"""What a checkpoint's own configuration files say about frames, sizes and positions. No torch, no weights."""
+"""What a model's configuration files say about frames, sizes and positions.   [no torch]"""
 
 import json
 import struct
@@ -11,7 +11,7 @@ from cogvx.model.released import NAMES, RELEASED
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything of a checkpoint that decides what it takes and how it is trained, read from its config.json files."""
+    """What decides which clips a model takes and how it is trained, from its config.json files."""
 
     spatial_stride: int  # pixels per latent pixel
     temporal_stride: int  # frames per latent frame, after the first
@@ -29,13 +29,11 @@ class Geometry:
     text_tokens: int
     scaling_factor: float
     invert_scale_latents: bool  # image latents are divided by the factor (1.5-5B-I2V)
-    stored_dtype: (
-        str | None
-    )  # of the transformer's weights, as safetensors names it: F16, BF16, F32
+    stored_dtype: str | None  # of the transformer's weights, in safetensors' words: F16, BF16, F32
 
     @classmethod
     def from_configs(cls, transformer: dict, vae: dict, stored_dtype: str | None):
-        """KeyError when a setting is missing that the first released checkpoints had."""
+        """KeyError if a setting is missing that all released models have."""
         return cls(
             spatial_stride=2 ** (len(vae["block_out_channels"]) - 1),
             temporal_stride=int(vae["temporal_compression_ratio"]),
@@ -70,13 +68,16 @@ class Geometry:
         return "CogVideoXImageToVideoPipeline" if self.image_to_video else "CogVideoXPipeline"
 
     def padding(self, latent_frames: int) -> int:
-        """Latent frames put in front of a clip so that whole tokens come out (1.5; CogVideoXPipeline drops as many again)."""
+        """Latent frames that 1.5 needs in front of a clip, to fill whole tokens."""
         return -latent_frames % (self.patch_size_t or 1)
 
     def problems(
         self, *, frames: int, height: int, width: int, image_to_video: bool, precision: str
     ) -> list[str]:
-        """Why this checkpoint cannot be trained so; each with what is legal. `precision`: no, fp16 or bf16."""
+        """Why the model cannot be trained like this, and what is allowed.
+
+        `precision`: no, fp16 or bf16.
+        """
         return [
             *self.kind_problems(image_to_video),
             *self.frame_problems(frames),
@@ -87,16 +88,19 @@ class Geometry:
     def kind_problems(self, image_to_video: bool) -> list[str]:
         if self.in_channels not in (self.latent_channels, 2 * self.latent_channels):
             return [
-                f"the transformer takes {self.in_channels} channels over {self.latent_channels} latent channels: neither "
-                f"text-to-video ({self.latent_channels}) nor image-to-video ({2 * self.latent_channels})"
+                f"the transformer takes {self.in_channels} channels over {self.latent_channels} "
+                f"latent channels: neither text-to-video ({self.latent_channels}) "
+                f"nor image-to-video ({2 * self.latent_channels})"
             ]
         if image_to_video and not self.image_to_video:
             return [
-                "model.image_to_video=true, but this is a text-to-video checkpoint: model=2b, 5b or 1_5_5b"
+                "model.image_to_video=true, but this is a text-to-video checkpoint: "
+                "model=2b, 5b or 1_5_5b"
             ]
         if self.image_to_video and not image_to_video:
             return [
-                "model.image_to_video=false, but this is an image-to-video checkpoint: model=5b_i2v or 1_5_5b_i2v"
+                "model.image_to_video=false, but this is an image-to-video checkpoint: "
+                "model=5b_i2v or 1_5_5b_i2v"
             ]
         return []
 
@@ -118,7 +122,8 @@ class Geometry:
             native = latent * self.spatial_stride
             if self.learned_positions and value != native:
                 found.append(
-                    f"data.{name}={value}: must be {native}, the only one this checkpoint has positions for"
+                    f"data.{name}={value}: must be {native}, "
+                    f"the only one this checkpoint has positions for"
                 )
             elif value < multiple or value % multiple:
                 below = value // multiple * multiple
@@ -129,34 +134,37 @@ class Geometry:
                 )
             elif self.patch_size_t is not None and value > native:
                 found.append(
-                    f"data.{name}={value}: must be at most {native}, where this checkpoint's positions end"
+                    f"data.{name}={value}: must be at most {native}, "
+                    f"where this checkpoint's positions end"
                 )
         return found
 
     def precision_problems(self, precision: str) -> list[str]:
         if precision == "fp16" and self.stored_dtype == "BF16":
             return [
-                "train.mixed_precision=fp16: this checkpoint was trained in bf16 and overflows in fp16; "
-                "train.mixed_precision=bf16"
+                "train.mixed_precision=fp16: this checkpoint was trained in bf16 and overflows in "
+                "fp16; train.mixed_precision=bf16"
             ]
         return []
 
     def cautions(self, frames: int) -> list[str]:
-        """What is legal and yet not what the checkpoint was made for."""
+        """What is allowed but not what the model was trained on."""
         if self.learned_positions and frames != self.sample_frames:
             return [
-                f"this checkpoint's learned positions are for {self.sample_frames} frames; at {frames} diffusers puts a sine "
-                f"table in their place, here and in its pipeline, which the checkpoint has not seen"
+                f"this checkpoint's learned positions are for {self.sample_frames} frames; "
+                f"at {frames} diffusers puts a sine table in their place, here and in its "
+                f"pipeline, and the checkpoint was not trained with it"
             ]
         if self.patch_size_t is None and frames > self.sample_frames:
             return [
-                f"this checkpoint was trained on up to {self.sample_frames} frames, and these are {frames}"
+                f"this checkpoint was trained on up to {self.sample_frames} frames, "
+                f"and these are {frames}"
             ]
         return []
 
 
 def released(path: str) -> Geometry | None:
-    """Of a released checkpoint by its hub id or folder's name, before it is on this machine; None for others."""
+    """The geometry of a released model by its hub id or its folder's name; None for others."""
     option = NAMES.get(path.rstrip("/").split("/")[-1])
     if option is None:
         return None
@@ -165,7 +173,7 @@ def released(path: str) -> Geometry | None:
 
 
 def read_geometry(folder: Path) -> Geometry:
-    """From a folder in diffusers layout. UserError when a part is missing or cannot be read."""
+    """From a folder in diffusers layout. UserError if a part is missing or cannot be read."""
     try:
         return Geometry.from_configs(
             read_config(folder, "transformer"),
@@ -174,18 +182,19 @@ def read_geometry(folder: Path) -> Geometry:
         )
     except KeyError as error:
         raise UserError(
-            f"{folder}: a config.json of this model does not say {error}: is it a CogVideoX checkpoint?"
+            f"{folder}: a config.json of this model lacks {error}: is it a CogVideoX checkpoint?"
         ) from error
 
 
 def stored_dtype(part: Path) -> str | None:
-    """Of the first tensor in a part's safetensors files, from the file's header; None when there is none to read."""
+    """The dtype of the first tensor in a part's safetensors files; None if there is none."""
     for path in sorted(part.glob("*.safetensors")):
         try:
             with path.open("rb") as file:
                 header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         except (OSError, ValueError, struct.error, MemoryError, OverflowError):
-            return None  # loading it will say more
+            # Loading the file will raise an error that tells more.
+            return None
         return next(
             (about["dtype"] for name, about in header.items() if name != "__metadata__"), None
         )
@@ -204,4 +213,7 @@ def read_config(folder: Path, part: str) -> dict:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
-LAYOUT = "A model folder in diffusers layout holds transformer/, vae/, text_encoder/, tokenizer/ and scheduler/"
+LAYOUT = (
+    "A model folder in diffusers layout holds transformer/, vae/, text_encoder/, tokenizer/ "
+    "and scheduler/"
+)

@@ -1,8 +1,9 @@
 """LoRA: low-rank updates of linear layers, trained in fp32 over a frozen base.
 
-Saved through the pipeline's own writer together with rank and alpha, so that plain `load_lora_weights(folder)` applies
-it at lora_alpha / rank, the trained strength. (Weights alone load at scale 1 whatever alpha was; and after loading a
-file like ours `set_adapters([alpha / rank])`, which old guides ask for, would apply the scale twice.)
+The pipeline's own writer saves it together with rank and alpha. So plain load_lora_weights(folder)
+applies it at lora_alpha / rank, the trained strength. Weights without these settings load at scale
+1, whatever alpha was. Old guides ask for set_adapters([alpha / rank]) after loading; with our file
+this would apply the scale twice.
 """
 
 from __future__ import annotations
@@ -20,12 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
-SETTINGS = (
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-)  # of peft, which decide what the weights mean
+# peft's settings that decide what the weights mean.
+PEFT_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora")
 
 
 @dataclass
@@ -45,9 +42,7 @@ class Lora:
             found.append(
                 f"lora.lora_alpha={self.lora_alpha}: must be above 0; rank or rank / 2 are usual"
             )
-        found += self.target_problems()
-
-        return found
+        return found + self.target_problems()
 
     def target_problems(self) -> list[str]:
         usual = "usual are [to_q,to_k,to_v,to_out.0]"
@@ -56,39 +51,48 @@ class Lora:
                 re.compile(self.target_modules)
             except re.error as error:
                 return [
-                    f"lora.target_modules={self.target_modules} is no regular expression ({error}); {usual}"
+                    f"lora.target_modules={self.target_modules} is no regular expression "
+                    f"({error}); {usual}"
                 ]
         elif not isinstance(self.target_modules, list) or not all(
-            isinstance(t, str) for t in self.target_modules
+            isinstance(target, str) for target in self.target_modules
         ):
             return [
-                f"lora.target_modules={self.target_modules}: must be a list of names or a regular expression; {usual}"
+                f"lora.target_modules={self.target_modules}: must be a list of names or a regular "
+                f"expression; {usual}"
             ]
         return [] if self.target_modules else [f"lora.target_modules is empty; {usual}"]
 
     @property
     def scale(self) -> float:
-        """What the low-rank product is multiplied by; rsLoRA: Kalajdzievski 2023 (A Rank Stabilization Scaling Factor)."""
+        """The low-rank product is multiplied by it.
+
+        rsLoRA: Kalajdzievski 2023, A Rank Stabilization Scaling Factor.
+        """
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def require_start(self) -> None:
-        """UserError when what the run is to start from is not there. (A resumed run does not need it any more.)"""
+        """UserError if init_from does not exist. A resumed run does not need it."""
         if self.init_from is not None and not self.init_from.exists():
             raise UserError(
-                f"lora.init_from={self.init_from} does not exist: give a LoRA file, or a folder with {WEIGHTS}"
+                f"lora.init_from={self.init_from} does not exist: give a LoRA file, "
+                f"or a folder with {WEIGHTS}"
             )
 
     def attach(self, transformer: CogVideoXTransformer3DModel, seed: int) -> None:
-        """Adds the trainable layers, fp32, the same for the same seed. The model's output does not change (B = 0)."""
+        """Adds the trainable layers in fp32, seeded. B is 0, so the output does not change yet."""
         import torch
         from peft import LoraConfig
 
         self.require_targets(transformer)
         transformer.requires_grad_(False)
         settings = LoraConfig(
-            r=self.rank, lora_alpha=self.lora_alpha, target_modules=self.target_modules,
-            use_rslora=self.use_rslora, use_dora=self.use_dora,
-        )  # fmt: skip
+            r=self.rank,
+            lora_alpha=self.lora_alpha,
+            target_modules=self.target_modules,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             transformer.add_adapter(settings)
@@ -96,7 +100,7 @@ class Lora:
             parameter.data = parameter.data.float()
 
     def require_targets(self, transformer: CogVideoXTransformer3DModel) -> None:
-        """Every name, or the expression, matches something (as peft matches them), and only layers that take a LoRA."""
+        """UserError unless each target matches layers, as peft does, that can take a LoRA."""
         import torch
 
         modules = {name: module for name, module in transformer.named_modules() if name}
@@ -116,51 +120,56 @@ class Lora:
                 {n.split(".", 2)[2] for n in linears if n.startswith("transformer_blocks.")}
             )
             raise UserError(
-                f"lora.target_modules={self.target_modules}: no layer is called {' or '.join(missing)}. "
+                f"lora.target_modules={self.target_modules}: "
+                f"no layer is called {' or '.join(missing)}. "
                 f"The transformer's blocks have {', '.join(within_blocks)}."
             )
         for name in [name for names in matched.values() for name in names]:
             if not isinstance(modules[name], torch.nn.Linear | torch.nn.Conv2d):
                 kind = type(modules[name]).__name__
                 raise UserError(
-                    f"lora.target_modules={self.target_modules} matches {name}, a {kind}: only linear and 2-D convolution layers "
-                    f"take a LoRA"
+                    f"lora.target_modules={self.target_modules} matches {name}, a {kind}: "
+                    f"only linear and 2-D convolution layers take a LoRA"
                 )
 
     def start_from(self, transformer: CogVideoXTransformer3DModel, path: Path) -> str:
-        """Puts a LoRA file's weights into the attached adapter, at the strength they were trained at. A lower rank is filled up:
-        the added columns do nothing yet. UserError when they do not fit; modules the file lacks start as new ones."""
+        """Loads a LoRA file into the attached adapter, at the strength it was trained at.
+
+        A lower rank is filled up with columns that do nothing yet. Modules that the file lacks
+        start new. Returns what was loaded, in words. UserError if the file does not fit.
+        """
         from peft import set_peft_model_state_dict
 
         tensors, settings = read(path)
         ours = state(transformer)
         problems = self.misfits(tensors, settings, ours)
         if problems:
-            raise UserError(
-                listed(
-                    f"lora.init_from={path} does not fit this model and lora settings:", problems
-                )
-            )
-        file_ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
-        filled = dict(ours)
-        for name, tensor in tensors.items():
-            filled[name] = ours[name].detach().clone()
-            if ".lora_A." in name:
-                filled[name][: tensor.shape[0]] = tensor
-            elif ".lora_B." in name:
-                rank = tensor.shape[1]
-                filled[name].zero_()
-                filled[name][:, :rank] = tensor.float() * (scale_of(settings, rank) / self.scale)
-            else:
-                filled[name].copy_(tensor)
-        set_peft_model_state_dict(transformer, filled)
-        strength = (
-            ""
-            if settings
-            else ", without settings in the file: taken at strength 1, as diffusers does"
+            headline = f"lora.init_from={path} does not fit this model and lora settings:"
+            raise UserError(listed(headline, problems))
+        filled = {name: self.filled_up(name, t, ours, settings) for name, t in tensors.items()}
+        set_peft_model_state_dict(transformer, ours | filled)
+        ranks = sorted({len(tensor) for name, tensor in tensors.items() if ".lora_A." in name})
+        modules = f"{count_modules(tensors)} of {count_modules(ours)} modules"
+        strength = ", without settings in the file: taken at strength 1, as diffusers does"
+        return (
+            f"{modules} start from {path}, rank {'/'.join(map(str, ranks))} of {self.rank}"
+            f"{'' if settings else strength}"
         )
-        counted = f"{count_modules(tensors)} of {count_modules(ours)} modules"
-        return f"{counted} start from {path}, rank {'/'.join(map(str, sorted(file_ranks)))} of {self.rank}{strength}"
+
+    def filled_up(
+        self, name: str, tensor: Tensor, ours: dict[str, Tensor], settings: dict
+    ) -> Tensor:
+        """A file's tensor at this adapter's rank and strength."""
+        filled = ours[name].detach().clone()
+        if ".lora_A." in name:
+            filled[: tensor.shape[0]] = tensor
+        elif ".lora_B." in name:
+            rank = tensor.shape[1]
+            filled.zero_()
+            filled[:, :rank] = tensor.float() * (scale_of(settings, rank) / self.scale)
+        else:
+            filled.copy_(tensor)
+        return filled
 
     def misfits(
         self, tensors: dict[str, Tensor], settings: dict, ours: dict[str, Tensor]
@@ -170,7 +179,8 @@ class Lora:
         found = []
         if settings.get("alpha_pattern"):
             found.append(
-                "it has an alpha of its own for some modules (alpha_pattern), which this loader does not read"
+                "it has another alpha for some modules (alpha_pattern), "
+                "which this loader does not read"
             )
         dora = any("lora_magnitude" in name for name in tensors)
         if dora != self.use_dora:
@@ -193,17 +203,19 @@ class Lora:
             ]
             if any(a != b for a, b in channels):
                 found.append(
-                    f"{name} is {list(tensor.shape)} and here {list(ours[name].shape)}: another base model"
+                    f"{name} is {list(tensor.shape)} and here {list(ours[name].shape)}: "
+                    f"another base model"
                 )
             elif rank_side is not None and tensor.shape[rank_side] > self.rank:
                 found.append(
-                    f"{name} has rank {tensor.shape[rank_side]}: set lora.rank={tensor.shape[rank_side]} or higher"
+                    f"{name} has rank {tensor.shape[rank_side]}: "
+                    f"set lora.rank={tensor.shape[rank_side]} or higher"
                 )
         return found
 
 
 def scale_of(settings: dict, rank: int) -> float:
-    """The strength diffusers gives to a file with these settings; without any, 1."""
+    """The strength at which diffusers applies a file with these settings; without any, 1."""
     if "lora_alpha" not in settings:
         return 1.0
     return settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
@@ -230,9 +242,8 @@ def save(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
 
     settings = transformer.peft_config["default"].to_dict()
     if not isinstance(settings["target_modules"], str):
-        settings["target_modules"] = sorted(
-            settings["target_modules"]
-        )  # a set: its order would differ from run to run
+        # The order of a set differs from run to run.
+        settings["target_modules"] = sorted(settings["target_modules"])
     CogVideoXPipeline.save_lora_weights(
         save_directory=str(folder),
         transformer_lora_layers={
@@ -241,13 +252,15 @@ def save(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
         transformer_lora_adapter_metadata=settings,
         weight_name=WEIGHTS,
     )
-    (folder / WEIGHTS).chmod(
-        folder.stat().st_mode & 0o666
-    )  # safetensors writes files for their owner alone
+    # safetensors writes files that only their owner can read.
+    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The transformer's tensors and the settings of a LoRA file, or of WEIGHTS in a folder, named as in state()."""
+    """The transformer's tensors, named as in state(), and the settings, of a LoRA file.
+
+    `path` may also be a folder that holds WEIGHTS.
+    """
     from diffusers import CogVideoXPipeline
 
     folder, name = (path, WEIGHTS) if path.is_dir() else (path.parent, path.name)
@@ -255,7 +268,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         tensors, settings = CogVideoXPipeline.lora_state_dict(
             str(folder), weight_name=name, return_lora_metadata=True, local_files_only=True
         )
-    except Exception as error:  # missing and damaged files surface as many kinds of errors
+    # Missing and damaged files raise errors of many kinds.
+    except Exception as error:
         raise UserError(f"{folder / name} cannot be read as a LoRA: {first_line(error)}") from error
     prefix = "transformer."
     return (
@@ -271,13 +285,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
 def differences(
     transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool
 ) -> list[str]:
-    """How a folder's file differs from the attached adapter in names, shapes, settings and (if asked) values."""
+    """How a saved adapter differs from the attached one in names, shapes, settings and, if asked,
+    values."""
     tensors, settings = read(folder)
     found, attached = (
         compare(state(transformer), tensors, values=values),
         transformer.peft_config["default"],
     )
-    for name in SETTINGS:
+    for name in PEFT_SETTINGS:
         if settings.get(name) != getattr(attached, name):
             found.append(
                 f"it was trained with {name}={settings.get(name)}, not {getattr(attached, name)}"
@@ -286,7 +301,7 @@ def differences(
 
 
 def load(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
-    """Puts a folder's tensors into the attached adapter; every tensor must find its place, with its shape."""
+    """Loads a saved adapter into the attached one. UserError unless names and shapes agree."""
     from peft import set_peft_model_state_dict
 
     found = differences(transformer, folder, values=False)
@@ -298,7 +313,7 @@ def load(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
 
 
 def compare(expected: dict[str, Tensor], found: dict[str, Tensor], *, values: bool) -> list[str]:
-    """How two adapters differ in names, shapes and (if asked) values; empty when they agree."""
+    """How two adapters differ in names, shapes and, if asked, values."""
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
     problems += [f"{name} is not part of the adapter" for name in found.keys() - expected.keys()]
     for name in sorted(expected.keys() & found.keys()):

@@ -1,4 +1,7 @@
-"""From a hub id or a local folder to the parts of a CogVideoX checkpoint, each loaded when it is needed and not before."""
+"""From a hub id or a local folder to the parts of a CogVideoX model.
+
+Each part is loaded when it is needed.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,31 @@ if TYPE_CHECKING:
     import torch
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-LONG_TO_LOAD = 10**9  # bytes; from here on a part is loaded with a progress bar
+# Bytes. A larger part is loaded with a progress bar.
+LONG_TO_LOAD = 10**9
 
 
 @dataclass
 class Model:
-    """A published checkpoint, or a local one in diffusers layout."""
+    """A published model, or a local one in diffusers layout."""
 
     path: str
     revision: str | None
-    height: int  # pixels; with what follows, but for image_to_video: what its authors recommend
+    # What the authors recommend.
+    height: int  # pixels
     width: int
     num_frames: int
     fps: int
     precision: str
-    num_inference_steps: int  # of its videos, with guidance_scale
+    num_inference_steps: int
     guidance_scale: float
-    image_to_video: bool  # what it is to be trained as; a checkpoint of the other kind is refused
+    # A model of the other kind is refused.
+    image_to_video: bool
 
     is_built_in: ClassVar[bool] = False  # ships with cogvx, and knows the demo's clips
 
     def is_local(self) -> bool:
-        """A hub id has the form name/name; anything that exists here, or has another form, is a folder."""
+        """A hub id has the form name/name. What exists here, or has another form, is a folder."""
         return (
             Path(self.path).exists()
             or self.path.startswith((".", "/", "~"))
@@ -50,12 +56,12 @@ class Model:
             self.path = str(absolute(Path(self.path)))
 
     def expected_geometry(self) -> Geometry | None:
-        """What can be known before anything is downloaded; None for a checkpoint of an unknown name that is not here."""
+        """What is known before anything is downloaded; None for an unknown hub id."""
         here = (Path(self.path) / "transformer" / "config.json").is_file()
         return read_geometry(Path(self.path)) if here else released(self.path)
 
     def refusals(self, *, frames: int, height: int, width: int, precision: str) -> list[str]:
-        """Why it cannot be trained so, as far as that can be known now."""
+        """Why it cannot be trained like this, as far as this is known before a download."""
         try:
             geometry = self.expected_geometry()
         except UserError as error:
@@ -71,14 +77,18 @@ class Model:
         )
 
     def prepare(self, **asked_for) -> Path:
-        """The local folder of the checkpoint, downloaded if it is on the hub, with all its parts. UserError when it cannot be
-        trained as asked (see refusals), which its configuration files tell before the weights are fetched."""
+        """The model's local folder, with all its parts. A hub id is downloaded.
+
+        UserError if it cannot be trained as asked; its configuration files tell this before the
+        weights are downloaded. `asked_for`: as for refusals().
+        """
         folder = self.local_folder() if self.is_local() else self.download("*.json")
         require_known_settings(folder)
         self.require_suited(folder, asked_for)
         if not self.is_local():
             folder = self.download("*")
-            self.require_suited(folder, asked_for)  # now the weights tell their precision
+            # Now the weights tell their precision too.
+            self.require_suited(folder, asked_for)
         require_parts(folder)
         return folder
 
@@ -91,12 +101,13 @@ class Model:
         folder = Path(self.path)
         if not folder.is_dir():
             raise UserError(
-                f"model.path={self.path} does not exist here, and is not a hub id (name/name). {LAYOUT}"
+                f"model.path={self.path} does not exist here, and is not a hub id (name/name). "
+                f"{LAYOUT}"
             )
         return folder
 
     def download(self, files: str) -> Path:
-        """The files of this form of every part, from the hub or its cache."""
+        """The files of every part that match the pattern, from the hub or its cache."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             HfHubHTTPError,
@@ -119,9 +130,11 @@ class Model:
                 else ""
             )
             raise UserError(
-                f"model.path={self.path} is no folder here and could not be fetched from the hub: either there is no public model "
-                f"of that name, or this machine has no network{offline} or no free disk. Give a local folder in diffusers layout: "
-                f"model.path=/models/{self.path.split('/')[-1]}. The hub client says: {first_line(error)}"
+                f"model.path={self.path} is no folder here and could not be fetched from the hub: "
+                f"either there is no public model of that name, or this machine has no "
+                f"network{offline} or no free disk. Give a local folder in diffusers layout: "
+                f"model.path=/models/{self.path.split('/')[-1]}. "
+                f"The hub client says: {first_line(error)}"
             ) from error
 
 
@@ -152,7 +165,7 @@ class Nano(Model):
     def local_folder(self) -> Path:
         from cogvx.model import nano
 
-        return nano.write(Path(self.path), self.tiny(), blank=self.blank)
+        return nano.write_nano(Path(self.path), self.tiny(), blank=self.blank)
 
     def tiny(self):
         from cogvx.model import nano
@@ -168,8 +181,10 @@ class NanoI2v(Nano):
 
 
 def require_known_settings(folder: Path) -> None:
-    """Every setting of the transformer's and VAE's config.json is one that the installed diffusers reads: it would pass over
-    others with a warning, and build another model."""
+    """UserError if a config.json has a setting that the installed diffusers does not know.
+
+    diffusers would ignore it with a warning, and build another model.
+    """
     import diffusers
 
     for part, class_name in (
@@ -179,19 +194,21 @@ def require_known_settings(folder: Path) -> None:
         settings = read_config(folder, part)
         if settings.get("_class_name", class_name) != class_name:
             raise UserError(
-                f"{folder / part} is a {settings['_class_name']}; CogVideoX has a {class_name} there"
+                f"{folder / part} is a {settings['_class_name']}; "
+                f"CogVideoX has a {class_name} there"
             )
         known = inspect.signature(getattr(diffusers, class_name).__init__).parameters
         unknown = [name for name in settings if not name.startswith("_") and name not in known]
         if unknown:
             raise UserError(
-                f"{folder / part / 'config.json'} sets {', '.join(unknown)}, which diffusers {diffusers.__version__} does not know: "
+                f"{folder / part / 'config.json'} sets {', '.join(unknown)}, which diffusers "
+                f"{diffusers.__version__} does not know: "
                 f"a newer checkpoint needs a newer diffusers (pip install -U diffusers)"
             )
 
 
 def require_parts(folder: Path) -> None:
-    """Every part with its configuration and its weights, before any of them is loaded."""
+    """UserError if a part lacks its configuration or weights."""
     missing = [f"{part}/ is not there" for part in PARTS if not (folder / part).is_dir()]
     for part in ("transformer", "vae", "text_encoder"):
         if (folder / part).is_dir():
@@ -206,21 +223,21 @@ def require_parts(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A whole checkpoint on this machine; each part is read from disk when asked for."""
+    """A whole model on this machine. Each part is read from disk when asked for."""
 
     folder: Path
     device: torch.device
     dtype: torch.dtype  # of the frozen weights
 
     def hub_commit(self) -> str | None:
-        """The commit of a hub snapshot, which its folder is named after; None for a local folder."""
+        """The commit of a hub snapshot, which is its folder's name; None for a local folder."""
         return self.folder.name if self.folder.parent.name == "snapshots" else None
 
     def geometry(self) -> Geometry:
         return read_geometry(self.folder)
 
     def transformer(self, dtype: torch.dtype | None = None):
-        """On the CPU, its weights in `dtype`, else in that of the frozen weights."""
+        """On the CPU, in `dtype`, else in that of the frozen weights."""
         from diffusers import CogVideoXTransformer3DModel
 
         return self.loaded(
@@ -236,7 +253,7 @@ class PretrainedModel:
         return vae
 
     def text_encoder(self, *, streamed: bool = False):
-        """The tokenizer and the encoder; `streamed`: its blocks' weights wait on the CPU."""
+        """The tokenizer and the encoder; `streamed`: its blocks' weights are stored on the CPU."""
         from transformers import AutoTokenizer, T5EncoderModel
 
         try:
@@ -250,13 +267,14 @@ class PretrainedModel:
         )
 
     def noise_scheduler(self):
-        """As the checkpoint ships it: DDIM or DPM, with its schedule and trailing timesteps."""
+        """As the model ships it: DDIM or DPM, with its schedule and trailing timesteps."""
         import diffusers
 
         name = read_config(self.folder, "scheduler").get("_class_name", "")
         if name not in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
             raise UserError(
-                f"{self.folder}/scheduler is a {name or 'nameless class'}; CogVideoX uses CogVideoXDDIMScheduler or CogVideoXDPMScheduler"
+                f"{self.folder}/scheduler is a {name or 'nameless class'}; "
+                f"CogVideoX uses CogVideoXDDIMScheduler or CogVideoXDPMScheduler"
             )
         return getattr(diffusers, name).from_pretrained(self.folder, subfolder="scheduler")
 
@@ -265,17 +283,17 @@ class PretrainedModel:
         try:
             with library_bars(shown=size > LONG_TO_LOAD):
                 model = model_class.from_pretrained(self.folder, subfolder=part, **dtype)
-        except (
-            Exception
-        ) as error:  # damaged files surface as many kinds of errors, all of them the folder's
+        # Damaged files raise errors of many kinds.
+        except Exception as error:
             raise UserError(
-                f"{self.folder / part} cannot be loaded as {model_class.__name__}: {first_line(error)}"
+                f"{self.folder / part} cannot be loaded as {model_class.__name__}: "
+                f"{first_line(error)}"
             ) from error
         return model.eval().requires_grad_(False)
 
 
 def placed(text_encoder, device: torch.device, streamed: bool):
-    """A T5 encoder on the device."""
+    """A T5 encoder on the device; `streamed`: its blocks' weights are stored on the CPU."""
     from cogvx.model import transfer
     from cogvx.model.offload import WeightOffloader
     from cogvx.options.memory import Storage

@@ -143,7 +143,7 @@ class FullWeights:
         import torch
 
         transformer = base.transformer(torch.float32)
-        full.attach(transformer)
+        full.train_all(transformer)
         return transformer
 
     def describe(self, transformer: CogVideoXTransformer3DModel) -> str:
@@ -155,21 +155,21 @@ class FullWeights:
         return []
 
     def save(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
-        full.save(transformer, folder)
+        full.save_transformer(transformer, folder)
 
     def save_result(
         self, transformer: CogVideoXTransformer3DModel, folder: Path, dtype: torch.dtype
     ) -> None:
         """In the precision of the run, which is what a pipeline loads."""
-        full.save(transformer, folder, dtype)
+        full.save_transformer(transformer, folder, dtype)
 
     def load(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
-        full.load(transformer, folder)
+        full.load_transformer(transformer, folder)
 
     def differences(
         self, transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool
     ) -> list[str]:
-        return full.differences(transformer, folder, values=values)
+        return full.transformer_differences(transformer, folder, values=values)
 
     def inference_settings(self) -> dict[str, object]:
         return {}

@@ -56,7 +56,7 @@ def seconds(loss, model: CogVideoX, batch: Batch) -> float:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        pretrained = PretrainedModel(nano.write(Path(scratch) / "nano"), CPU, torch.float32)
+        pretrained = PretrainedModel(nano.write_nano(Path(scratch) / "nano"), CPU, torch.float32)
         transformer = pretrained.transformer()
     transformer.requires_grad_(True)
     model = CogVideoX(

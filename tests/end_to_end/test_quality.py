@@ -74,7 +74,7 @@ def test_nano_does_what_a_prompt_of_its_world_says(compose, nano_folder):
 def test_nano_i2v_goes_on_from_the_picture(compose, cache):
     """Size, place and turn of a shape are in the picture alone."""
     scenes = [dataclasses.replace(scene, width=64, height=64) for scene in world.scenes(16, seed=9)]
-    folder = nano.write(cache / "models" / "nano_i2v", nano.NANO_I2V)
+    folder = nano.write_nano(cache / "models" / "nano_i2v", nano.NANO_I2V)
     clips, prompts = (
         [world.draw_clip(scene) for scene in scenes],
         [scene.caption() for scene in scenes],

@@ -151,7 +151,7 @@ def test_nanos_latents_have_unit_variance(nano_folder, run, cache):
 
 
 def test_a_random_checkpoint_is_the_same_on_every_writing(tmp_path):
-    folders = [nano.write_random(tmp_path / name, nano.NANO) for name in ("a", "b")]
+    folders = [families.write_random(tmp_path / name, nano.NANO) for name in ("a", "b")]
     files = [
         path.relative_to(folders[0])
         for path in folders[0].rglob("*")
@@ -166,7 +166,7 @@ def test_a_random_checkpoint_is_the_same_on_every_writing(tmp_path):
 
 
 def test_a_blank_nano_for_images_is_nano_and_does_not_look_at_them(nano_folder, tmp_path):
-    blank = families.model_of(nano.write(tmp_path / "blank", nano.NANO_I2V, blank=True))
+    blank = families.model_of(nano.write_nano(tmp_path / "blank", nano.NANO_I2V, blank=True))
     plain, latents = families.model_of(nano_folder), torch.randn(1, 3, 16, 16, 16)
     embeds, timestep = torch.randn(1, nano.TEXT_TOKENS, nano.TEXT_WIDTH), torch.tensor([500])
     condition = blank.image_condition(torch.randn(1, 16, 1, 16, 16), frames=3)
