@@ -44,9 +44,9 @@ def start_encoding(config: Config, folder: Path) -> dict:
 
 
 def start_nano_vae(config: Config, folder: Path) -> dict:
-    from cogvx.training.autoencoder import train
+    from cogvx.training.autoencoder import train_vae
 
-    return train(config, config.task, folder)
+    return train_vae(config, config.task, folder)
 
 
 def start_evaluation(config: Config, folder: Path) -> dict:

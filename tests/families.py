@@ -5,9 +5,10 @@ And the comparison of what training passes to the transformer with what the pipe
 
 from pathlib import Path
 
+import diffusers
 import numpy
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
@@ -83,9 +84,7 @@ def write(folder: Path, family: str) -> Path:
 
 
 def pipeline_class(family: str):
-    return (
-        CogVideoXImageToVideoPipeline if tiny(family).geometry.image_to_video else CogVideoXPipeline
-    )
+    return getattr(diffusers, tiny(family).geometry.pipeline)
 
 
 def model_of(folder) -> CogVideoX:

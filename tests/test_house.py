@@ -120,3 +120,36 @@ def test_few_files_know_hydra():
         if any(name.partition(".")[0] in ("hydra", "omegaconf") for name in imports(tree))
     }
     assert know == KNOW_HYDRA
+
+
+def test_one_place_chooses_between_lora_and_full_weights():
+    """Others ask an object of model/trained_weights.py. The rules speak of the setting itself."""
+    asking = {module for module, tree in TREES.items() if asks_whether_lora_is_none(tree)}
+    assert asking <= {"cogvx.config", "cogvx.rules", "cogvx.compose"}
+    for line in ("config.lora is None", "lora is not None", "not config.lora"):
+        assert asks_whether_lora_is_none(ast.parse(line))
+
+
+def asks_whether_lora_is_none(tree: ast.AST) -> bool:
+    for node in ast.walk(tree):
+        asked = None
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
+            asked = node.left
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            asked = node.operand
+        elif isinstance(node, ast.If | ast.IfExp):
+            asked = node.test
+        name = getattr(asked, "attr", getattr(asked, "id", None))
+        if name == "lora":
+            return True
+    return False
+
+
+def test_one_place_says_which_process_acts_for_all():
+    asking = {
+        module
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "is_main_process"
+    }
+    assert asking == {"cogvx.training.ranks"}

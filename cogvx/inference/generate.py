@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    pipeline_class: str,
     *,
     transformer,
     vae,
@@ -38,13 +39,14 @@ def generate(
 ) -> numpy.ndarray:
     """A video of the size in `data`, [F, H, W, 3] uint8.
 
-    prompt_embeds, negative_prompt_embeds: [S, D]. image: the first frame, [H, W, 3] uint8; None
-    for text-to-video. frugal: memory.frugal_videos. description: of the progress bar; None for no
-    bar. The same seed gives the same starting noise on every device.
+    pipeline_class: its name in diffusers. prompt_embeds, negative_prompt_embeds: [S, D]. image:
+    the first frame, [H, W, 3] uint8; None for text-to-video. frugal: memory.frugal_videos.
+    description: of the progress bar; None for no bar. The same seed gives the same starting noise
+    on every device.
     """
     from PIL import Image
 
-    pipeline = pipeline_of(transformer, vae, noise_scheduler, image, description)
+    pipeline = pipeline_of(pipeline_class, transformer, vae, noise_scheduler, description)
     start = {} if image is None else {"image": Image.fromarray(image)}
     device, decode = vae.device, pipeline.decode_latents
 
@@ -72,19 +74,16 @@ def generate(
     return (frames * 255).round().clip(0, 255).astype("uint8")
 
 
-def pipeline_of(transformer, vae, noise_scheduler, image, description: str | None):
-    """diffusers' pipeline for text-to-video, or for image-to-video if there is an image."""
-    from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+def pipeline_of(pipeline_class: str, transformer, vae, noise_scheduler, description: str | None):
+    import diffusers
 
-    pipeline_class = CogVideoXPipeline if image is None else CogVideoXImageToVideoPipeline
-    pipeline = pipeline_class(
+    pipeline = getattr(diffusers, pipeline_class)(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
         transformer=transformer,
         scheduler=noise_scheduler,
     )
-    pipeline.set_progress_bar_config(
-        desc=description, leave=False, disable=description is None or not sys.stderr.isatty()
-    )
+    hidden = description is None or not sys.stderr.isatty()
+    pipeline.set_progress_bar_config(desc=description, leave=False, disable=hidden)
     return pipeline

@@ -1,6 +1,7 @@
-"""The recipe of model=nano's VAE: moving shapes in any colours, compressed and restored.
+"""task=nano_vae: trains the VAE of model=nano on moving shapes of any colour.
 
-B batch, F frames, C channels, H height, W width. Batches are functions of (seed, step), so a stopped run goes on as it would have.
+B batch, F frames, C channels, H height, W width. Batches are functions of (seed, step), so a
+resumed run computes what an undisturbed one would.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,43 +19,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvx.data import world
-from cogvx.errors import UserError
-from cogvx.files import shown
+from cogvx.errors import UserError, first_line
+from cogvx.files import replacing, shown
 from cogvx.model import nano
-from cogvx.progress import bar
+from cogvx.progress import bar, counted
 
 if TYPE_CHECKING:
     from cogvx.config import Config
     from cogvx.options.tasks import NanoVaeTask
 
-SIZE = 64  # pixels of a frame, as nano is used
-HELD_OUT, HELD_OUT_SEED = 64, 1  # clips of the world, drawn with a seed that training does not use
-STATE, KEPT_EVERY = "state.pt", 500
+SIZE = 64  # pixels of a frame's side
+# Clips of the world, drawn with a seed that training does not use.
+HELD_OUT, WORLD_SEED = 64, 1
+STATE, SAVED_EVERY = "state.pt", 500
 
 
-def train(config: Config, task: NanoVaeTask, folder: Path) -> dict:
-    """Trains the VAE and writes folder/vae, text_encoder and tokenizer; returns the run's summary."""
+def train_vae(config: Config, task: NanoVaeTask, folder: Path) -> dict:
+    """Writes folder/vae, text_encoder and tokenizer. Returns the run's summary."""
     started = time.monotonic()
     torch.manual_seed(config.seed)
     vae = nano.new_vae().train()
     optimizer = torch.optim.Adam(vae.parameters(), lr=task.learning_rate)
-    with bar(
-        total=task.steps, initial=resume(folder, vae, optimizer), desc="vae   ", unit="step"
-    ) as progress:
-        for step in range(progress.n, task.steps):
+    done = resume(folder, vae, optimizer)
+    with bar(total=task.steps, initial=done, desc="vae   ", unit="step") as progress:
+        for step in range(done, task.steps):
             loss = one_step(vae, optimizer, task, config.seed, step)
             progress.update()
-            if (step + 1) % KEPT_EVERY == 0:
-                keep(folder, vae, optimizer, step + 1)
-                note(folder, progress, step + 1, loss, judge(vae))
-    found = judge(vae)
+            if (step + 1) % SAVED_EVERY == 0:
+                save_state(folder, vae, optimizer, step + 1)
+                log_step(folder, progress, step + 1, loss, measure(vae))
+    found = measure(vae)
     vae.register_to_config(scaling_factor=round(1 / found["latent_std"], 4))
     vae.half().save_pretrained(folder / "vae")
     torch.manual_seed(config.seed)
     nano.write_text_encoder(folder)
     (folder / STATE).unlink(missing_ok=True)
     print(
-        f"done    {found['psnr']:.2f} dB on {HELD_OUT} clips held out; scaling factor {vae.config.scaling_factor}"
+        f"done    {found['psnr']:.2f} dB on {counted(HELD_OUT, 'held-out clip')}; "
+        f"scaling factor {vae.config.scaling_factor}"
     )
     print(f"result  {shown(folder / 'vae')}")
     return {
@@ -65,18 +68,20 @@ def train(config: Config, task: NanoVaeTask, folder: Path) -> dict:
 
 
 def one_step(vae, optimizer, task: NanoVaeTask, seed: int, step: int) -> float:
-    """Returns the loss. Crops first, many of them, then whole frames: the last steps have to see the frames' edges."""
+    """Returns the loss.
+
+    Most steps train on many crops. The last ones train on whole frames, to see their edges.
+    """
     cropped = step < task.steps * (1 - task.share_of_whole_frames)
     size, batch = (task.crop, task.batch) if cropped else (SIZE, max(1, task.batch // 4))
-    clips = torch.stack(
-        [clip(seed, step, place, size) for place in range(batch)]
-    )  # [B, C, F, H, W]
+    clips = torch.stack([draw_crop(seed, step, place, size) for place in range(batch)])
     for group in optimizer.param_groups:
         group["lr"] = task.learning_rate * rate(step / task.steps)
     with torch.autocast("cpu", torch.bfloat16, enabled=task.bf16):
         posterior = vae.encode(clips).latent_dist
-        restored = vae.decode(posterior.sample(generator_of(seed, step))).sample.float()
-    loss = F.l1_loss(restored, clips) + F.mse_loss(restored, clips) + task.kl_weight * kl(posterior)
+        restored = vae.decode(posterior.sample(step_generator(seed, step))).sample.float()
+    restoration = F.l1_loss(restored, clips) + F.mse_loss(restored, clips)
+    loss = restoration + task.kl_weight * kl_divergence(posterior)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(vae.parameters(), task.max_grad_norm)
     optimizer.step()
@@ -84,35 +89,34 @@ def one_step(vae, optimizer, task: NanoVaeTask, seed: int, step: int) -> float:
     return loss.item()
 
 
-def note(folder: Path, progress, step: int, loss: float, found: dict[str, float]) -> None:
+def log_step(folder: Path, progress, step: int, loss: float, found: dict[str, float]) -> None:
     progress.write(
-        f"vae     step {step}: loss {loss:.4f}, {found['psnr']:.2f} dB on clips held out"
+        f"vae     step {step}: loss {loss:.4f}, {found['psnr']:.2f} dB on held-out clips"
     )
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "loss": loss, **found}) + "\n")
 
 
 def rate(progress: float) -> float:
-    """Share of the learning rate: a short warm-up, then a cosine to 5 %."""
+    """The share of the learning rate: a short warm-up, then a cosine down to 5 %."""
     return min(1.0, progress * 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def kl(posterior) -> Tensor:
-    """From the posterior to the standard normal, the mean over latents (Kingma and Welling 2013)."""
-    return (
-        0.5
-        * (
-            posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()
-        ).mean()
-    )
+def kl_divergence(posterior) -> Tensor:
+    """To the standard normal, as a mean over latents (Kingma and Welling 2013)."""
+    mean, variance = posterior.mean.float(), posterior.var.float()
+    return 0.5 * (mean.square() + variance - 1 - posterior.logvar.float()).mean()
 
 
-def generator_of(seed: int, step: int) -> torch.Generator:
+def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def clip(seed: int, step: int, place: int, size: int) -> Tensor:
-    """[3, F, size, size] in [-1, 1]: a shape of any kind and colour going any way, cropped out of SIZE x SIZE."""
+def draw_crop(seed: int, step: int, place: int, size: int) -> Tensor:
+    """[3, F, size, size] in [-1, 1], a crop of a clip of SIZE x SIZE.
+
+    Any shape moves in any direction. Half of the colours are the world's, the others random.
+    """
     generator = numpy.random.default_rng((seed, step, place))
     shape = generator.choice([*world.SHAPES, *world.OTHER_SHAPES])
     names = generator.permutation(list(world.COLOURS))
@@ -140,12 +144,15 @@ def as_input(frames: numpy.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def judge(vae) -> dict[str, float]:
-    """PSNR in dB over clips of the world held out, from the posterior's mean, and the latents' standard deviation."""
+def measure(vae) -> dict[str, float]:
+    """PSNR in dB on held-out clips, and the standard deviation of their latents.
+
+    The PSNR is that of clips decoded from the posterior's mean.
+    """
     errors, latents = [], []
     with torch.no_grad():
-        for scene in world.scenes(HELD_OUT, HELD_OUT_SEED):
-            frames = as_input(world.draw_clip(smaller(scene)))[None]
+        for scene in world.scenes(HELD_OUT, WORLD_SEED):
+            frames = as_input(world.draw_clip(replace(scene, width=SIZE, height=SIZE)))[None]
             posterior = vae.encode(frames).latent_dist
             latents.append(posterior.sample(torch.Generator().manual_seed(0)))
             restored = vae.decode(posterior.mean).sample.clamp(-1, 1)
@@ -156,30 +163,22 @@ def judge(vae) -> dict[str, float]:
     }
 
 
-def smaller(scene: world.Scene) -> world.Scene:
-    from dataclasses import replace
-
-    return replace(scene, width=SIZE, height=SIZE)
-
-
-def keep(folder: Path, vae, optimizer, step: int) -> None:
-    partial = folder / f"{STATE}.partial"
-    torch.save(
-        {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial
-    )
-    partial.replace(folder / STATE)
+def save_state(folder: Path, vae, optimizer, step: int) -> None:
+    state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    with replacing(folder / STATE) as partial:
+        torch.save(state, partial)
 
 
 def resume(folder: Path, vae, optimizer) -> int:
-    """The step to go on from."""
+    """Loads the saved state, if there is one. Returns the number of steps done."""
     if not (folder / STATE).is_file():
         return 0
     try:
-        kept = torch.load(folder / STATE, weights_only=True)
+        state = torch.load(folder / STATE, weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{folder / STATE} cannot be read: {error}. Remove it to start again"
+            f"{folder / STATE} cannot be read: {first_line(error)}. Remove it to start again"
         ) from error
-    vae.load_state_dict(kept["vae"])
-    optimizer.load_state_dict(kept["optimizer"])
-    return kept["step"]
+    vae.load_state_dict(state["vae"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]

@@ -84,7 +84,7 @@ def require_precision(precision: Precision, *, gpu: bool) -> None:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return
         raise UserError(
-            f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not support it; "
+            f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; "
             f"2B trains in fp16, 5B needs a newer GPU"
         )
 
@@ -291,7 +291,7 @@ def fingerprint_of(example: Example, cache: Cache) -> list[str]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def describe(

@@ -87,6 +87,7 @@ class VideoGenerator:
     ) -> numpy.ndarray:
         """[F, H, W, 3] uint8. `description` stands before the progress bar; None: no bar."""
         return generate(
+            self.pretrained.geometry().pipeline,
             transformer=transformer,
             vae=vae,
             noise_scheduler=self.pretrained.noise_scheduler(),

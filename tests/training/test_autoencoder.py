@@ -24,7 +24,7 @@ QUICK = [
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     monkeypatch.setattr(autoencoder, "HELD_OUT", 2)
-    monkeypatch.setattr(autoencoder, "KEPT_EVERY", 2)
+    monkeypatch.setattr(autoencoder, "SAVED_EVERY", 2)
 
 
 def weights(folder) -> dict:
@@ -38,7 +38,7 @@ def test_it_leaves_parts_of_a_checkpoint(run, capfd):
     assert summary["status"] == "done" and summary["psnr"] > 3
     assert (
         not (folder / autoencoder.STATE).exists()
-        and "dB on 2 clips held out" in capfd.readouterr().out
+        and "dB on 2 held-out clips" in capfd.readouterr().out
     )
     tokenizer, encoder = PretrainedModel(folder, torch.device("cpu"), torch.float32).text_encoder()
     assert (
@@ -52,17 +52,17 @@ def test_it_leaves_parts_of_a_checkpoint(run, capfd):
 @pytest.mark.slow
 def test_stopping_and_resuming_changes_nothing(run, monkeypatch):
     whole = run("whole", *QUICK)
-    keep, kept = autoencoder.keep, []
+    save_state, saved = autoencoder.save_state, []
 
     def stop(*given):
-        keep(*given)
-        kept.append(1)
+        save_state(*given)
+        saved.append(1)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as stopping:
-        stopping.setattr(autoencoder, "keep", stop)
+        stopping.setattr(autoencoder, "save_state", stop)
         stopped = run("stopped", *QUICK, expect=130)
-    assert kept and (stopped / autoencoder.STATE).is_file()
+    assert saved and (stopped / autoencoder.STATE).is_file()
     resumed = run("stopped", *QUICK)
     ours, theirs = weights(whole), weights(resumed)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -78,14 +78,14 @@ def test_a_damaged_state_is_named(run, tmp_path, capfd):
 
 
 def test_clips_are_functions_of_seed_step_and_place():
-    first, again = autoencoder.clip(42, 7, 1, 32), autoencoder.clip(42, 7, 1, 32)
+    first, again = autoencoder.draw_crop(42, 7, 1, 32), autoencoder.draw_crop(42, 7, 1, 32)
     assert (
         first.shape == (3, 9, 32, 32)
         and torch.equal(first, again)
         and first.min() >= -1
         and first.max() <= 1
     )
-    assert not torch.equal(first, autoencoder.clip(42, 8, 1, 32))
+    assert not torch.equal(first, autoencoder.draw_crop(42, 8, 1, 32))
 
 
 def test_a_crop_the_vae_cannot_take_is_refused(compose):
