@@ -37,6 +37,7 @@ from cogvx.training.prepare import Prepared
 from cogvx.training.ranks import Ranks
 from cogvx.training.setup import build_trainer
 from cogvx.training.step import Batch, Draw
+from cogvx.training.trainer import Trainer
 from cogvx.training.videos import VideoGenerator
 
 CPU = torch.device("cpu")
@@ -256,45 +257,29 @@ def encode_prompt(config: Config, pretrained: PlannedModel, recorder: Recorder) 
 
 
 def run_training(
-    config,
-    pretrained,
-    accelerator,
-    recorder: Recorder,
+    config: Config,
+    pretrained: PlannedModel,
+    accelerator: Accelerator,
+    recorder: Recorder | Meter,
     folder: Path,
     phases: list[str],
     begun: bool,
     steps: int,
 ) -> None:
-    data = config.data
-    clip = EncodedClip(
-        Example("prompt", Path("clip.mp4"), "plan"), Path(), {"frames": data.max_num_frames}
-    )
-    clips = [clip] * (config.train.train_batch_size * config.train.gradient_accumulation_steps)
-    picture = numpy.zeros((data.height, data.width, 3), numpy.uint8)
-    images = {"prompt": picture} if pretrained.geometry().image_to_video else {}
-    prepared = PlannedData(pretrained, clips, [clip], {}, ["prompt"], "prompt", images, config)
+    prepared = planned_data(config, pretrained)
     recorder.begin("load")
     trainer = build_trainer(config, folder, Ranks(accelerator), prepared)
-    transformer = trainer.state.transformer
-    recorder.call((p for p in transformer.parameters() if not p.requires_grad), "frozen weights")
-    recorder.call(trainer.state.parameters, "trained weights")
-    if trainer.state.fp32_weights is None:
-        for parameter in trainer.state.parameters:
-            parameter.register_post_accumulate_grad_hook(functools.partial(name_gradient, recorder))
-    else:
-        recorder.call(trainer.state.fp32_weights.copies, "trained weights")
-    if (
-        config.parallel.num_processes > 1
-    ):  # DistributedDataParallel's buckets; it is not built, as its peers are not there
+    name_weights(trainer, recorder)
+    if config.parallel.num_processes > 1:
+        # DistributedDataParallel's buckets. It is not built, because its peers are not there.
         buckets = [torch.empty_like(parameter) for parameter in trainer.state.parameters]
         recorder.call(buckets, "gradients")
     if "held-out loss" in phases:
         recorder.begin("held-out loss")
         with patched(config.validation, heldout_timesteps=1, heldout_draws=1):
             trainer.heldout_loss()
-    if {"train", "video"} & set(
-        phases
-    ) and begun:  # the states appear with the first step, after its peak
+    # The optimizer's states appear in the first step, after its peak.
+    if {"train", "video"} & set(phases) and begun:
         for parameter in trainer.state.parameters:
             parameter.grad = torch.zeros_like(parameter)
         trainer.state.optimizer.step()
@@ -309,27 +294,57 @@ def run_training(
     if "video" in phases:
         recorder.empty_cache()
         recorder.begin("video")
-        width = pretrained.configs["transformer"]["text_embed_dim"]
-        embeds = torch.zeros(
-            pretrained.geometry().text_tokens,
-            width,
-            dtype=pretrained.dtype,
-            device=pretrained.device,
-        )
-        generator = VideoGenerator(config, pretrained, lambda prompt: embeds, images)
-        vae = generator.vae()
-        recorder.call(vae.parameters(), "VAE weights")
-        nothing = [numpy.zeros((1, 1, 1, 3))]
-        with (
-            patched(generate, clear_device_cache=recorder.empty_cache),
-            patched(VideoProcessor, postprocess_video=lambda self, **given: nothing),
-            patched(config.validation, num_inference_steps=STEPS_OF_VIDEO),
-        ):
-            generator.generate(transformer, vae, "prompt", 0, "")
+        generate_video(config, pretrained, trainer.state.transformer, prepared.images, recorder)
+
+
+def planned_data(config: Config, pretrained: PlannedModel) -> PlannedData:
+    """As many clips as one optimizer step needs, and a held-out clip."""
+    data, train = config.data, config.train
+    example = Example("prompt", Path("clip.mp4"), "plan")
+    clip = EncodedClip(example, Path(), {"frames": data.max_num_frames})
+    clips = [clip] * (train.train_batch_size * train.gradient_accumulation_steps)
+    picture = numpy.zeros((data.height, data.width, 3), numpy.uint8)
+    images = {"prompt": picture} if pretrained.geometry().image_to_video else {}
+    return PlannedData(pretrained, clips, [clip], {}, ["prompt"], "prompt", images, config)
+
+
+def name_weights(trainer: Trainer, recorder: Recorder | Meter) -> None:
+    """Tells the recorder what the run's tensors are for."""
+    state = trainer.state
+    frozen = (weight for weight in state.transformer.parameters() if not weight.requires_grad)
+    recorder.call(frozen, "frozen weights")
+    recorder.call(state.parameters, "trained weights")
+    if state.fp32_weights is not None:
+        recorder.call(state.fp32_weights.copies, "trained weights")
+        return
+    for parameter in state.parameters:
+        parameter.register_post_accumulate_grad_hook(functools.partial(name_gradient, recorder))
+
+
+def generate_video(
+    config: Config,
+    pretrained: PlannedModel,
+    transformer: torch.nn.Module,
+    images: dict[str, numpy.ndarray],
+    recorder: Recorder | Meter,
+) -> None:
+    shape = (pretrained.geometry().text_tokens, pretrained.configs["transformer"]["text_embed_dim"])
+    embeds = torch.zeros(shape, dtype=pretrained.dtype, device=pretrained.device)
+    generator = VideoGenerator(config, pretrained, lambda prompt: embeds, images)
+    vae = generator.vae()
+    recorder.call(vae.parameters(), "VAE weights")
+    nothing = [numpy.zeros((1, 1, 1, 3))]
+    with (
+        patched(generate, clear_device_cache=recorder.empty_cache),
+        patched(VideoProcessor, postprocess_video=lambda self, **given: nothing),
+        patched(config.validation, num_inference_steps=STEPS_OF_VIDEO),
+    ):
+        generator.generate(transformer, vae, "prompt", 0, "")
 
 
 def name_gradient(recorder: Recorder | Meter, parameter: torch.nn.Parameter) -> None:
-    if parameter.grad is not None:  # it has stepped already with memory.step_in_backward
+    # With memory.step_in_backward the gradient is used and gone already.
+    if parameter.grad is not None:
         recorder.call([parameter.grad], "gradients")
 
 

@@ -38,7 +38,10 @@ def test_noise_and_velocity_are_the_noise_schedulers_at_every_timestep(scheduler
 
 
 def weighted_x0_loss(model: CogVideoX, latents, noise, predicted, timesteps):
-    """The published form, mean((x0_predicted - x0)^2 / (1 - alphas_cumprod)), as diffusers, CogVideo and finetrainers write it."""
+    """mean((x0_predicted - x0)^2 / (1 - alphas_cumprod)), the published form.
+
+    diffusers, CogVideo and finetrainers write it.
+    """
     alpha = model.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1, 1)
     latents, noise = latents.double(), noise.double()
     x0 = (
@@ -96,8 +99,11 @@ def test_velocity_loss_is_the_weighted_x0_loss(scheduler):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_perfect_predictor_has_no_loss_at_any_timestep(scheduler, dtype):
-    """In every precision of the model: noise, target and objective are fp32. An answer rounded to bf16 has the mean square of
-    its own rounding: 2^-14 / 12 x 0.54 = 2.8e-6 of the velocity's."""
+    """Noise, target and objective are fp32 in every precision of the model.
+
+    An answer rounded to bf16 has only the mean square of its rounding: 2^-14 / 12 x 0.54 = 2.8e-6
+    of the velocity's.
+    """
     model = model_of(scheduler, dtype, Answers)
     batch = Batch(moments_of_unit_latents(), torch.zeros(1000, 4, 4, dtype=dtype))
     latents = model.scale(EVERYWHERE.posterior(batch.latent_moments))
@@ -109,7 +115,7 @@ def test_a_perfect_predictor_has_no_loss_at_any_timestep(scheduler, dtype):
 
 
 def test_min_snr_weights_are_those_of_the_paper(scheduler):
-    """min(SNR, gamma) / (SNR + 1), the weight of a velocity; never above 1, 0 where there is no signal."""
+    """min(SNR, gamma) / (SNR + 1): never above 1, and 0 where there is no signal."""
     model = model_of(scheduler)
     alpha = model.alphas_cumprod[:999].double()
     snr = alpha / (1 - alpha)

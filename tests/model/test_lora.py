@@ -148,7 +148,7 @@ def test_wrong_lora_settings_are_refused_at_the_door(compose, override, said):
     assert said in str(raised.value)
 
 
-# -- starting from a file ----------------------------------------------------------------------------------------------
+# -- starting from a file ------------------------------------------------------------------------
 
 
 def begun(nano_folder, path, rank, alpha, **others):
@@ -159,10 +159,17 @@ def begun(nano_folder, path, rank, alpha, **others):
 
 
 @pytest.mark.parametrize(
-    ("ours", "others"), [((4, 2), {}), ((8, 2), {}), ((16, 1), {}), ((8, 2), {"use_rslora": True}), ((8, 8), {"use_dora": True})]
-)  # fmt: skip
+    ("ours", "others"),
+    [
+        ((4, 2), {}),
+        ((8, 2), {}),
+        ((16, 1), {}),
+        ((8, 2), {"use_rslora": True}),
+        ((8, 8), {"use_dora": True}),
+    ],
+)
 def test_a_run_starts_at_the_strength_the_file_was_trained_at(nano_folder, tmp_path, ours, others):
-    """Whatever its rank and alpha are, and ours: a lower rank is filled up with columns that do nothing yet."""
+    """Whatever its rank and alpha are, and ours. A lower rank is filled up with idle columns."""
     source = trained(nano_folder, 4, 2, **{"use_dora": others.get("use_dora", False)})
     lora.save(source, tmp_path)
     transformer, said = begun(nano_folder, tmp_path, *ours, **others)

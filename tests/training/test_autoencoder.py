@@ -1,4 +1,4 @@
-"""The recipe of nano's VAE: it learns, leaves what model=nano loads, and goes on from where it was stopped."""
+"""nano's VAE: it learns, writes what model=nano loads, and resumes where it was stopped."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A step without a finite gradient is left out and explained; losses are traced to clip and timestep."""
+"""Steps without a finite gradient are skipped and named; losses are traced to clip and timestep."""
 
 import json
 
@@ -80,8 +80,12 @@ def test_too_many_in_a_row_stop_the_run_and_keep_what_was_before(run, spoil, cap
 
 
 @pytest.mark.parametrize(
-    ("held_out", "said"), [("0", "trained weights are not finite after step 4"), ("0.2", "the held-out loss is nan after step 4")]
-)  # fmt: skip
+    ("held_out", "said"),
+    [
+        ("0", "trained weights are not finite after step 4"),
+        ("0.2", "the held-out loss is nan after step 4"),
+    ],
+)
 def test_weights_that_are_not_finite_are_not_kept(run, capfd, monkeypatch, held_out, said):
     monkeypatch.setattr(
         trainer,

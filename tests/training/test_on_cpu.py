@@ -1,4 +1,4 @@
-"""Full fine-tuning with its optimizer on the CPU: the same training, resumed and averaged as ever."""
+"""Full fine-tuning with the optimizer on the CPU trains, resumes and averages the same."""
 
 import pytest
 import torch
@@ -7,9 +7,14 @@ from cogvx.files import read_json_lines
 from cogvx.model import full, lora
 
 SETTINGS = [
-    "lora=null", "memory=balanced", "optimizer.learning_rate=3e-4", "train.ema_decay=0.5", "train.max_train_steps=8",
-    "train.checkpointing_steps=4", "train.logging_steps=2",
-]  # fmt: skip
+    "lora=null",
+    "memory=balanced",
+    "optimizer.learning_rate=3e-4",
+    "train.ema_decay=0.5",
+    "train.max_train_steps=8",
+    "train.checkpointing_steps=4",
+    "train.logging_steps=2",
+]
 OFFLOADED = [*SETTINGS, "memory.offload_optimizer=true"]
 
 
@@ -42,7 +47,7 @@ def test_stopping_and_resuming_changes_nothing(run, stopped):
 
 @pytest.mark.slow
 def test_small_updates_survive_in_bf16(run):
-    """The device's copies are bf16, where a step of 1e-6 vanishes; the fp32 weights that are kept take every step."""
+    """In the device's bf16 copies a step of 1e-6 vanishes. The fp32 weights take every step."""
     small = ["data.height=32", "data.width=32", "data.max_num_frames=5"]  # many CPUs emulate bf16
     settings = [
         *OFFLOADED,

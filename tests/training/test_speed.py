@@ -83,7 +83,7 @@ def test_a_step_reads_nothing_from_the_device(run, monkeypatch, settings, waits)
     assert len(found) >= 4 and (sum(found) > 0) == waits
 
 
-# -- attention ---------------------------------------------------------------------------------------------------------
+# -- attention -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_nothing_in_a_run_puts_a_weight_into_words(run, monkeypatch):
     assert repr(torch.nn.Parameter(torch.ones(3))) and worded, "it would have been seen"
 
 
-# -- compiling ---------------------------------------------------------------------------------------------------------
+# -- compiling -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -200,7 +200,7 @@ def test_a_missing_compiler_is_said_in_words(launch, cache, tmp_path):
     assert "torch cannot compile here" in ran.stderr and "train.compile=false" in ran.stderr
 
 
-# -- the optimizer in the backward pass --------------------------------------------------------------------------------
+# -- the optimizer in the backward pass ----------------------------------------------------------
 
 FULL = [
     "lora=null",
@@ -267,7 +267,7 @@ def test_what_needs_all_gradients_at_once_is_refused(compose, settings, said):
         compose("memory.step_in_backward=true", *settings)
 
 
-# -- the clock ---------------------------------------------------------------------------------------------------------
+# -- the clock -----------------------------------------------------------------------------------
 
 
 def test_slow_steps_are_said_once_with_their_cause(run, monkeypatch, capfd):
