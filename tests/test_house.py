@@ -126,7 +126,7 @@ def test_one_place_chooses_between_lora_and_full_weights():
     """Others ask an object of model/trained_weights.py. The rules speak of the setting itself."""
     asking = {module for module, tree in TREES.items() if asks_whether_lora_is_none(tree)}
     assert asking <= {"cogvx.config", "cogvx.rules", "cogvx.compose"}
-    for line in ("config.lora is None", "lora is not None", "not config.lora"):
+    for line in ("config.lora is None", "composed.lora is not None", "not config.lora"):
         assert asks_whether_lora_is_none(ast.parse(line))
 
 
@@ -139,8 +139,7 @@ def asks_whether_lora_is_none(tree: ast.AST) -> bool:
             asked = node.operand
         elif isinstance(node, ast.If | ast.IfExp):
             asked = node.test
-        name = getattr(asked, "attr", getattr(asked, "id", None))
-        if name == "lora":
+        if isinstance(asked, ast.Attribute) and asked.attr == "lora":
             return True
     return False
 

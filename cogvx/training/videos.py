@@ -14,8 +14,8 @@ import numpy
 from torch import Tensor
 
 from cogvx.config import Config
+from cogvx.data.listed import text_of
 from cogvx.data.mp4 import write_video
-from cogvx.data.sources import text_of
 from cogvx.errors import UserError
 from cogvx.files import replacing, write_json
 from cogvx.inference import pictures, scores
@@ -23,6 +23,7 @@ from cogvx.inference.generate import generate
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.validation import Validation
 from cogvx.progress import bar, counted
+from cogvx.records.pages import REAL_CLIPS
 
 
 def validation_prompts(validation: Validation) -> list[str] | None:
@@ -148,7 +149,7 @@ class ValidationVideos:
         missing = [each for each in requests if not self.base_frames(each[0]).is_file()]
         unscored = bool(self.scored) and not self.base_scores.is_file()
         if self.prompts:
-            write_json(self.place / "prompts.json", {name: prompt for name, prompt, _ in requests})
+            self.write_real_clips(requests)
         if not missing and not unscored:
             return
         vae = self.generator.vae()
@@ -161,6 +162,16 @@ class ValidationVideos:
         if unscored:
             values = [scored.values for scored in self.score(transformer, vae, "base model")]
             write_json(self.base_scores, values)
+
+    def write_real_clips(self, requests: list[tuple[str, str, int]]) -> None:
+        """The prompts, and the clip beside each video with its title, as report.html wants them."""
+        titles = {}
+        for name, prompt, _ in requests:
+            real = self.real_clip(prompt)
+            titles[name] = real.title
+            self.generator.save(self.place / REAL_CLIPS / f"{name}.mp4", real.frames)
+        write_json(self.place / f"{REAL_CLIPS}.json", titles)
+        write_json(self.place / "prompts.json", {name: prompt for name, prompt, _ in requests})
 
     def base_frames(self, name: str) -> Path:
         """The frames without the losses of an mp4, for later comparisons."""
