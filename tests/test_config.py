@@ -14,7 +14,7 @@ from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.options import optimizers
 from cogvx.records import record
-from cogvx.training import validation
+from cogvx.training import videos
 
 PROJECT = Path(__file__).parent.parent
 ROOT = ["data.instance_data_root=/clips"]
@@ -67,7 +67,7 @@ def test_the_seed_recipe_is_the_guides_command(compose):
     assert (data.skip_frames_start, data.skip_frames_end) == (0, 0)
     assert config.memory.vae_tiling and config.memory.gradient_checkpointing
     assert (config.choices["tracking"], config.tracking.mode) == ("wandb", "online")
-    prompts = validation.given_prompts(config)
+    prompts = videos.validation_prompts(config.validation)
     assert len(prompts) == 2 and prompts[0].startswith("DISNEY ")
     assert config.validation.num_validation_videos == 1
 

@@ -67,7 +67,7 @@ def test_clips_that_the_vae_restored_are_seen_as_what_they_are(vae):
 
 @pytest.mark.slow
 def test_nanos_vae_restores_clips_it_has_not_seen(vae):
-    found = autoencoder.judge(vae)
+    found = autoencoder.measure(vae)
     assert found["psnr"] >= 27, "dB, over 64 clips of the world"
     assert (
         vae.config.scaling_factor
