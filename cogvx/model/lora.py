@@ -140,7 +140,7 @@ class Lora:
         """
         from peft import set_peft_model_state_dict
 
-        tensors, settings = read(path)
+        tensors, settings = read_adapter(path)
         ours = state(transformer)
         problems = self.misfits(tensors, settings, ours)
         if problems:
@@ -256,7 +256,7 @@ def save(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
     (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The transformer's tensors, named as in state(), and the settings, of a LoRA file.
 
     `path` may also be a folder that holds WEIGHTS.
@@ -282,12 +282,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     )
 
 
-def differences(
+def adapter_differences(
     transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool
 ) -> list[str]:
     """How a saved adapter differs from the attached one in names, shapes, settings and, if asked,
     values."""
-    tensors, settings = read(folder)
+    tensors, settings = read_adapter(folder)
     found, attached = (
         compare(state(transformer), tensors, values=values),
         transformer.peft_config["default"],
@@ -304,12 +304,12 @@ def load(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
     """Loads a saved adapter into the attached one. UserError unless names and shapes agree."""
     from peft import set_peft_model_state_dict
 
-    found = differences(transformer, folder, values=False)
+    found = adapter_differences(transformer, folder, values=False)
     if found:
         raise UserError(
             listed(f"{folder / WEIGHTS} does not fit this model and lora settings:", found)
         )
-    set_peft_model_state_dict(transformer, read(folder)[0])
+    set_peft_model_state_dict(transformer, read_adapter(folder)[0])
 
 
 def compare(expected: dict[str, Tensor], found: dict[str, Tensor], *, values: bool) -> list[str]:

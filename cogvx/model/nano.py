@@ -18,7 +18,7 @@ from cogvx.model.geometry import Geometry
 from cogvx.model.released import SCHEDULER, TRANSFORMER_2B, VAE_2B
 
 # nano/ has everything except what write_settings() adds; nano_i2v/ has the transformer only.
-WEIGHTS = Path(__file__).parent / "weights"
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 TEXT_TOKENS = 32
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 16
@@ -81,13 +81,13 @@ def write_parts(folder: Path, tiny: Tiny, blank: bool) -> None:
     from cogvx.progress import library_bars
 
     for part in ("vae", "text_encoder", "tokenizer"):
-        shutil.copytree(WEIGHTS / "nano" / part, folder / part)
+        shutil.copytree(SHIPPED_WEIGHTS / "nano" / part, folder / part)
     if blank:
         with library_bars(shown=False):
             blank_transformer(tiny).save_pretrained(folder / "transformer")
     else:
         name = "nano_i2v" if tiny.geometry.image_to_video else "nano"
-        shutil.copytree(WEIGHTS / name / "transformer", folder / "transformer")
+        shutil.copytree(SHIPPED_WEIGHTS / name / "transformer", folder / "transformer")
     write_settings(folder, tiny)
 
 
@@ -101,7 +101,7 @@ def blank_transformer(tiny: Tiny):
     if not tiny.geometry.image_to_video:
         return transformer
     trained = CogVideoXTransformer3DModel.from_pretrained(
-        WEIGHTS / "nano" / "transformer", torch_dtype=torch.float32
+        SHIPPED_WEIGHTS / "nano" / "transformer", torch_dtype=torch.float32
     )
     weights = trained.state_dict()
     name = "patch_embed.proj.weight"  # [width, channels, patch, patch]

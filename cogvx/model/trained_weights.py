@@ -80,7 +80,7 @@ class LoraWeights:
     def differences(
         self, transformer: CogVideoXTransformer3DModel, folder: Path, *, values: bool
     ) -> list[str]:
-        return lora.differences(transformer, folder, values=values)
+        return lora.adapter_differences(transformer, folder, values=values)
 
     def inference_settings(self) -> dict[str, object]:
         """What inference.json says about the adapter."""

@@ -112,12 +112,14 @@ def configs_of(config: Config) -> dict[str, dict]:
     """
     folder = Path(config.model.path)
     if (folder / "transformer" / "config.json").is_file():
-        return {part: settings_of(folder, part) for part in ("transformer", "vae", "text_encoder")}
+        return {
+            part: part_settings(folder, part) for part in ("transformer", "vae", "text_encoder")
+        }
     transformer, vae, _, _ = RELEASED[NAMES[config.model.path.split("/")[-1]]]
     return {"transformer": transformer, "vae": vae, "text_encoder": T5_XXL}
 
 
-def settings_of(folder: Path, part: str) -> dict:
+def part_settings(folder: Path, part: str) -> dict:
     """A part's configuration, without diffusers' own entries, such as _class_name."""
     return {
         key: value for key, value in read_config(folder, part).items() if not key.startswith("_")

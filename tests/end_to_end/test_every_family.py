@@ -84,7 +84,7 @@ def in_plain_diffusers(run_folder: Path, family: str, folder: Path, kind: str):
 
 
 def tensors_of(folder: Path, kind: str) -> dict:
-    return lora.read(folder)[0] if kind == "LoRA" else dict(full.saved(folder))
+    return lora.read_adapter(folder)[0] if kind == "LoRA" else dict(full.saved(folder))
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ QUICK_VIDEO = ["validation.num_validation_videos=1", "validation.num_inference_s
 
 
 def weights(folder: Path) -> dict:
-    return lora.read(folder)[0]
+    return lora.read_adapter(folder)[0]
 
 
 def saved_weights(folder: Path) -> dict:

@@ -38,7 +38,7 @@ def test_every_kind_of_clip_is_seen_as_what_it_is():
 
 @pytest.fixture(scope="module")
 def vae():
-    return PretrainedModel(nano.WEIGHTS / "nano", torch.device("cpu"), torch.float32).vae(
+    return PretrainedModel(nano.SHIPPED_WEIGHTS / "nano", torch.device("cpu"), torch.float32).vae(
         tiling=False
     )
 

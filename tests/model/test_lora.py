@@ -117,7 +117,7 @@ def test_targets_as_a_regular_expression(nano_folder, tmp_path):
     )
     assert lora.count_modules(lora.state(transformer)) == 4
     lora.save(transformer, tmp_path)
-    assert lora.differences(transformer, tmp_path, values=True) == []
+    assert lora.adapter_differences(transformer, tmp_path, values=True) == []
 
 
 @pytest.mark.parametrize(

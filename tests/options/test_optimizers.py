@@ -40,7 +40,9 @@ def stopped_and_resumed(run, stopped, *settings):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_trains_and_resumes_bit_for_bit(run, stopped, name):
     whole, resumed = stopped_and_resumed(run, stopped, f"optimizer={name}", *SETTINGS.get(name, []))
-    assert lora.compare(lora.read(whole)[0], lora.read(resumed)[0], values=True) == []
+    assert (
+        lora.compare(lora.read_adapter(whole)[0], lora.read_adapter(resumed)[0], values=True) == []
+    )
     assert metrics(whole, "loss") == metrics(resumed, "loss")
     assert metrics(whole, "heldout_loss") == metrics(resumed, "heldout_loss")
     summary = json.loads((whole / "summary.json").read_text())
@@ -55,12 +57,12 @@ def test_an_average_is_judged_and_delivered_and_training_goes_on_from_the_weight
         run("rare", *SHORT, *settings),
         run("often", *SHORT, *settings, "validation.heldout_steps=1"),
     )
-    assert lora.compare(lora.read(rare)[0], lora.read(often)[0], values=True) == []
-    trained = lora.read(rare / "checkpoints" / "step_000008")[0]
-    assert lora.compare(trained, lora.read(rare)[0], values=True) != []
+    assert lora.compare(lora.read_adapter(rare)[0], lora.read_adapter(often)[0], values=True) == []
+    trained = lora.read_adapter(rare / "checkpoints" / "step_000008")[0]
+    assert lora.compare(trained, lora.read_adapter(rare)[0], values=True) != []
     if settings == ["train.ema_decay=0.9"]:
         plain = run("plain", *SHORT)
-        assert lora.compare(trained, lora.read(plain)[0], values=True) == [], (
+        assert lora.compare(trained, lora.read_adapter(plain)[0], values=True) == [], (
             "the average does not change training"
         )
         judged = read_json_lines(rare / "metrics.jsonl")[-1]
@@ -74,7 +76,9 @@ def test_an_average_is_judged_and_delivered_and_training_goes_on_from_the_weight
 @pytest.mark.slow
 def test_an_average_is_resumed_bit_for_bit(run, stopped):
     whole, resumed = stopped_and_resumed(run, stopped, "train.ema_decay=0.9")
-    assert lora.compare(lora.read(whole)[0], lora.read(resumed)[0], values=True) == []
+    assert (
+        lora.compare(lora.read_adapter(whole)[0], lora.read_adapter(resumed)[0], values=True) == []
+    )
 
 
 def test_eight_bits_are_used_when_asked_for():
@@ -144,7 +148,7 @@ def test_an_average_may_begin_and_change_on_a_resume(run):
     """Begun at the checkpoint: after no further step it is the weights themselves. The decay is the one asked for."""
     first = run("first", *SHORT)
     begun = run("begun", *SHORT, "train.ema_decay=0.999", f"train.resume={first}")
-    assert lora.compare(lora.read(first)[0], lora.read(begun)[0], values=True) == []
+    assert lora.compare(lora.read_adapter(first)[0], lora.read_adapter(begun)[0], values=True) == []
     whole = run("whole", *SHORT, "train.ema_decay=0.9")
     changed = run(
         "changed", *SHORT, "train.ema_decay=0.05", f"train.resume={whole}/checkpoints/step_000004"
@@ -157,8 +161,8 @@ def test_an_average_may_begin_and_change_on_a_resume(run):
 @pytest.mark.slow
 def test_the_weights_that_were_judged_stand_in_the_checkpoint(run, settings):
     folder = run("a", *SHORT, *settings)
-    judged = lora.read(folder / "checkpoints" / "step_000008" / "averaged")[0]
-    assert lora.compare(judged, lora.read(folder)[0], values=True) == []
+    judged = lora.read_adapter(folder / "checkpoints" / "step_000008" / "averaged")[0]
+    assert lora.compare(judged, lora.read_adapter(folder)[0], values=True) == []
 
 
 def test_an_average_of_averages_is_refused(compose):

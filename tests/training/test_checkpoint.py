@@ -116,7 +116,7 @@ def test_the_rehearsal_leaves_nothing_and_finds_what_cannot_be_saved(state, tmp_
 
     def save_without_alpha(transformer, folder):
         save(transformer, folder)
-        tensors, _ = lora.read(folder)
+        tensors, _ = lora.read_adapter(folder)
         from safetensors.torch import save_file
 
         save_file(

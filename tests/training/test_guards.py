@@ -47,7 +47,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_clip_is_named(run, spoil,
     assert skipped["step"] == 5
     assert "videos.txt:" in skipped["skipped"][0] and " at timestep " in skipped["skipped"][0]
     assert "warning step 5 is skipped" in capfd.readouterr().out
-    assert all(tensor.isfinite().all() for tensor in lora.read(folder)[0].values())
+    assert all(tensor.isfinite().all() for tensor in lora.read_adapter(folder)[0].values())
     assert len(lines(folder, "loss")) == 4 and "NaN" not in (folder / "metrics.jsonl").read_text()
     assert json.loads((folder / "summary.json").read_text())["status"] == "done"
 
@@ -64,7 +64,7 @@ def test_a_step_left_out_changes_no_weight(run, spoil):
     spoil(set(range(1, 12)))
     folder = run("a", *SHORT)
     one = run("b", *SHORT, "train.max_train_steps=1")
-    assert lora.compare(lora.read(folder)[0], lora.read(one)[0], values=True) == []
+    assert lora.compare(lora.read_adapter(folder)[0], lora.read_adapter(one)[0], values=True) == []
 
 
 def test_too_many_in_a_row_stop_the_run_and_keep_what_was_before(run, spoil, capfd):
