@@ -240,7 +240,7 @@ def test_unequal_clips_in_a_batch_are_refused_in_words(run, clips, make_clip, ca
     make_clip(clips / "videos" / "0.mp4", frames=6)
     run("a", f"data.instance_data_root={clips}", "train.train_batch_size=2", expect=2)
     said = capfd.readouterr().err
-    assert "1 clips of 5 frames, 4 clips of 9 frames" in said and "data.min_num_frames=9" in said
+    assert "1 clip of 5 frames, 4 clips of 9 frames" in said and "data.min_num_frames=9" in said
     run("b", *FEW, f"data.instance_data_root={clips}")
 
 

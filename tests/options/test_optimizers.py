@@ -145,7 +145,7 @@ def test_another_optimizer_cannot_go_on_from_its_states(run, capfd, name):
 
 @pytest.mark.slow
 def test_an_average_may_begin_and_change_on_a_resume(run):
-    """Begun at the checkpoint: after no further step it is the weights themselves. The decay is the one asked for."""
+    """If it begins at the last step it equals the weights. Its decay is the configured one."""
     first = run("first", *SHORT)
     begun = run("begun", *SHORT, "train.ema_decay=0.999", f"train.resume={first}")
     assert lora.compare(lora.read_adapter(first)[0], lora.read_adapter(begun)[0], values=True) == []
