@@ -73,10 +73,10 @@ def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
     variants = variants_of(config, task)
     data, prompts = prepare_prompts(config, task, folder, ranks)
     asked = scores.video_requests(prompts, task.seed)
-    ways = [nearest_clip(data, config)]
+    measures = [nearest_clip(data, config)]
     if task.clip_path is not None:
-        ways.append(clip_similarity(task.clip_path, data.pretrained.device))
-    measured = measure_variants(config, data, variants, asked, ways, folder, ranks)
+        measures.append(clip_similarity(task.clip_path, data.pretrained.device))
+    measured = measure_variants(config, data, variants, asked, measures, folder, ranks)
     found = {
         variant.name: scores.comparisons(
             measured.video_scores[BASE], measured.video_scores[variant.name]
@@ -87,7 +87,7 @@ def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
     more = {
         "run": str(task.run),
         "heldout_loss": measured.heldout_loss,
-        "nearest_clip_of_held_out_clips": nearness_of_held_out(data, config, ways),
+        "nearest_clip_of_held_out_clips": nearness_of_held_out(data, config, measures),
         "vbench": vbench(task.vbench, folder, list(measured.video_scores)),
     }
     scores.write_evaluation(folder, measured.video_scores, found, more)
@@ -131,7 +131,7 @@ def measure_variants(
     data: Prepared,
     variants: list[Variant],
     asked: list[scores.VideoRequest],
-    ways: list[Way],
+    measures: list[Measure],
     folder: Path,
     ranks: Ranks,
 ) -> Measured:
@@ -145,7 +145,7 @@ def measure_variants(
             videos = make_videos(config, data, model, variant, asked, folder)
             measured.videos[variant.name] = videos
             measured.video_scores[variant.name] = [
-                all_scores(request, frames, ways)
+                all_scores(request, frames, measures)
                 for request, frames in zip(asked, videos, strict=True)
             ]
     return measured
@@ -255,34 +255,34 @@ def folder_of_videos(folder: Path, variant: str) -> Path:
 # -- more measures -----------------------------------------------------------------------------
 
 # A measure's name, and the function of a video's frames and prompt that measures it.
-Way = tuple[str, Callable[[numpy.ndarray, str], float]]
+Measure = tuple[str, Callable[[numpy.ndarray, str], float]]
 
 
 def all_scores(
-    request: scores.VideoRequest, frames: numpy.ndarray, ways: list[Way]
+    request: scores.VideoRequest, frames: numpy.ndarray, measures: list[Measure]
 ) -> scores.VideoScores:
     values = scores.measure_video(frames, request.prompt)
-    values |= {name: way(frames, request.prompt) for name, way in ways}
+    values |= {name: measure(frames, request.prompt) for name, measure in measures}
     return scores.VideoScores(request, values)
 
 
-def nearest_clip(data: Prepared, config: Config) -> Way:
+def nearest_clip(data: Prepared, config: Config) -> Measure:
     """The distance to the nearest training clip. A copy of a training clip has a distance near 0.
 
     It is the root mean square difference of the pixels, as a share of their range.
     """
     clips = [small(frames_of(clip, config)) for clip in data.train[:MOST_CLIPS]]
 
-    def way(frames: numpy.ndarray, prompt: str) -> float:
+    def measure(frames: numpy.ndarray, prompt: str) -> float:
         return float(min(distance(small(frames), clip) for clip in clips))
 
-    return "nearest_clip", way
+    return "nearest_clip", measure
 
 
-def nearness_of_held_out(data: Prepared, config: Config, ways: list[Way]) -> float | None:
+def nearness_of_held_out(data: Prepared, config: Config, measures: list[Measure]) -> float | None:
     """The mean of nearest_clip over the held-out clips: the value of clips that are new."""
-    way = dict(ways)["nearest_clip"]
-    found = [way(frames_of(clip, config), "") for clip in data.held_out]
+    measure = dict(measures)["nearest_clip"]
+    found = [measure(frames_of(clip, config), "") for clip in data.held_out]
     return float(numpy.mean(found)) if found else None
 
 
@@ -302,7 +302,7 @@ def distance(one: numpy.ndarray, other: numpy.ndarray) -> float:
     return float(numpy.sqrt(numpy.square(one[:frames] - other[:frames]).mean()))
 
 
-def clip_similarity(path: str, device: torch.device) -> Way:
+def clip_similarity(path: str, device: torch.device) -> Measure:
     """The cosine of the text's and the frames' features, the mean over four frames.
 
     Source: CLIPSIM, Wu et al. 2021 (GODIVA).
@@ -318,7 +318,7 @@ def clip_similarity(path: str, device: torch.device) -> Way:
         ) from error
 
     @torch.no_grad()
-    def way(frames: numpy.ndarray, prompt: str) -> float:
+    def measure(frames: numpy.ndarray, prompt: str) -> float:
         chosen = frames[numpy.linspace(0, len(frames) - 1, 4).round().astype(int)]
         given = processor(
             text=[prompt], images=list(chosen), return_tensors="pt", padding=True, truncation=True
@@ -330,7 +330,7 @@ def clip_similarity(path: str, device: torch.device) -> Way:
         )
         return float((images @ text.T).mean())
 
-    return "clip", way
+    return "clip", measure
 
 
 def vbench(dimensions: list[str], folder: Path, variants: list[str]) -> dict:
