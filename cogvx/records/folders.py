@@ -111,7 +111,7 @@ def entries_of(root: Path) -> Iterator[Entry]:
 
 
 def run_entry(root: Path, folder: Path) -> Entry:
-    progress, settings = progress_of(folder), settings_of(folder)
+    progress, settings = progress_of(folder), recorded_settings(folder)
     state = progress.state
     at = f" {progress.step}/{progress.steps}" if state is not State.done and progress.steps else ""
     task = configuration.choices_of(settings).get("task", "train")
@@ -130,7 +130,7 @@ def sweep_entry(root: Path, folder: Path) -> Entry:
     runs = [path for path in Sweep.read(folder).runs().values() if path.is_dir()]
     progress = [progress_of(path) for path in runs]
     states = Counter(each.state for each in progress)
-    first = settings_of(runs[0]) if runs else {"defaults": []}
+    first = recorded_settings(runs[0]) if runs else {"defaults": []}
     text = ", ".join(f"{states[state]} {state.value}" for state in State if states[state])
     return Entry(
         str(folder.relative_to(root)),
@@ -143,7 +143,7 @@ def sweep_entry(root: Path, folder: Path) -> Entry:
     )
 
 
-def settings_of(folder: Path) -> dict:
+def recorded_settings(folder: Path) -> dict:
     try:
         return yaml.safe_load((folder / record.CONFIG).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
