@@ -139,9 +139,12 @@ def test_report_and_compare_on_the_command_line(sweep, launch, tmp_path):
         "they read runs and make none"
     )
     for arguments, said in (
-        (["task=report", f"task.run={tmp_path}"], "neither a run's folder"),
+        (
+            ["task=report", f"task.run={tmp_path}"],
+            "is not the folder of a run (it has no config.yaml) and not",
+        ),
         (["task=compare", f"task.runs=[{first}]"], "give two runs or more"),
-        (["task=compare", f"task.runs=[{first},{tmp_path}]"], "is not a run's folder"),
+        (["task=compare", f"task.runs=[{first},{tmp_path}]"], "is not the folder of a run"),
         (
             ["-m", "task=report", f"task.run={first},{second}"],
             "task=report reads runs and is none: leave out -m",
