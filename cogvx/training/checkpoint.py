@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cogvx.errors import UserError, listed
 from cogvx.files import write_json
+from cogvx.options.train import Train
 from cogvx.progress import counted
 from cogvx.training.state import AVERAGED, OPTIMIZER, TrainingState
 
@@ -127,6 +128,13 @@ def require_space(run_folder: Path, rehearsal: Path, state: TrainingState, kept:
             f"run and its result need up to {needed / 2**20:.0f} MiB. Free some, "
             f"lower train.checkpoints_total_limit, or set output_dir to another disk"
         )
+
+
+def number_kept(steps: int, train: Train) -> int:
+    """How many checkpoints a run of `steps` steps leaves."""
+    written = -(-steps // train.checkpointing_steps)
+    limit = train.checkpoints_total_limit
+    return written if limit is None else min(limit, written)
 
 
 def resume_source(resume: str | None, run_folder: Path) -> Path | None:

@@ -6,10 +6,13 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 
+from cogvx.config import Config
+from cogvx.errors import UserError
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.options.validation import Validation
 from cogvx.training.ranks import Ranks
@@ -92,6 +95,23 @@ def summarize(
         noise_floor=standard_error(by_draw),
         by_timestep={t: mean(losses[i, t, d] for i in clips for d in draws) for t in timesteps},
         by_clip=by_clip,
+    )
+
+
+def require_finite(loss: HeldOutLoss, config: Config, folder: Path, step: int | None) -> None:
+    """UserError if the loss is not a number. `step`: None for the base model's loss."""
+    if math.isfinite(loss.mean):
+        return
+    if step is None:
+        raise UserError(
+            f"the base model's held-out loss is {loss.mean}: its weights are damaged, or too "
+            f"large for train.mixed_precision={config.train.mixed_precision.name}"
+        )
+    raise UserError(
+        f"the held-out loss is {loss.mean} after step {step}: the weights are spoilt. "
+        f"The checkpoints in {folder} are from before. Usual causes: "
+        f"optimizer.learning_rate={config.optimizer.learning_rate:g} too high, "
+        f"fp16 where bf16 is needed"
     )
 
 

@@ -96,6 +96,16 @@ class TrainingState:
         with self.trained_weights():
             return self.weights.differences(self.transformer, folder, values=values)
 
+    def require_finite(self, step: int, folder: Path) -> None:
+        """UserError if a trained weight is not a number."""
+        if all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            return
+        raise UserError(
+            f"trained weights are not finite after step {step}. "
+            f"The checkpoints in {folder} are from before. Usual cause: "
+            f"optimizer.learning_rate={self.settings.learning_rate:g} too high"
+        )
+
     def optimizer_name(self) -> str:
         kind = type(unwrapped(self.optimizer))
         return f"{kind.__module__.split('.')[0]} {kind.__name__}"

@@ -13,14 +13,13 @@ from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 
 from cogvx.config import Config
-from cogvx.errors import UserError
 from cogvx.files import shown
 from cogvx.inference import scores
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import bar
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.batches import Batches
-from cogvx.training.heldout import HeldOutLoss, heldout_loss
+from cogvx.training.heldout import HeldOutLoss, heldout_loss, require_finite
 from cogvx.training.in_backward import SteppingInBackward
 from cogvx.training.loss_log import LossLog
 from cogvx.training.metrics import Metrics, peak_memory_gib
@@ -92,7 +91,8 @@ class Trainer:
     def begin(self) -> tuple[HeldOutLoss | None, HeldOutLoss | None]:
         """The base model's held-out loss, and the present one."""
         if self.ranks.saves:
-            checkpoints.rehearse(self.folder, self.state, kept=self.checkpoints_kept())
+            kept = checkpoints.number_kept(self.steps, self.config.train)
+            checkpoints.rehearse(self.folder, self.state, kept=kept)
         self.write_videos(base=True)
         before = latest = self.evaluate(base=True)
         if self.source is not None:
@@ -246,24 +246,9 @@ class Trainer:
         found = heldout_loss(
             self.model, len(data.held_out), data.held_out_batch, validation, self.ranks
         )
-        if not found or math.isfinite(found.mean):
-            return found
-        if base:
-            raise UserError(
-                f"the base model's held-out loss is {found.mean}: its weights are damaged, or too "
-                f"large for train.mixed_precision={self.config.train.mixed_precision.name}"
-            )
-        raise UserError(
-            f"the held-out loss is {found.mean} after step {self.step}: the weights are spoilt. "
-            f"{self.earlier_checkpoints()} Usual causes: {self.rate_too_high()}, "
-            f"fp16 where bf16 is needed"
-        )
-
-    def earlier_checkpoints(self) -> str:
-        return f"The checkpoints in {self.folder} are from before."
-
-    def rate_too_high(self) -> str:
-        return f"optimizer.learning_rate={self.config.optimizer.learning_rate:g} too high"
+        if found:
+            require_finite(found, self.config, self.folder, None if base else self.step)
+        return found
 
     def write_videos(self, *, base: bool = False) -> list[tuple[Path, str]]:
         """This step's videos, and the title of the real clip beside each.
@@ -310,22 +295,13 @@ class Trainer:
         with self.timer.paused():
             self.report_skipped()
             pending = self.losses.of_all_processes()
-            if not all(bool(parameter.isfinite().all()) for parameter in self.state.parameters):
-                raise UserError(
-                    f"trained weights are not finite after step {self.step}. "
-                    f"{self.earlier_checkpoints()} Usual cause: {self.rate_too_high()}"
-                )
+            self.state.require_finite(self.step, self.folder)
             if self.ranks.saves:
                 limit = self.config.train.checkpoints_total_limit
                 checkpoints.write_checkpoint(
                     self.folder, self.state, self.step, pending, heldout, limit=limit
                 )
             self.ranks.wait()
-
-    def checkpoints_kept(self) -> int:
-        written = -(-self.steps // self.config.train.checkpointing_steps)
-        limit = self.config.train.checkpoints_total_limit
-        return written if limit is None else min(limit, written)
 
     def progress_bar(self) -> tqdm:
         hidden = not self.ranks.logs or self.step == self.steps
