@@ -269,7 +269,7 @@ def cache_bytes(config: Config) -> int:
 
 def print_headline(config: Config) -> None:
     data = config.data
-    kind = "full fine-tuning" if config.lora is None else f"LoRA rank {config.lora.rank}"
+    kind = weights_of(config.lora)
     print(
         f"plan    {config.model.path}, {kind}, "
         f"{data.max_num_frames} frames of {data.width}x{data.height}, "
@@ -384,7 +384,8 @@ def changes_of(config: Config) -> list[list[str]]:
 
 def with_changes(config: Config, change: list[str]) -> Config:
     """This configuration with other overrides of memory, optimizer and data.max_num_frames."""
-    kind = [] if config.lora is not None else ["lora=null", "train.mixed_precision=bf16"]
+    frozen = weights_of(config.lora).freezes_base
+    kind = [] if frozen else ["lora=null", "train.mixed_precision=bf16"]
     values = compose_config([*kind, *(o for o in change if not o.startswith("data."))])
     changed = dataclasses.replace(config, memory=values.memory)
     for override in change:
