@@ -1,12 +1,16 @@
-"""Cards by name: memory, peak rates, and how much of them training of this kind reaches.   [no torch]"""
+"""GPU cards by name: memory, peak rates, and the share of them that training reaches.   [no torch]
+
+CARDS is the list that task.card chooses from.
+"""
 
 from dataclasses import dataclass
 
 GIB = 2**30
 
-# Shares of the peaks that matrix products, attention forward and backward, convolutions and everything else reach, so that the
-# published times come out: CogVideoX inference on A100 and H100 (THUDM: about 180 and 90 s for 5B), 1.5-5B LoRA on A800 (about 40 s a
-# step, CogVideo issue 715). Other cards take their generation's. Expect +-35 %.
+# The share of the peak rate that each kind of operation reaches. The shares are fitted to published
+# times: CogVideoX-5B inference on A100 and H100 (THUDM: about 180 and 90 s), and a step of a 1.5-5B
+# LoRA on A800 (about 40 s, CogVideo issue 715). Other cards have the shares of their generation.
+# Expect +-35 %.
 AMPERE = {
     "matrix": 0.80,
     "attention": 0.62,
@@ -25,7 +29,7 @@ HOPPER = {
 
 @dataclass(frozen=True)
 class Card:
-    """Peaks: the makers' data sheets, dense."""
+    """Peak rates are those of the makers' data sheets, for dense matrices."""
 
     memory_gib: float
     tflops: float  # bf16 with fp32 sums
@@ -35,7 +39,7 @@ class Card:
 
     @property
     def usable(self) -> float:
-        """Bytes."""
+        """Memory for tensors, in bytes."""
         return (self.memory_gib - self.context_gib) * GIB
 
 
@@ -54,7 +58,10 @@ CARDS = {
 
 
 def named(device: str, memory_gib: float) -> str | None:
-    """The card of CARDS that CUDA calls by this name ("NVIDIA GeForce RTX 4090") and that has about this memory; None for others."""
+    """The name in CARDS of a device that CUDA calls "NVIDIA GeForce RTX 4090" or the like.
+
+    Its memory must fit too, within -20 % and +10 %. None: no card of CARDS.
+    """
     words = device.lower().replace("-", " ").split()
     for name, card in CARDS.items():
         model = name.rpartition("_")[0].removeprefix("rtx")

@@ -1,4 +1,4 @@
-"""What is traded for GPU memory. Values: conf/memory/."""
+"""What is traded for GPU memory. The values of each mode: conf/memory/. Explained in fast.yaml."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,11 +8,11 @@ class Recompute(Enum):
     """What gradient checkpointing computes again in the backward pass."""
 
     full = "full"
-    selective = "selective"  # all but the attention
+    selective = "selective"  # everything except the attention
 
 
 class Storage(Enum):
-    """The form in which the blocks' frozen weights wait; they are computed with in the run's precision."""
+    """How the blocks' frozen weights are stored. They are computed with in the run's precision."""
 
     own = "own"
     fp8 = "fp8"

@@ -18,11 +18,12 @@ class Single(Parallel):
     def problems(self) -> list[str]:
         if self.num_processes != 1:
             return [
-                f"parallel.num_processes={self.num_processes} with parallel=single: add parallel=ddp"
+                f"parallel.num_processes={self.num_processes} with parallel=single: "
+                f"add parallel=ddp"
             ]
         return []
 
 
 @dataclass
 class DistributedDataParallel(Parallel):
-    """One process per device, each with the whole model; gradients are averaged."""
+    """One process per device, each with the whole model. Gradients are averaged."""

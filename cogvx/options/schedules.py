@@ -1,7 +1,7 @@
-"""Learning rate by optimizer step, as pure functions: multiplier(step, steps) of the peak rate.
+"""The learning rate of each optimizer step: multiplier(step, steps) of the peak rate.
 
-The curves are those of diffusers.get_scheduler (a test compares every step); `step` counts from 0, and a resumed run
-or another number of processes reads off the same values.
+The curves are those of diffusers.get_scheduler; a test compares every step. Steps count from 0.
+The functions have no state: a resumed run, or one with more processes, gets the same values.
 """
 
 import math
@@ -14,7 +14,7 @@ class Schedule:
     decays: ClassVar[bool] = False  # the rate falls after the warm-up
 
     def multiplier(self, step: int, steps: int, peak: float) -> float:
-        """Share of the peak learning rate used by optimizer step `step` of `steps`."""
+        """Share of the peak learning rate in optimizer step `step` of `steps`."""
         raise TypeError(f"{type(self).__name__} has no multiplier()")
 
     def problems(self) -> list[str]:

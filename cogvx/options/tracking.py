@@ -1,4 +1,7 @@
-"""Trackers: one YAML under conf/tracking/ and one class here each. They mirror metrics.jsonl, which is the record."""
+"""Trackers: one YAML in conf/tracking/ and one class here for each.
+
+They copy what is in metrics.jsonl, which is always written.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from pathlib import Path
 
 from cogvx.errors import UserError, first_line
 
-EXIT_CODES = {"done": 0, "interrupted": 255}  # as wandb itself tells Ctrl-C; all else: 1
-PATIENCE = (
-    30  # seconds for wandb's server to answer at the start, and to take what is left at the end
-)
+# wandb's own exit code after Ctrl-C is 255. Every other status has 1.
+EXIT_CODES = {"done": 0, "interrupted": 255}
+# Seconds in which wandb's server must answer at the start, and take the rest at the end.
+PATIENCE = 30
 
 
 @dataclass
@@ -19,23 +22,23 @@ class Tracking:
     """No tracker."""
 
     def require_login(self) -> None:
-        """UserError where start() would ask who is there: at the door, not when everything is encoded."""
+        """UserError if start() would need a login. It is called before any clip is encoded."""
 
     def start(self, folder: Path, config: dict[str, object], step: int, group: str | None) -> None:
         """Called once, before the first log().
 
-        config: by dotted keys. step: the one that the run goes on from, else 0. group: the name of
-        the sweep that the run is a job of, else None.
+        config: {"lora.rank": 64}. step: the step that a resumed run goes on from, else 0. group:
+        the name of the sweep if the run is one of its jobs, else None.
         """
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Numbers of one step."""
 
     def videos(self, paths: list[Path], step: int) -> None:
-        """Validation videos, as encoded files: mp4, with a gif beside each."""
+        """Validation videos: mp4 files, each with a gif of the same name."""
 
     def finish(self, status: str) -> None:
-        """Called once, also after an error. `status`: as in summary.json."""
+        """Called once, also after an error. status: as in summary.json."""
 
 
 @dataclass
@@ -44,7 +47,7 @@ class TensorBoard(Tracking):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        # What was written after the step that the run goes on from is taken back.
+        # purge_step hides what was written after the step that the run goes on from.
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
         self.writer.add_text("config", "```\n" + json.dumps(config, indent=2) + "\n```")
         given = {
@@ -61,9 +64,8 @@ class TensorBoard(Tracking):
         from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        for path in (
-            paths
-        ):  # a gif among TensorBoard's images moves; add_video() would encode it anew, with moviepy
+        # TensorBoard plays a gif among its images. add_video() would need moviepy.
+        for path in paths:
             gif = path.with_suffix(".gif")
             with Image.open(gif) as picture:
                 width, height = picture.size
@@ -112,30 +114,38 @@ class Wandb(Tracking):
         wandb.setup(wandb.Settings(silent=True))
         if not wandb.login(prompt=False, verify=False):
             raise UserError(
-                "tracking=wandb and nobody is logged in: log in with  wandb login  (or WANDB_API_KEY), or use tracking.mode=offline"
+                "tracking=wandb and nobody is logged in: log in with  wandb login  (or set "
+                "WANDB_API_KEY), or use tracking.mode=offline"
             )
 
     def start(self, folder: Path, config: dict[str, object], step: int, group: str | None) -> None:
-        """In a sweep the sweep's folder is the group. A run that goes on is the same run there."""
+        """The jobs of a sweep are one group in wandb. A resumed run is the same run there."""
         import wandb
 
         settings = wandb.Settings(
             silent=True, init_timeout=PATIENCE, finish_timeout=PATIENCE, finish_timeout_raises=True
         )
         run = {
-            "project": self.project, "group": group, "name": folder.name, "id": id_of(folder), "resume": "allow", "dir": folder,
-            "config": config, "settings": settings,
-        }  # fmt: skip
+            "project": self.project,
+            "group": group,
+            "name": folder.name,
+            "id": id_of(folder),
+            "resume": "allow",
+            "dir": folder,
+            "config": config,
+            "settings": settings,
+        }
         try:
             self.run = wandb.init(**run, mode=self.mode)
         except Exception as error:
             if self.mode == "offline":
                 raise
             print(
-                f"warning wandb does not answer, so it is written here: {first_line(error)}",
+                f"warning wandb does not answer, so this run is offline: {first_line(error)}",
                 flush=True,
             )
-            wandb.teardown()  # it would not give the id out again
+            # Without it wandb refuses to use the id a second time.
+            wandb.teardown()
             self.run = wandb.init(**run | {"id": id_of(folder)}, mode="offline")
         if self.run.offline:
             print(f"wandb   offline; to send it later:  {self.sync()}", flush=True)
@@ -166,10 +176,14 @@ class Wandb(Tracking):
                 f"wandb did not take everything in {PATIENCE} s; to send the rest:  {self.sync()}"
             ) from error
         finally:
-            wandb.teardown()  # returns when all is on the disk
+            # It returns when everything is on the disk.
+            wandb.teardown()
 
 
 def id_of(folder: Path) -> str | None:
-    """wandb's name for the run that an earlier start made, the end of wandb/[offline-]run-DATE_TIME-ID; None before the first."""
+    """wandb's id of the run that an earlier start made; None at the first start.
+
+    It is the end of the folder's name: wandb/run-DATE_TIME-ID or wandb/offline-run-DATE_TIME-ID.
+    """
     earlier = sorted(folder.glob("wandb/*run-*-*"), key=lambda path: path.name.partition("run-")[2])
     return earlier[-1].name.partition("run-")[2].partition("-")[2] if earlier else None

@@ -8,9 +8,10 @@ from cogvx.files import absolute
 
 
 class Precision(Enum):
-    """Of the frozen weights and the arithmetic. What is trained, and the objective, are fp32 always."""
+    """Precision of frozen weights and arithmetic. Trained weights and the loss are always fp32."""
 
-    no = "float32"  # torch's names
+    # The values are torch's names.
+    no = "float32"
     fp16 = "float16"
     bf16 = "bfloat16"
 
@@ -25,8 +26,12 @@ class Timesteps(Enum):
 
 @dataclass(frozen=True)
 class TimestepSampling:
-    """uniform; or stratified: uniform too, but evenly spread over the samples of a batch, as the explicit uniform sampling of
-    CogVideoX (Yang et al. 2024) is over its processes; or logit_normal (Esser et al. 2024, Stable Diffusion 3)."""
+    """uniform, stratified or logit_normal.
+
+    stratified: uniform, and evenly spread over the samples of a batch. CogVideoX (Yang et al. 2024)
+    spreads its explicit uniform sampling over processes in the same way. logit_normal: Esser et al.
+    2024, Stable Diffusion 3.
+    """
 
     timesteps: Timesteps
     logit_mean: float
@@ -43,7 +48,8 @@ class Attention(Enum):
     math = "math"
 
 
-PROFILE_AFTER = 4  # steps: the first ones compile, choose kernels and fill the allocator
+# Steps before the profile: they compile, choose kernels and fill the allocator.
+PROFILE_AFTER = 4
 
 
 @dataclass
@@ -91,19 +97,18 @@ class Train:
         ]
         for name in ("caption_dropout", "image_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                found.append(
-                    f"train.{name}={getattr(self, name)}: must be from 0 up to, but not, 1"
-                )
+                found.append(f"train.{name}={getattr(self, name)}: must be at least 0 and below 1")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             found.append(
-                f"train.ema_decay={self.ema_decay}: must be between 0 and 1; 0.999 is usual; null: no average"
+                f"train.ema_decay={self.ema_decay}: must be between 0 and 1; 0.999 is usual; "
+                f"null: no average"
             )
         for name in ("min_snr_gamma", "logit_std"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 found.append(f"train.{name}={getattr(self, name)}: must be above 0")
         if self.profile_steps < 0:
             found.append(
-                f"train.profile_steps={self.profile_steps}: must be 0 (none) or more steps to record"
+                f"train.profile_steps={self.profile_steps}: must be 0 (no profile) or more"
             )
         needed = PROFILE_AFTER + self.profile_steps
         if (
@@ -112,11 +117,12 @@ class Train:
             and self.max_train_steps < needed
         ):
             found.append(
-                f"train.profile_steps={self.profile_steps} with train.max_train_steps={self.max_train_steps}: recording begins after "
+                f"train.profile_steps={self.profile_steps} with "
+                f"train.max_train_steps={self.max_train_steps}: the profile begins after "
                 f"{PROFILE_AFTER} steps, so there must be {needed} or more"
             )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             found.append(
-                f"train.max_grad_norm={self.max_grad_norm}: must be above 0, or null for no clipping"
+                f"train.max_grad_norm={self.max_grad_norm}: must be above 0; null: no clipping"
             )
         return found

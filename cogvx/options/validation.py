@@ -44,14 +44,16 @@ class Validation:
         ]
         if self.num_inference_steps > 1000:
             found.append(
-                f"validation.num_inference_steps={self.num_inference_steps}: must be at most 1000; 50 are usual"
+                f"validation.num_inference_steps={self.num_inference_steps}: must be at most 1000; "
+                f"50 are usual"
             )
         for name in ("num_validation_videos", "scored_prompts"):
             if getattr(self, name) < 0:
                 found.append(f"validation.{name}={getattr(self, name)}: must be 0 (none) or more")
         if self.validation_prompt is not None and self.validation_prompts_file is not None:
             found.append(
-                "validation.validation_prompt and validation.validation_prompts_file are both set: leave one null"
+                "validation.validation_prompt and validation.validation_prompts_file are both set: "
+                "leave one null"
             )
         if not self.validation_prompt_separator:
             found.append("validation.validation_prompt_separator is empty: the usual one is :::")
