@@ -7,96 +7,78 @@ so the dataclasses have none. Behind check() nothing knows Hydra.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from cogvx.data import sources
-from cogvx.errors import UserError, did_you_mean, first_line, listed
+from cogvx.errors import UserError, first_line, listed
 from cogvx.files import absolute
+from cogvx.groups import GROUPS, SECTIONS
 from cogvx.model import pretrained
 from cogvx.model.lora import Lora
 from cogvx.options import optimizers, parallel, schedules, tasks, tracking
 from cogvx.options.memory import Memory
 from cogvx.options.train import Train
 from cogvx.options.validation import Validation
+from cogvx.progress import counted
 from cogvx.rules import asked_of_model, rules
+from cogvx.wording import (
+    TOP_LEVEL,
+    in_yaml,
+    not_a_section,
+    type_in_words,
+    unknown_option,
+    unknown_setting,
+)
 
 PROJECT = Path(__file__).parent.parent
 CONF = PROJECT / "conf"
 HYDRAS = (HydraException, OmegaConfBaseException)  # what composing raises
 
-GROUPS: dict[str, dict[str, type]] = {
-    "task": {
-        "train": tasks.TrainTask,
-        "encode": tasks.EncodeTask,
-        "plan": tasks.PlanTask,
-        "nano_vae": tasks.NanoVaeTask,
-        "evaluate": tasks.EvaluateTask,
-        "report": tasks.ReportTask,
-        "compare": tasks.CompareTask,
-        "list": tasks.ListTask,
-        "clean": tasks.CleanTask,
-    },
-    "model": {
-        "nano": pretrained.Nano,
-        "nano_i2v": pretrained.NanoI2v,
-        "2b": pretrained.Model,
-        "5b": pretrained.Model,
-        "5b_i2v": pretrained.Model,
-        "1_5_5b": pretrained.Model,
-        "1_5_5b_i2v": pretrained.Model,
-    },
-    "data": {
-        "demo": sources.Demo,
-        "world": sources.World,
-        "text_files": sources.TextFiles,
-        "csv": sources.Csv,
-        "dataset": sources.Dataset,
-    },
-    "optimizer": {
-        "adam": optimizers.Adam,
-        "adamw": optimizers.AdamW,
-        "adam8bit": optimizers.Adam8bit,
-        "adamw8bit": optimizers.AdamW8bit,
-        "adamw8bit_torchao": optimizers.AdamW8bitTorchao,
-        "prodigy": optimizers.Prodigy,
-        "schedule_free": optimizers.ScheduleFree,
-        "muon": optimizers.Muon,
-    },
-    "scheduler": {
-        "constant": schedules.Constant,
-        "constant_with_warmup": schedules.ConstantWithWarmup,
-        "linear": schedules.Linear,
-        "cosine": schedules.Cosine,
-        "cosine_with_restarts": schedules.CosineWithRestarts,
-        "polynomial": schedules.Polynomial,
-    },
-    "memory": dict.fromkeys(("fast", "balanced", "low", "minimal", "low_full"), Memory),
-    "parallel": {"single": parallel.Single, "ddp": parallel.DistributedDataParallel},
-    "tracking": {
-        "none": tracking.Tracking,
-        "tensorboard": tracking.TensorBoard,
-        "wandb": tracking.Wandb,
-    },
-}
-SECTIONS: dict[str, type] = {"lora": Lora, "train": Train, "validation": Validation}
-# 'lora.lora_alpha=${half:lora.rank}': a strength of 1/2 at every rank
-OmegaConf.register_new_resolver(
-    "half", lambda key, *, _root_: OmegaConf.select(_root_, key) / 2, replace=True
-)
-NOT_COMPARED = (
-    "output_dir",
-    "train.resume",
-    "task.card",
-    "train.profile_steps",
-)  # where a run stands and how it was started, not what it computes
+# Where a run stands and how it was started. These do not change what it computes.
+NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps")
+
+
+def half(key: str, *, _root_: DictConfig) -> float:
+    """'lora.lora_alpha=${half:lora.rank}' keeps the strength at 1/2 for every rank."""
+    return OmegaConf.select(_root_, key) / 2
+
+
+def warmup(usual: int, *, _root_: DictConfig) -> int:
+    """The usual number of warm-up steps, or a tenth of a run that is not longer than that."""
+    steps = OmegaConf.select(_root_, "train.max_train_steps")
+    return steps // 10 if isinstance(steps, int) and 0 < steps <= usual else usual
+
+
+OmegaConf.register_new_resolver("half", half, replace=True)
+OmegaConf.register_new_resolver("warmup", warmup, replace=True)
+
+
+def shortened_warmup(composed: DictConfig) -> str | None:
+    """A warning, if warmup() gave this run fewer steps than usual."""
+    scheduler, steps = (
+        composed.get("scheduler"),
+        OmegaConf.select(composed, "train.max_train_steps"),
+    )
+    if not isinstance(scheduler, DictConfig) or "lr_warmup_steps" not in scheduler:
+        return None
+    usual = re.fullmatch(r"\$\{warmup:(\d+)\}", str(written(scheduler, "lr_warmup_steps")))
+    used = scheduler.lr_warmup_steps
+    if usual is None or used == int(usual[1]):
+        return None
+    return (
+        f"the usual warm-up of {usual[1]} steps would not end in train.max_train_steps={steps}, so "
+        f"it takes {counted(used, 'step')}; another length: scheduler.lr_warmup_steps=STEPS"
+    )
 
 
 @dataclass
@@ -114,37 +96,47 @@ class Config:
     tracking: tracking.Tracking
     seed: int
     output_dir: Path | None
-    choices: dict[str, str]  # the option chosen of every group
+    choices: dict[str, str]  # the chosen option of each group
 
     def asked_of_model(self) -> dict:
-        """What decides whether a checkpoint can be trained so, for Model.refusals()."""
+        """The settings that decide whether a checkpoint can be trained, for Model.refusals()."""
         return asked_of_model(self.data, self.train)
 
 
+class Wrong(UserError):
+    """Settings that cannot be run. `problems` has a sentence for each."""
+
+    def __init__(self, problems: list[str]):
+        number = "1 setting is" if len(problems) == 1 else f"{len(problems)} settings are"
+        super().__init__(listed(f"{number} wrong:", problems))
+        self.problems = problems
+
+
+@dataclass
+class Top:
+    """The settings that are in no section."""
+
+    seed: int
+    output_dir: Path | None
+
+
 def check(composed: DictConfig, choices: dict[str, str]) -> Config:
-    """The typed configuration, paths absolute. UserError lists everything that is wrong with it at once."""
-    values, problems = {}, []
-    for name in composed:
-        if name not in (*GROUPS, *SECTIONS, "seed", "output_dir"):
-            problems.append(
-                f"unknown setting {name}{did_you_mean(str(name), [*GROUPS, *SECTIONS])}"
-            )
-    for group, classes in GROUPS.items():
-        values[group], found = typed(composed, group, classes[choices[group]])
-        problems += found
-    for section, section_class in SECTIONS.items():
-        if section == "lora" and "lora" in composed and composed.lora is None:
-            values["lora"] = None
-            continue
-        values[section], found = typed(composed, section, section_class)
-        problems += found
-    problems += rules(values, choices, full="lora" in composed and composed.lora is None)
+    """The typed configuration, with absolute paths. Wrong lists everything that is wrong."""
+    problems = unknown_at_the_top(composed)
+    problems += [unknown_option(g, o) for g, o in choices.items() if o not in GROUPS[g]]
+    if len(problems) > len(unknown_at_the_top(composed)):
+        raise Wrong(problems)
+    full = "lora" in composed and composed.lora is None
+    values, wrong = typed_sections(composed, choices, full=full)
+    broken = rules(values, choices, full=full)
     top, found = typed(
-        OmegaConf.create({"top": {k: composed.get(k) for k in ("seed", "output_dir")}}), "top", Top
+        OmegaConf.create({"top": {name: composed.get(name) for name in TOP_LEVEL}}), "top", Top
     )
-    problems += [problem.replace("top.", "") for problem in found]
-    if top is not None and top.seed < 0:
-        problems.append(f"seed={top.seed}: must be 0 or more")
+    wrong |= {key.removeprefix("top."): text.removeprefix("top.") for key, text in found.items()}
+    if top.seed < 0:
+        broken.append(f"seed={top.seed}: must be 0 or more")
+    problems += roots(wrong, composed)
+    problems += [problem for problem in broken if not names_one_of(problem, wrong)]
     if problems:
         raise Wrong(problems)
     config = Config(**values, seed=top.seed, output_dir=top.output_dir, choices=dict(choices))
@@ -152,84 +144,141 @@ def check(composed: DictConfig, choices: dict[str, str]) -> Config:
     return config
 
 
-class Wrong(UserError):
-    """Settings that cannot be run, all of them."""
-
-    def __init__(self, problems: list[str]):
-        super().__init__(
-            listed(
-                f"{len(problems)} setting{'s are' if len(problems) > 1 else ' is'} wrong:", problems
-            )
-        )
-        self.problems = problems
+def unknown_at_the_top(composed: DictConfig) -> list[str]:
+    known = [*GROUPS, *SECTIONS, *TOP_LEVEL]
+    return [
+        unknown_setting(str(name), written(composed, name), known)
+        for name in composed
+        if name not in known
+    ]
 
 
-@dataclass
-class Top:
-    seed: int
-    output_dir: Path | None
+def typed_sections(
+    composed: DictConfig, choices: dict[str, str], *, full: bool
+) -> tuple[dict[str, object], dict[str, str]]:
+    """Every section as its dataclass, and what is wrong with their keys. full: lora=null."""
+    needs_data = GROUPS["task"][choices["task"]].needs_data
+    classes = {group: options[choices[group]] for group, options in GROUPS.items()} | SECTIONS
+    values, wrong = {}, {}
+    for section, section_class in classes.items():
+        if section == "lora" and full:
+            values[section] = None
+            continue
+        fill = section == "data" and not needs_data
+        values[section], found = typed(composed, section, section_class, fill_missing=fill)
+        wrong |= found
+    return values, wrong
 
 
 def typed(
-    composed: DictConfig, section: str, section_class: type
-) -> tuple[object | None, list[str]]:
-    """The section as its dataclass, or what is wrong: each key that is unknown, missing or of another type."""
-    node = composed[section]
+    composed: DictConfig, section: str, section_class: type, *, fill_missing: bool = False
+) -> tuple[object | None, dict[str, str]]:
+    """The section as its dataclass, and what is wrong with its keys: {key: sentence}.
+
+    A value of the wrong type is replaced by one of the right type, so that the rules between the
+    others can still be checked. fill_missing: a value that must be given is replaced too, and is
+    not reported. None if it is no section at all.
+    """
+    node = composed.get(section)
     if not isinstance(node, DictConfig):
-        hint = (
-            f"choose one of its options with {section}=OPTION"
-            if section in GROUPS
-            else "set its values one by one"
-        )
-        return None, [f"{section}={node}: is not a section of settings; {hint}"]
-    target, problems = OmegaConf.structured(section_class), []
+        return None, {section: not_a_section(section, node)}
+    hints = get_type_hints(section_class)
     names = [field.name for field in dataclasses.fields(section_class)]
-    for key in node:
-        full = f"{section}.{key}"
-        if key not in names:
-            problems.append(
-                f"unknown setting {full}{did_you_mean(str(key), names)} {section} has {', '.join(names) or 'no settings'}"
-            )
-            continue
-        try:
-            if OmegaConf.is_missing(node, key):
-                problems.append(f"{full} must be given: {full}=...")
+    known = [f"{section}.{name}" for name in names]
+    wrong = {
+        f"{section}.{key}": unknown_setting(f"{section}.{key}", written(node, key), known)
+        for key in node
+        if key not in names
+    }
+    given, filled = OmegaConf.structured(section_class), []
+    for name in names:
+        problem = assign(given, node, name, hints[name], section)
+        if problem is not None:
+            given[name] = stand_in(hints[name])
+            if fill_missing and OmegaConf.is_missing(node, name):
+                filled.append(name)
             else:
-                target[key] = node[key]
-        except OmegaConfBaseException as error:
-            problems.append(f"{full}: {hydra_says(error)}")
-    problems += [
-        f"{section}.{name} has no value" for name in names if name not in list(node.keys())
-    ]
-    return (None if problems else OmegaConf.to_object(target)), problems
+                wrong[f"{section}.{name}"] = problem
+    built = OmegaConf.to_object(given)
+    for name in filled:
+        if hints[name] is str:
+            setattr(built, name, MISSING)
+    return built, wrong
+
+
+def assign(
+    given: DictConfig, node: DictConfig, name: str, hint: object, section: str
+) -> str | None:
+    """given.name = node.name, or what is wrong with the value."""
+    full = f"{section}.{name}"
+    if name not in list(node.keys()):
+        return f"{full} has no value"
+    if OmegaConf.is_missing(node, name):
+        return f"{full} must be given: {full}=..."
+    try:
+        given[name] = node[name]
+    except InterpolationResolutionError as error:
+        return f"{full}: {first_line(error)}"
+    except OmegaConfBaseException:
+        return f"{full}={in_yaml(node[name])}: must be {type_in_words(hint)}"
+    return None
+
+
+def stand_in(hint: object) -> object:
+    """A value of this type."""
+    if hint is Any or type(None) in get_args(hint):
+        return None
+    if get_origin(hint) is list:
+        return []
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return next(iter(hint))
+    return hint("1")  # 1, 1.0, True, "1" or Path("1")
+
+
+def written(node: DictConfig, key: str) -> object:
+    """The value as it stands in the YAML: "${lora.rank}", not the rank."""
+    value = node._get_node(key)
+    return value if isinstance(value, DictConfig | ListConfig) else value._value()
+
+
+def roots(wrong: dict[str, str], composed: DictConfig) -> list[str]:
+    """What is wrong, without values that are only taken over from another wrong one."""
+    found = []
+    for key, problem in wrong.items():
+        section, _, name = key.rpartition(".")
+        there = section and isinstance(composed.get(section), DictConfig)
+        text = str(written(composed[section], name)) if there and name in composed[section] else ""
+        if not ("${" in text and names_one_of(text, wrong)):
+            found.append(problem)
+    return found
+
+
+def names_one_of(text: str, keys: Iterable[str]) -> bool:
+    """Whether one of these settings is named in the text, as a whole word."""
+    return any(re.search(rf"(?<![\w.]){re.escape(key)}(?![\w])", text) for key in keys)
 
 
 def make_paths_absolute(config: Config) -> None:
-    """Every setting typed Path, and the few that hold either a path or something else."""
-    for owner, field in path_fields(config):
-        value = getattr(owner, field)
-        if isinstance(value, Path):
-            setattr(owner, field, absolute(value))
-        elif isinstance(value, list):
-            setattr(owner, field, [absolute(path) for path in value])
-    for section in (config.model, config.data, config.train, config.validation):
-        if hasattr(section, "make_paths_absolute"):
-            section.make_paths_absolute()
-
-
-def path_fields(config: Config) -> Iterator[tuple[object, str]]:
+    """Every setting typed Path. A section with other paths has its own make_paths_absolute()."""
     sections = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
     for owner in (config, *sections):
-        for field in dataclasses.fields(owner):
-            if "Path" in str(field.type):
-                yield owner, field.name
+        for name, hint in get_type_hints(type(owner)).items():
+            if Path not in (hint, *get_args(hint)):
+                continue
+            value = getattr(owner, name)
+            if isinstance(value, Path):
+                setattr(owner, name, absolute(value))
+            elif isinstance(value, list):
+                setattr(owner, name, [absolute(path) for path in value])
+        if owner is not config and hasattr(owner, "make_paths_absolute"):
+            owner.make_paths_absolute()
 
 
-# -- the record: a configuration as a file that launch.py can start from ----------------------------------------------
+# -- the record: a configuration as a file that launch.py can start from -------------------------
 
 
 def as_dict(config: Config) -> dict:
-    """Plain values, as in the YAML files, without the choices."""
+    """The values as they stand in a YAML file, without the choices."""
     return {
         key: plain(value) for key, value in dataclasses.asdict(config).items() if key != "choices"
     }
@@ -248,7 +297,7 @@ def plain(value: object) -> object:
 
 
 def to_yaml(config: Config) -> str:
-    """Every value, resolved, under a defaults list that names the options: itself a file launch.py can start from."""
+    """Every value, under a defaults list that names the options. launch.py can start from it."""
     defaults = [*({group: choice} for group, choice in config.choices.items()), "_self_"]
     values = as_dict(config)
     values["output_dir"] = None
@@ -258,28 +307,46 @@ def to_yaml(config: Config) -> str:
 
 
 def read(path: Path) -> Config:
-    """The configuration recorded in a file written from to_yaml()."""
+    """The configuration in a file that was made of to_yaml(). UserError if it is another file."""
+    recorded = read_record(path)
+    choices = choices_of(recorded)
+    missing = [group for group in GROUPS if choices.get(group) not in GROUPS[group]]
+    if missing:
+        raise UserError(f"{path}: its defaults list names no known option of {', '.join(missing)}")
+    del recorded["defaults"]
     try:
-        recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        choices = choices_of(recorded)
-        del recorded["defaults"]
-        if missing := [group for group in GROUPS if choices.get(group) not in GROUPS[group]]:
-            raise UserError(
-                f"{path}: its defaults list names no known option of {', '.join(missing)}"
-            )
         return check(OmegaConf.create(recorded), choices)
     except Wrong as error:
         if not any("has no value" in problem for problem in error.problems):
             raise
         raise UserError(
-            f"{path} was recorded by another version of cogvx: environment.json beside it has its git_commit. {error}"
+            f"{path} was recorded by another version of cogvx: environment.json beside it has its "
+            f"git_commit. {error}"
         ) from error
+
+
+def read_record(path: Path) -> dict:
+    """The values of a run's config.yaml, each under the name that it has in this version."""
+    try:
+        recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return upgraded(recorded)
     except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is not the configuration of a run: {error!r}") from error
 
 
+def upgraded(recorded: dict) -> dict:
+    """A record of an earlier version, with the settings that were renamed since then."""
+    plan = recorded.pop("plan", None)
+    if plan is not None and choices_of(recorded)["task"] == "plan":
+        recorded["task"] = plan
+    if "gradient_checkpointing" in recorded["train"]:
+        recomputed = recorded["train"].pop("gradient_checkpointing")
+        recorded["memory"].setdefault("gradient_checkpointing", recomputed)
+    return recorded
+
+
 def choices_of(recorded: dict) -> dict[str, str]:
-    """The option of every group, from a record's defaults list."""
+    """The chosen option of each group, from a record's defaults list."""
     entries = [entry for entry in recorded["defaults"] if isinstance(entry, dict)]
     return {
         group: option for entry in entries for group, option in entry.items() if group in GROUPS
@@ -287,7 +354,7 @@ def choices_of(recorded: dict) -> dict[str, str]:
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Keys that differ in what is computed, as `key: theirs -> ours`."""
+    """The settings that differ and change what is computed, as `key: theirs -> ours`."""
     one, other = theirs.choices | flat(as_dict(theirs)), ours.choices | flat(as_dict(ours))
     keys = [key for key in dict.fromkeys([*one, *other]) if key not in NOT_COMPARED]
     return [
@@ -298,6 +365,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, object]:
+    """{"lora": {"rank": 4}} -> {"lora.rank": 4}"""
     found = {}
     for key, value in values.items():
         found |= (
@@ -307,5 +375,6 @@ def flat(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 def hydra_says(error: Exception) -> str:
+    """The first line of what Hydra or OmegaConf says."""
     cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
     return first_line(cause)

@@ -1,142 +1,204 @@
-"""What is wrong between settings that are each allowed: rules over two sections or more.   [no torch]"""
+"""Rules between settings, each of which is allowed by itself.   [no torch]
+
+A rule is a function that returns a sentence for each thing that is wrong: which settings do not go
+together, why, and what to type. Rules of one section are in its class: problems().
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from cogvx.data import sources
+from cogvx.model import pretrained
+from cogvx.options import optimizers, parallel, schedules, tasks
 from cogvx.options.memory import Memory, Recompute, Storage
-from cogvx.options.optimizers import Optimizer
-from cogvx.options.parallel import Parallel
 from cogvx.options.train import Attention, Precision, Train
+from cogvx.options.validation import Validation
+
+
+@dataclass(frozen=True)
+class Sections:
+    """What a rule may look at."""
+
+    task: tasks.Task
+    model: pretrained.Model
+    data: sources.Data
+    optimizer: optimizers.Optimizer
+    scheduler: schedules.Schedule
+    train: Train
+    validation: Validation
+    memory: Memory
+    parallel: parallel.Parallel
+    choices: dict[str, str]  # the chosen option of each group
+    full: bool  # lora=null: every weight is trained
 
 
 def rules(values: dict[str, object], choices: dict[str, str], *, full: bool) -> list[str]:
-    """All that is wrong. `values`: the sections; one with a value of the wrong type is None. `full`:
-    lora=null, every weight is trained."""
-    return [*between_sections(values), *between_choices(values, choices, full=full)]
-
-
-def between_sections(values: dict[str, object]) -> list[str]:
+    """Everything that is wrong with these sections. None stands for one that is no section."""
     found = []
     for section in values.values():
-        own = getattr(section, "problems", None)
-        found += own() if own else []
-    model, data, scheduler, train, memory = (
-        values.get(name) for name in ("model", "data", "scheduler", "train", "memory")
-    )
-    if model and data:
-        found += model.refusals(**asked_of_model(data, train))
-    if model and not model.image_to_video:
-        for name, section in (
-            ("data.image_column", data),
-            ("validation.validation_images", values.get("validation")),
-        ):
-            if getattr(section, name.split(".")[1], None) is not None:
-                found.append(
-                    f"{name} is for image-to-video, and this is text-to-video: model=5b_i2v, or {name}=null"
-                )
-    if memory and not memory.gradient_checkpointing:
-        for name, used in (
-            ("offload_activations", memory.offload_activations), ("stream_weights", memory.stream_weights),
-            ("base_storage", memory.base_storage is not Storage.own),
-        ):  # fmt: skip
-            if used:
-                found.append(
-                    f"memory.{name} without memory.gradient_checkpointing=true saves nothing: every block's weights and "
-                    f"inputs would be kept for the backward pass"
-                )
-    if (
-        memory
-        and train
-        and memory.gradient_checkpointing
-        and memory.recompute is Recompute.selective
-    ):
-        for name, used in (
-            ("compile=true", train.compile),
-            ("attention=math", train.attention is Attention.math),
-        ):
-            if used:
-                found.append(
-                    f"train.{name} with memory.recompute=selective, which keeps the results of fused attention by watching the "
-                    f"operations of a block: memory.recompute=full"
-                )
-    if memory and train and train.compile and memory.feed_forward_chunks > 1:
-        found.append(
-            "train.compile=true with memory.feed_forward_chunks above 1: every block would be compiled by itself, and soon none any "
-            "more: memory.feed_forward_chunks=1"
-        )
-    warmup = getattr(scheduler, "lr_warmup_steps", 0)
-    if train and train.max_train_steps is not None and 0 < train.max_train_steps <= warmup:
-        found.append(
-            f"scheduler.lr_warmup_steps={warmup} with train.max_train_steps={train.max_train_steps}: the full learning rate is "
-            f"never reached; lower the first (0: no warm-up) or raise the second"
-        )
-    return found
+        found += section.problems() if hasattr(section, "problems") else []
+    given = {name: values[name] for name in Sections.__dataclass_fields__ if name in values}
+    if None in given.values():
+        return found
+    sections = Sections(**given, choices=choices, full=full)
+    return found + [problem for rule in RULES for problem in rule(sections)]
 
 
-def between_choices(values: dict[str, object], choices: dict[str, str], *, full: bool) -> list[str]:
-    """What is wrong between the options chosen; `full`: lora=null, every weight is trained."""
+def clips_are_given(s: Sections) -> list[str]:
+    if not s.task.needs_data or not s.data.needs_root or s.data.instance_data_root is not None:
+        return []
+    return ["data.instance_data_root must be given: data.instance_data_root=..."]
+
+
+def model_takes_the_clips(s: Sections) -> list[str]:
+    """The checkpoint's own limits on frames, size and precision."""
+    return s.model.refusals(**asked_of_model(s.data, s.train))
+
+
+def images_need_image_to_video(s: Sections) -> list[str]:
+    if s.model.image_to_video:
+        return []
+    given = {
+        "data.image_column": s.data.image_column,
+        "validation.validation_images": s.validation.validation_images,
+    }
+    return [
+        f"{name} is for image-to-video, and this is text-to-video: model=5b_i2v, or {name}=null"
+        for name, value in given.items()
+        if value is not None
+    ]
+
+
+def savings_need_gradient_checkpointing(s: Sections) -> list[str]:
+    used = {
+        "offload_activations": s.memory.offload_activations,
+        "stream_weights": s.memory.stream_weights,
+        "base_storage": s.memory.base_storage is not Storage.own,
+    }
+    if s.memory.gradient_checkpointing:
+        return []
+    return [
+        f"memory.{name} without memory.gradient_checkpointing=true saves nothing: the weights and "
+        f"inputs of every block would be kept for the backward pass"
+        for name, on in used.items()
+        if on
+    ]
+
+
+def selective_recompute_needs_plain_blocks(s: Sections) -> list[str]:
+    if not s.memory.gradient_checkpointing or s.memory.recompute is not Recompute.selective:
+        return []
+    used = {"compile=true": s.train.compile, "attention=math": s.train.attention is Attention.math}
+    return [
+        f"train.{setting} with memory.recompute=selective, which finds the fused attention among "
+        f"the operations of a block and keeps its results: memory.recompute=full"
+        for setting, on in used.items()
+        if on
+    ]
+
+
+def compile_needs_whole_feed_forwards(s: Sections) -> list[str]:
+    if not s.train.compile or s.memory.feed_forward_chunks <= 1:
+        return []
+    return [
+        "train.compile=true with memory.feed_forward_chunks above 1: every block would be compiled "
+        "by itself, until torch gives up compiling: memory.feed_forward_chunks=1"
+    ]
+
+
+def warmup_ends(s: Sections) -> list[str]:
+    warmup, steps = getattr(s.scheduler, "lr_warmup_steps", 0), s.train.max_train_steps
+    if steps is None or not 0 < steps <= warmup:
+        return []
+    return [
+        f"scheduler.lr_warmup_steps={warmup} with train.max_train_steps={steps}: the full learning "
+        f"rate is never reached. Lower the first (0: no warm-up) or raise the second"
+    ]
+
+
+def weights_are_averaged_once(s: Sections) -> list[str]:
+    if s.train.ema_decay is None or not s.optimizer.averages_weights:
+        return []
+    return [
+        f"train.ema_decay with optimizer={s.choices['optimizer']}, which averages by itself: "
+        f"train.ema_decay=null"
+    ]
+
+
+def optimizer_takes_every_weight(s: Sections) -> list[str]:
+    if not s.full or not s.optimizer.matrices_only:
+        return []
+    return [
+        f"optimizer={s.choices['optimizer']} trains matrices only, and lora=null trains other "
+        f"weights too: optimizer=adamw"
+    ]
+
+
+def frozen_weights_are_there(s: Sections) -> list[str]:
+    stored_otherwise = s.memory.stream_weights or s.memory.base_storage is not Storage.own
+    if not s.full or not stored_otherwise:
+        return []
+    return [
+        "memory.base_storage and memory.stream_weights are for frozen weights, and lora=null "
+        "trains every weight: memory=balanced or memory=low_full"
+    ]
+
+
+def optimizer_can_be_offloaded(s: Sections) -> list[str]:
+    if not s.memory.offload_optimizer:
+        return []
     found = []
-    optimizer, train, memory, parallel = (
-        values.get(name) for name in ("optimizer", "train", "memory", "parallel")
-    )
-    if optimizer and optimizer.averages_weights and train and train.ema_decay is not None:
+    if not s.full:
+        found.append("memory.offload_optimizer is for lora=null: a LoRA has few trained weights")
+    if s.parallel.num_processes > 1:
+        found.append("memory.offload_optimizer runs in one process: parallel=single")
+    if s.train.mixed_precision is Precision.fp16:
         found.append(
-            f"train.ema_decay with optimizer={choices['optimizer']}, which averages by itself: "
-            f"train.ema_decay=null"
+            "memory.offload_optimizer has no loss scaling, which fp16 needs: "
+            "train.mixed_precision=bf16"
         )
-    if full and optimizer and optimizer.matrices_only:
-        found.append(
-            f"optimizer={choices['optimizer']} trains matrices only, and lora=null trains other "
-            f"weights too: optimizer=adamw"
-        )
-    if full and memory and (memory.stream_weights or memory.base_storage is not Storage.own):
-        found.append(
-            "memory.base_storage and memory.stream_weights are for frozen weights, and lora=null trains all: "
-            "memory=balanced or low_full"
-        )
-    if memory and memory.step_in_backward:
-        found += refusals_of_stepping_in_backward(memory, train, parallel, optimizer, full)
-    if memory and memory.offload_optimizer:
-        if not full:
-            found.append("memory.offload_optimizer is for lora=null: what a LoRA trains is small")
-        if parallel and parallel.num_processes > 1:
-            found.append("memory.offload_optimizer runs in one process: parallel=single")
-        if train and train.mixed_precision is Precision.fp16:
-            found.append(
-                "memory.offload_optimizer has no loss scaling, which fp16 needs: train.mixed_precision=bf16"
-            )
     return found
 
 
-def refusals_of_stepping_in_backward(
-    memory: Memory,
-    train: Train | None,
-    parallel: Parallel | None,
-    optimizer: Optimizer | None,
-    full: bool,
-) -> list[str]:
-    """Each weight steps by itself, as soon as its gradient is there: what needs all gradients at once cannot be had."""
-    needed = [("lora=null", full)]
-    if optimizer:
-        needed.append(("optimizer=adam or adamw", optimizer.steps_in_backward))
-    needed.append(("memory.offload_optimizer=false", not memory.offload_optimizer))
-    if train:
-        needed += [
-            ("train.max_grad_norm=null", train.max_grad_norm is None),
-            ("train.gradient_accumulation_steps=1", train.gradient_accumulation_steps == 1),
-            ("train.mixed_precision=bf16 or no", train.mixed_precision is not Precision.fp16),
-        ]
-    if parallel:
-        needed.append(("parallel=single", parallel.num_processes == 1))
-    missing = [what for what, there in needed if not there]
+def steps_in_backward_are_possible(s: Sections) -> list[str]:
+    """Each weight is changed as soon as its gradient is there, so no gradient can wait."""
+    if not s.memory.step_in_backward:
+        return []
+    needed = {
+        "lora=null": s.full,
+        "optimizer=adam or adamw": s.optimizer.steps_in_backward,
+        "memory.offload_optimizer=false": not s.memory.offload_optimizer,
+        "train.max_grad_norm=null": s.train.max_grad_norm is None,
+        "train.gradient_accumulation_steps=1": s.train.gradient_accumulation_steps == 1,
+        "train.mixed_precision=bf16 or no": s.train.mixed_precision is not Precision.fp16,
+        "parallel=single": s.parallel.num_processes == 1,
+    }
+    missing = [setting for setting, there in needed.items() if not there]
     return [f"memory.step_in_backward needs {', '.join(missing)}"] if missing else []
 
 
-def asked_of_model(data: sources.Data, train: Train | None) -> dict:
-    """What decides whether a checkpoint can be trained so, as far as it has the right types."""
+RULES = (
+    clips_are_given,
+    model_takes_the_clips,
+    images_need_image_to_video,
+    savings_need_gradient_checkpointing,
+    selective_recompute_needs_plain_blocks,
+    compile_needs_whole_feed_forwards,
+    warmup_ends,
+    weights_are_averaged_once,
+    optimizer_takes_every_weight,
+    frozen_weights_are_there,
+    steps_in_backward_are_possible,
+    optimizer_can_be_offloaded,
+)
+
+
+def asked_of_model(data: sources.Data, train: Train) -> dict:
+    """The settings that decide whether a checkpoint can be trained, for Model.refusals()."""
     return {
         "frames": data.max_num_frames,
         "height": data.height,
         "width": data.width,
-        "precision": train.mixed_precision.name if train else "no",
+        "precision": train.mixed_precision.name,
     }

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-import launch as door
 from cogvx import compose as composing
 from cogvx import config as configuration
 from cogvx.config import GROUPS, SECTIONS
 from cogvx.options.other_names import DIFFUSERS
 from cogvx.records import record
-from cogvx.runs import grid
+from cogvx.runs import grid, translate
 
 PROJECT = Path(__file__).parent.parent
 DOCS = sorted((PROJECT / "docs").glob("*.md"))
@@ -101,27 +100,19 @@ def test_the_pages_have_commands():
 def test_a_command_composes(command, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     arguments = without_missing_plugins(shlex.split(command, comments=True)[2:])
-    sweeping = any(a == "-m" or a.startswith("sweep=") for a in arguments)
-    for option in ("--help", "--cfg", "job", "hydra", "--package", "hydra.launcher", "-m"):
+    for option in ("--help", "--cfg", "job", "hydra", "--package", "hydra.launcher"):
         if option in arguments:
             arguments.remove(option)
-    translated = door.from_record(door.named_sweep(arguments), tmp_path)
-    translated = [composing.as_text(a, sweeping=sweeping) for a in translated]
-    overrides = [a for a in translated if "=" in a and not a.startswith("hydra.searchpath")]
-    place = grid.Place()
-    if translated and translated[0] == "--config-path":
-        place = grid.Place(tmp_path, (str(configuration.CONF),))
-    elif any(a.startswith("sweep=") for a in arguments):
-        place = grid.Place(searchpath=(str(configuration.PROJECT),))
-    if sweeping:
-        compose_a_sweep(overrides, place)
+    translated = translate.translated(arguments, tmp_path)
+    if translated.sweeping:
+        compose_a_sweep(translated.overrides(), translated.composer)
     else:
-        composing.compose_config(overrides, place.folder, place.searchpath)
+        composing.checked(translated.composer.compose(translated.overrides()))
 
 
-def compose_a_sweep(overrides: list[str], place: grid.Place) -> None:
+def compose_a_sweep(overrides: list[str], composer: grid.Composer) -> None:
     """Its first and its last job; tests/runs/ composes all jobs of the sweeps with a name."""
-    for each in grid.grids_of(overrides, place):
+    for each in grid.grids_of(overrides, composer):
         assert each.swept
         for end in (0, -1):
             if any(
@@ -130,7 +121,9 @@ def compose_a_sweep(overrides: list[str], place: grid.Place) -> None:
                 values = grid.examples(each.swept, next(iter(each.swept)))
             else:
                 values = each.values()
-            grid.composed_jobs([(each.fixed, {key: [v[end]] for key, v in values.items()})], place)
+            grid.composed_jobs(
+                [(each.fixed, {key: [v[end]] for key, v in values.items()})], composer
+            )
 
 
 def without_missing_plugins(arguments: list[str]) -> list[str]:

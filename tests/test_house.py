@@ -14,9 +14,12 @@ ROOMS = [
     "inference",
     "export",
     "records",
+    "command_line",
     "compose",
     "config",
+    "wording",
     "rules",
+    "groups",
     "model",
     "data",
     "options",
@@ -24,7 +27,10 @@ ROOMS = [
     "errors",
     "progress",
 ]
-WITHOUT_TORCH = {"records", "compose", "config", "rules", "options", "files", "errors", "start"}
+WITHOUT_TORCH = {
+    *("records", "command_line", "compose", "config", "wording", "rules", "groups", "options"),
+    *("files", "errors", "start"),
+}
 KNOW_HYDRA = {"compose", "config", "runs.grid", "runs.engines"}
 FILES = {
     ".".join(path.relative_to(PROJECT).with_suffix("").parts): path

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import ClassVar
 
 from cogvx.data import demo, world
 from cogvx.data.listed import ListedClip, located, paired, read_lines, require_columns, text_of
@@ -59,6 +60,7 @@ class Data:
     max_train_clips: int | None
     validation_seed: int
     max_bad_fraction: float
+    needs_root: ClassVar[bool] = False  # True: the clips are listed in instance_data_root
 
     def read(self) -> list[Example]:
         """The examples, in the order of the list, with id_token before each prompt.
@@ -174,6 +176,8 @@ class TextFiles(Data):
     caption_column and video_column are the names of the files.
     """
 
+    needs_root: ClassVar[bool] = True
+
     def rows(self) -> list[ListedClip]:
         root = self.root()
         absent = [name for name in self.columns() if not (root / name).is_file()]
@@ -192,6 +196,8 @@ class TextFiles(Data):
 class Demo(TextFiles):
     """Text files, as above. Without instance_data_root: the demo's clips, made in the cache."""
 
+    needs_root: ClassVar[bool] = False
+
     def root(self) -> Path:
         if self.instance_data_root is None:
             return demo.render_demo(self.cache_dir)
@@ -207,6 +213,8 @@ class World(TextFiles):
 
     clips: int
     clips_seed: int
+
+    needs_root: ClassVar[bool] = False
 
     def root(self) -> Path:
         name = f"{world.WORLD_FOLDER}_{self.clips}_{self.clips_seed}"
@@ -225,6 +233,8 @@ class Csv(Data):
     """A CSV file in instance_data_root, with a column of captions and a column of paths."""
 
     dataset_name: str
+
+    needs_root: ClassVar[bool] = True
 
     def rows(self) -> list[ListedClip]:
         root = self.root()

@@ -1,4 +1,4 @@
-"""The fields of every task: one YAML under conf/task/ and one class here each. start.py runs them."""
+"""The settings of each task: one YAML in conf/task/ and one class here. start.py runs them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cogvx.errors import did_you_mean
+from cogvx.files import absolute
 from cogvx.options.cards import CARDS
 
 
@@ -77,6 +78,10 @@ class EvaluateTask(Task):
     seed: int
     clip_path: str | None  # a hub id or a folder
     vbench: list[str]
+
+    def make_paths_absolute(self) -> None:
+        if self.clip_path is not None and Path(self.clip_path).expanduser().exists():
+            self.clip_path = str(absolute(Path(self.clip_path)))
 
     def problems(self) -> list[str]:
         found = [] if self.count >= 1 else [f"task.count={self.count}: must be 1 or more"]

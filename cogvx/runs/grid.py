@@ -1,7 +1,8 @@
-"""From a command line with several values to jobs, all of them composed and checked before the first starts.   [no torch]
+"""From a command line with several values to the jobs of a sweep.   [no torch]
 
-Hydra parses the values and composes each job; which values make a sweep, and what it is called, is decided here: the same command
-finds the same sweep again.
+All jobs are composed and checked before the first one starts. Hydra parses the values and composes
+each job. The folder of a sweep and of a job is named here by what they contain, so that the same
+command finds the same sweep again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from cogvx import compose as composing
 from cogvx import config as configuration
+from cogvx.compose import Composer, checked
 from cogvx.config import Config
 from cogvx.errors import UserError, listed
 from cogvx.records.sweep import Job, Sweep
@@ -32,24 +33,16 @@ LONGEST = 40  # characters of a value in a folder's name
 LONGEST_NAME = 200  # bytes of a folder's name; most file systems allow 255
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where launch.py composes from."""
-
-    folder: Path = configuration.CONF
-    searchpath: tuple[str, ...] = ()
-
-    def compose(self, overrides: list[str]) -> DictConfig:
-        return composing.composed_from(overrides, self.folder, self.searchpath)
-
-
 def is_search(base: DictConfig) -> bool:
     return base.hydra.sweeper._target_ == f"{search.Search.__module__}.{search.Search.__name__}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Overrides that are the same for all its jobs, and that of each key that is swept; a key of a sweep's YAML is, also with one value."""
+    """Overrides that all jobs share, and the override of each swept key.
+
+    A key in the YAML of a sweep counts as swept, even if it has one value.
+    """
 
     fixed: list[str]
     swept: dict[str, Override]
@@ -59,16 +52,20 @@ class Grid:
 
 
 def sweep_of(
-    overrides: list[str], place: Place
+    overrides: list[str], composer: Composer
 ) -> tuple[Sweep, list[tuple[Job, Config]], DictConfig]:
-    """The sweep of a command line, its jobs with their configurations, and the composed base, which says how they run.
-    Of a search the jobs are samples of what it may propose. UserError names every job that is wrong."""
-    named, grids = name_of(overrides), grids_of(overrides, place)
+    """The sweep of a command line, its jobs with their configurations, and the composed base.
+
+    The base has what all jobs share, and how they run. For a search, the jobs are examples of what
+    it may propose. UserError names every job that is wrong.
+    """
+    named, grids = sweep_name(overrides), grids_of(overrides, composer)
     swept = list(dict.fromkeys(key for grid in grids for key in grid.swept))
-    base = place.compose([o for o in grids[0].fixed if key_of(o) not in swept])
+    base = composer.compose([o for o in grids[0].fixed if key_before_equals(o) not in swept])
     if not swept:
         raise UserError(
-            "nothing is swept: give several values, as in  python launch.py -m lora.rank=16,64  (or leave out -m)"
+            "nothing is swept: give several values, as in  python launch.py -m lora.rank=16,64  "
+            "(or leave out -m)"
         )
     for key in swept:
         if key == "output_dir" or key.startswith("hydra."):
@@ -78,12 +75,14 @@ def sweep_of(
     if is_search(base):
         search.Settings.read(OmegaConf.to_container(base.hydra.sweeper))
         jobs = composed_jobs(
-            [(grids[0].fixed, examples(grids[0].swept, key)) for key in swept], place
+            [(grids[0].fixed, examples(grids[0].swept, key)) for key in swept], composer
         )
     else:
-        jobs = composed_jobs([(grid.fixed, grid.values()) for grid in grids], place)
+        jobs = composed_jobs([(grid.fixed, grid.values()) for grid in grids], composer)
     if not jobs[0][1].task.makes_a_run:
-        raise UserError(f"task={jobs[0][1].choices['task']} reads runs and is none: leave out -m")
+        raise UserError(
+            f"task={jobs[0][1].choices['task']} reads finished runs and makes none: leave out -m"
+        )
     called = "-".join([*(["search"] if is_search(base) else []), *short_names(swept).values()])
     folder = base.output_dir or str(PLACE / f"{named or short_enough(called)}_{mark(base, swept)}")
     return Sweep(Path(folder).expanduser().absolute(), named, swept), jobs, base
@@ -91,16 +90,16 @@ def sweep_of(
 
 def search_of(
     overrides: list[str],
-    place: Place,
+    composer: Composer,
     sweep: Sweep,
     base: DictConfig,
     pool: Pool,
     command: list[str],
 ) -> search.Search:
-    """What proposes the jobs of a sweep that is_search()."""
+    """Proposes the jobs of a sweep for which is_search() is true."""
     settings, grid = (
         search.Settings.read(OmegaConf.to_container(base.hydra.sweeper)),
-        grids_of(overrides, place)[0],
+        grids_of(overrides, composer)[0],
     )
     single = {
         key: discrete(override)
@@ -115,19 +114,22 @@ def search_of(
 
     def make(values: dict[str, str]) -> tuple[Job, Config]:
         chosen = {key: [values[key]] if key in values else single[key] for key in grid.swept}
-        return composed_jobs([(grid.fixed, chosen)], place)[0]
+        return composed_jobs([(grid.fixed, chosen)], composer)[0]
 
     return search.Search(sweep, space, settings, pool, make, short_names(list(grid.swept)), command)
 
 
-def grids_of(overrides: list[str], place: Place) -> list[Grid]:
-    """One, or those of hydra.sweeper.params where that is a list. Of one, the command line sets the values anew; from several it
-    takes those that have what it gives."""
+def grids_of(overrides: list[str], composer: Composer) -> list[Grid]:
+    """The grids of a command line and of the sweep's YAML (hydra.sweeper.params).
+
+    Without a list in the YAML there is one grid, and the command line replaces values of it. Of a
+    list, only the grids remain that have the values of the command line.
+    """
     parse = OverridesParser.create().parse_override
     given = {override.get_key_element(): override for override in map(parse, overrides)}
     fixed = [override.input_line for override in given.values() if not override.is_sweep_override()]
     params = (
-        OmegaConf.to_container(place.compose(fixed).hydra.sweeper, resolve=False).get("params")
+        OmegaConf.to_container(composer.compose(fixed).hydra.sweeper, resolve=False).get("params")
         or {}
     )
     grids = []
@@ -139,7 +141,7 @@ def grids_of(overrides: list[str], place: Place) -> list[Grid]:
                 continue
         anew = [key for key in given if key not in swept or not isinstance(params, list)]
         swept |= {key: given[key] for key in anew if given[key].is_sweep_override() or key in swept}
-        grids.append(Grid([o for o in fixed if key_of(o) not in swept], swept))
+        grids.append(Grid([o for o in fixed if key_before_equals(o) not in swept], swept))
     if not grids:
         asked = " ".join(
             override.input_line
@@ -153,7 +155,7 @@ def grids_of(overrides: list[str], place: Place) -> list[Grid]:
 
 
 def narrowed(override: Override, asked: Override | None) -> Override | None:
-    """What is left of the values when some of them are asked for; None for nothing."""
+    """The values that are among those asked for. None if there are none."""
     if asked is None:
         return override
     wanted = [number_or_text(text) for text in discrete(asked)]
@@ -163,13 +165,13 @@ def narrowed(override: Override, asked: Override | None) -> Override | None:
 
 
 def discrete(override: Override) -> list[str]:
-    """The values of a key, each as it is written."""
+    """The values of a key, each as the user wrote it."""
     if not override.is_sweep_override():
         return [override.input_line.partition("=")[2]]
     if not override.is_discrete_sweep():
         raise UserError(
-            f"{override.input_line}: a range to search in, and this sweep tries given values: {override.get_key_element()}=VALUE,VALUE  "
-            f"(or let it search: hydra/sweeper=optuna)"
+            f"{override.input_line} is a range to search in, and this sweep tries given values: "
+            f"{override.get_key_element()}=VALUE,VALUE  (or let it search: hydra/sweeper=optuna)"
         )
     return list(dict.fromkeys(override.sweep_string_iterator()))
 
@@ -183,7 +185,8 @@ def part_of_space(key: str, override: Override) -> search.Choice | search.Range:
     log = "log" in value.tags or key.endswith("learning_rate")
     if not value.start < value.end or (log and value.start <= 0):
         raise UserError(
-            f"{override.input_line}: an interval goes from low to high{', and on a log scale from above 0' if log else ''}"
+            f"{override.input_line}: an interval goes from low to high"
+            + (", and on a log scale from above 0" if log else "")
         )
     return search.Range(value.start, value.end, log, whole)
 
@@ -194,7 +197,7 @@ def number_or_text(text: str) -> object:
 
 
 def examples(swept: dict[str, Override], varied: str) -> dict[str, list[str]]:
-    """Each value, or both ends, of one key, with the first of the others."""
+    """All values, or both ends, of the varied key, with the first value of the other keys."""
     found = {}
     for key, override in swept.items():
         part = part_of_space(key, override)
@@ -204,9 +207,9 @@ def examples(swept: dict[str, Override], varied: str) -> dict[str, list[str]]:
 
 
 def composed_jobs(
-    grids: list[tuple[list[str], dict[str, list[str]]]], place: Place
+    grids: list[tuple[list[str], dict[str, list[str]]]], composer: Composer
 ) -> list[tuple[Job, Config]]:
-    """Of each grid, fixed overrides and the values of keys, every combination."""
+    """Every combination of each grid. A grid: overrides that are fixed, and the values of keys."""
     names = short_names(list(dict.fromkeys(key for _, swept in grids for key in swept)))
     count = sum(math.prod(map(len, swept.values())) for _, swept in grids)
     if count > MOST_JOBS:
@@ -216,7 +219,7 @@ def composed_jobs(
         for values in itertools.product(*swept.values()):
             overrides = [f"{key}={value}" for key, value in zip(swept, values, strict=True)]
             try:
-                composed = place.compose([*fixed, *overrides])
+                composed = composer.compose([*fixed, *overrides])
                 config = checked(composed)
             except configuration.Wrong as wrong:
                 for problem in wrong.problems:
@@ -225,37 +228,30 @@ def composed_jobs(
             except configuration.HYDRAS as error:
                 problems.setdefault(configuration.hydra_says(error), " ".join(overrides))
                 continue
-            found = {names[key]: value_of(composed, config, key) for key in swept}
+            found = {names[key]: job_value(composed, config, key) for key in swept}
             jobs.setdefault(folder_name(found), (Job(folder_name(found), found), config))
     if problems:
-        said = [f"{problem}  (in {job})" for problem, job in problems.items()]
-        raise UserError(listed("the sweep was not started, for some of its jobs are wrong:", said))
+        lines = [f"{problem}  (in {job})" for problem, job in problems.items()]
+        raise UserError(listed("the sweep was not started; some of its jobs are wrong:", lines))
     return list(jobs.values())
 
 
-def checked(composed: DictConfig) -> Config:
-    choices = {group: composed.hydra.runtime.choices[group] for group in configuration.GROUPS}
-    values = composed.copy()
-    del values["hydra"]
-    return configuration.check(values, choices)
-
-
-def value_of(composed: DictConfig, config: Config, key: str) -> object:
+def job_value(composed: DictConfig, config: Config, key: str) -> object:
     key = key.lstrip("+~")
     return config.choices[key] if key in configuration.GROUPS else OmegaConf.select(composed, key)
 
 
-def key_of(override: str) -> str:
+def key_before_equals(override: str) -> str:
     return override.partition("=")[0]
 
 
-def name_of(overrides: list[str]) -> str | None:
-    """Of sweeps/NAME.yaml, which launch.py puts into Hydra's terms as +sweeps=NAME."""
+def sweep_name(overrides: list[str]) -> str | None:
+    """NAME of sweeps/NAME.yaml. launch.py gives it to Hydra as +sweeps=NAME."""
     return next((o.partition("=")[2] for o in overrides if o.startswith("+sweeps=")), None)
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
-    """Each key's last part, where no two have the same."""
+    """The last part of each key, or the whole key if two have the same last part."""
     last = {key: key.lstrip("+~").rpartition(".")[2] for key in keys}
     return {
         key: last[key] if list(last.values()).count(last[key]) == 1 else key.lstrip("+~")
@@ -270,9 +266,8 @@ def folder_name(values: dict[str, object]) -> str:
 def in_a_name(value: object) -> str:
     text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
     plain = re.sub(r"[^\w.+-]+", "-", text)[:LONGEST]
-    return (
-        plain if plain == text else f"{plain}-{hashed(text, 8)}"
-    )  # two prompts that begin alike are two jobs
+    # The hash tells two prompts apart that begin alike.
+    return plain if plain == text else f"{plain}-{hashed(text, 8)}"
 
 
 def short_enough(name: str) -> str:
@@ -285,7 +280,7 @@ def short_enough(name: str) -> str:
 
 
 def mark(base: DictConfig, swept: list[str]) -> str:
-    """Tells sweeps apart that differ in what their jobs share."""
+    """A hash of all settings that are not swept. Sweeps that differ in one are different sweeps."""
     values = OmegaConf.to_container(base, resolve=False)
     choices = {
         g: c

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cogvx.config import Config
-from cogvx.errors import UserError
+from cogvx.errors import UserError, did_you_mean
 from cogvx.records import record
 from cogvx.records.sweep import Job, Progress, State, Sweep
 from cogvx.runs.jobs import is_to_run
@@ -101,19 +101,27 @@ class Settings:
         """UserError for what is wrong with the settings."""
         names, problems = tuple(cls.__dataclass_fields__), []
         for name in sorted(set(values) - {"_target_", "params", *names}):
-            problems.append(f"unknown setting hydra.sweeper.{name}: it has {', '.join(names)}")
+            problems.append(
+                f"unknown setting hydra.sweeper.{name}{did_you_mean(name, names)} "
+                f"hydra.sweeper has {', '.join(names)}"
+            )
         for name, least in (("n_trials", 1), ("n_startup_trials", 1), ("seed", 0), ("at_least", 2)):
             if not isinstance(values[name], int) or values[name] < least:
-                problems.append(f"hydra.sweeper.{name}={values[name]}: must be {least} or more")
+                problems.append(
+                    f"hydra.sweeper.{name}={values[name]}: must be a whole number, {least} or more"
+                )
         rungs = values["rungs"]
         if not isinstance(rungs, list) or not all(
             isinstance(r, float) and 0 < r < 1 for r in rungs
         ):
             problems.append(
-                f"hydra.sweeper.rungs={rungs}: must be shares of a job's steps between 0 and 1, as [0.25,0.5]"
+                f"hydra.sweeper.rungs={rungs}: must be a list of shares of a job's steps, between "
+                f"0 and 1: [0.25,0.5]"
             )
         if not isinstance(values["keep"], float) or not 0 < values["keep"] < 1:
-            problems.append(f"hydra.sweeper.keep={values['keep']}: must be between 0 and 1")
+            problems.append(
+                f"hydra.sweeper.keep={values['keep']}: must be a number between 0 and 1"
+            )
         if problems:
             raise UserError("\n".join(problems))
         return cls(**{name: values[name] for name in names})

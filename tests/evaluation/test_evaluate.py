@@ -193,5 +193,5 @@ def test_a_run_is_judged_by_its_record(launch, cache, tmp_path):
     assert (
         nowhere.returncode == 2
         and "task.run=" in nowhere.stderr
-        and "no run's folder" in nowhere.stderr
+        and "is not the folder of a run" in nowhere.stderr
     )

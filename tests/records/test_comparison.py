@@ -17,7 +17,7 @@ MP4 = b"\x00\x00\x00\x18ftypisom"  # enough to be embedded
 
 def made_up(folder, *overrides: str):
     """A sweep with a done, a running-over, a failed and a pending job."""
-    sweep, jobs, _ = grid.sweep_of([*overrides, f"output_dir={folder}"], grid.Place())
+    sweep, jobs, _ = grid.sweep_of([*overrides, f"output_dir={folder}"], grid.Composer())
     sweep.freeze(jobs, ["launch.py", "-m", *overrides])
     for number, (job, _) in enumerate(jobs):
         place = sweep.folder / job.name
@@ -103,7 +103,9 @@ def test_what_is_within_the_noise_is_marked_as_a_tie(sweep):
 
 
 def test_a_sweep_without_any_result_has_a_page_too(tmp_path):
-    empty, jobs, _ = grid.sweep_of(["lora.rank=4,8", f"output_dir={tmp_path / 's'}"], grid.Place())
+    empty, jobs, _ = grid.sweep_of(
+        ["lora.rank=4,8", f"output_dir={tmp_path / 's'}"], grid.Composer()
+    )
     empty.freeze(jobs, ["launch.py"])
     comparison.conclude(empty)
     assert "2 pending" in (empty.folder / "report.html").read_text()

@@ -42,7 +42,7 @@ def outputs(tmp_path, compose):
     (root / "killed" / "profile").mkdir()
     run("never")
     run("failed", status="failed", reason="a clip is broken")
-    made, jobs, _ = grid.sweep_of(["lora.rank=4,8", f"output_dir='{root / 's'}'"], grid.Place())
+    made, jobs, _ = grid.sweep_of(["lora.rank=4,8", f"output_dir='{root / 's'}'"], grid.Composer())
     made.freeze(jobs, ["launch.py"])
     record.note(root / "s" / "rank-4", steps=9)
     record.finish(root / "s" / "rank-4", {"status": "done", "objective": 0.08, "step": 9})

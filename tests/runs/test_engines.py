@@ -61,7 +61,7 @@ with_slurm = pytest.mark.skipif(
 def frozen(tmp_path):
     """A sweep of two ranks, frozen and not started."""
     made, jobs, _ = grid.sweep_of(
-        ["lora.rank=4,8", f"output_dir={tmp_path / 'sweep'}"], grid.Place()
+        ["lora.rank=4,8", f"output_dir={tmp_path / 'sweep'}"], grid.Composer()
     )
     made.freeze(jobs, ["launch.py"])
     return made
@@ -121,7 +121,7 @@ def test_an_engine_that_gives_up_and_a_job_that_it_lost_end_in_words(frozen, cap
 
 
 def test_nothing_but_its_folder_is_composed_for_a_job_again():
-    base = grid.Place().compose(["lora.rank=4"])
+    base = grid.Composer().compose(["lora.rank=4"])
     composed = engines.Frozen().load_sweep_config(base, ["output_dir=/a b/c=d, e"])
     assert composed.output_dir == "/a b/c=d, e" and base.output_dir is None
     assert composed.lora.rank == 4
@@ -142,7 +142,7 @@ def test_a_plugin_that_is_missing_is_named_with_what_installs_it(option):
 )
 def test_our_own_options_compose_or_say_what_is_missing(launch, tmp_path, option, plugin, there):
     if there:
-        _, _, base = grid.sweep_of(["lora.rank=4,8", f"hydra/launcher={option}"], grid.Place())
+        _, _, base = grid.sweep_of(["lora.rank=4,8", f"hydra/launcher={option}"], grid.Composer())
         assert (
             engines.are_asked(base)
             and engines.launcher(Sweep(tmp_path, None, []), base) is not None

@@ -30,9 +30,9 @@ class Play:
 
     def __init__(self, tmp_path, *overrides):
         given = ["hydra/sweeper=optuna", *SPACE, f"output_dir={tmp_path / 'search'}", *overrides]
-        self.sweep, _, base = grid.sweep_of(given, grid.Place())
+        self.sweep, _, base = grid.sweep_of(given, grid.Composer())
         self.sweep.freeze([], ["launch.py"])
-        self.search = grid.search_of(given, grid.Place(), self.sweep, base, POOL, ["launch.py"])
+        self.search = grid.search_of(given, grid.Composer(), self.sweep, base, POOL, ["launch.py"])
 
     def run(self, most: int = 1000) -> list[str]:
         """Names of the jobs started, in order."""

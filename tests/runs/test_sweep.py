@@ -22,10 +22,10 @@ from cogvx.runs import grid, jobs, pool
 
 PROJECT = Path(__file__).parent.parent.parent
 SWEEPS = sorted((PROJECT / "sweeps").glob("*.yaml"))
-FROM_CONF, BY_NAME = grid.Place(), grid.Place(searchpath=(str(PROJECT),))
+FROM_CONF, BY_NAME = grid.Composer(), grid.Composer(searchpath=(str(PROJECT),))
 
 
-def sweep(*overrides: str, place: grid.Place = FROM_CONF):
+def sweep(*overrides: str, place: grid.Composer = FROM_CONF):
     made, jobs, _ = grid.sweep_of(list(overrides), place)
     return made, {job.name: config for job, config in jobs}
 
@@ -132,7 +132,7 @@ def test_each_optimizer_is_tried_at_its_own_rates():
     ("arguments", "said"),
     [
         (["-m", "lora.rank=4,0"], "lora.rank=0: must be 1 or more"),
-        (["-m", "lora.rank=4,x"], "could not be converted to Integer"),
+        (["-m", "lora.rank=4,x"], "lora.rank=x: must be a whole number"),
         (["-m", "seed=1"], "nothing is swept"),
         (
             ["-m", "lora.rank=1,2", "hydra.launcher.jobs=0"],
@@ -146,7 +146,7 @@ def test_each_optimizer_is_tried_at_its_own_rates():
             "one text with a comma, or several values?",
         ),
         (["sweep=rank_alpha_lt"], "did you mean rank_alpha_lr"),
-        (["sweep=rank_alpha_lr", "train.resume=x"], "give one of them"),
+        (["sweep=rank_alpha_lr", "train.resume=x"], "Give one of them"),
         (["-m", "optimizer.learning_rate=interval(1e-5,1e-3)"], "hydra/sweeper=optuna"),
         (
             ["-m", "hydra/sweeper=optuna", "lora.rank=choice(0,4)", "seed=range(1,3)"],
@@ -160,7 +160,10 @@ def test_each_optimizer_is_tried_at_its_own_rates():
             ["-m", "hydra/sweeper=optuna", "lora.rank=1,2", "hydra.sweeper.keep=2"],
             "hydra.sweeper.keep=2: must be",
         ),
-        (["-m", "hydra/sweeper=optuna", "lora.rank=1,2", "hydra.sweeper.n_trails=2"], "n_trails"),
+        (
+            ["-m", "hydra/sweeper=optuna", "lora.rank=1,2", "hydra.sweeper.n_trails=2"],
+            "did you mean n_trials",
+        ),
     ],
 )
 def test_a_mistake_anywhere_stops_a_sweep_before_it_has_a_folder(launch, tmp_path, arguments, said):
@@ -173,7 +176,7 @@ def test_a_mistake_anywhere_stops_a_sweep_before_it_has_a_folder(launch, tmp_pat
 def frozen(tmp_path):
     """A sweep of three ranks, frozen and not started."""
     made, frozen_jobs, _ = grid.sweep_of(
-        ["lora.rank=4,8,16", f"output_dir={tmp_path / 'sweep'}"], grid.Place()
+        ["lora.rank=4,8,16", f"output_dir={tmp_path / 'sweep'}"], grid.Composer()
     )
     made.freeze(frozen_jobs, ["launch.py"])
     return made
@@ -188,7 +191,7 @@ def test_a_frozen_job_keeps_its_configuration_and_refuses_another(frozen):
     recorded = configuration.read(frozen.folder / "rank-8" / "config.yaml")
     assert (recorded.lora.rank, recorded.lora.lora_alpha) == (8, 8)
     _, others, _ = grid.sweep_of(
-        ["lora.rank=4,8,16", "seed=7", f"output_dir={frozen.folder}"], grid.Place()
+        ["lora.rank=4,8,16", "seed=7", f"output_dir={frozen.folder}"], grid.Composer()
     )
     with pytest.raises(UserError, match="seed: 42 -> 7"):
         frozen.freeze(others, ["launch.py"])
@@ -325,7 +328,7 @@ def test_a_report_beside_a_sweeps_end_never_breaks_the_leaderboard(frozen):
 def test_a_narrow_live_table_drops_columns_and_no_digit(tmp_path):
     rates = ["0.0001234567", "0.0001234568"]
     given = [f"optimizer.learning_rate={','.join(rates)}", f"output_dir={tmp_path / 'sweep'}"]
-    made, frozen_jobs, _ = grid.sweep_of(given, grid.Place())
+    made, frozen_jobs, _ = grid.sweep_of(given, grid.Composer())
     made.freeze(frozen_jobs, ["launch.py"])
     table = Table(made)
     for width, headings in ((100, ("loss", "left")), (34, ("held-out",))):

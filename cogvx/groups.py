@@ -1,0 +1,68 @@
+"""The groups of conf/ and the class of each option; the sections that conf/config.yaml holds.
+
+To add an option: its YAML in conf/GROUP/, its class, and one line here.   [no torch]
+"""
+
+from cogvx.data import sources
+from cogvx.model import pretrained
+from cogvx.model.lora import Lora
+from cogvx.options import optimizers, parallel, schedules, tasks, tracking
+from cogvx.options.memory import Memory
+from cogvx.options.train import Train
+from cogvx.options.validation import Validation
+
+GROUPS: dict[str, dict[str, type]] = {
+    "task": {
+        "train": tasks.TrainTask,
+        "encode": tasks.EncodeTask,
+        "plan": tasks.PlanTask,
+        "nano_vae": tasks.NanoVaeTask,
+        "evaluate": tasks.EvaluateTask,
+        "report": tasks.ReportTask,
+        "compare": tasks.CompareTask,
+        "list": tasks.ListTask,
+        "clean": tasks.CleanTask,
+    },
+    "model": {
+        "nano": pretrained.Nano,
+        "nano_i2v": pretrained.NanoI2v,
+        "2b": pretrained.Model,
+        "5b": pretrained.Model,
+        "5b_i2v": pretrained.Model,
+        "1_5_5b": pretrained.Model,
+        "1_5_5b_i2v": pretrained.Model,
+    },
+    "data": {
+        "demo": sources.Demo,
+        "world": sources.World,
+        "text_files": sources.TextFiles,
+        "csv": sources.Csv,
+        "dataset": sources.Dataset,
+    },
+    "optimizer": {
+        "adam": optimizers.Adam,
+        "adamw": optimizers.AdamW,
+        "adam8bit": optimizers.Adam8bit,
+        "adamw8bit": optimizers.AdamW8bit,
+        "adamw8bit_torchao": optimizers.AdamW8bitTorchao,
+        "prodigy": optimizers.Prodigy,
+        "schedule_free": optimizers.ScheduleFree,
+        "muon": optimizers.Muon,
+    },
+    "scheduler": {
+        "constant": schedules.Constant,
+        "constant_with_warmup": schedules.ConstantWithWarmup,
+        "linear": schedules.Linear,
+        "cosine": schedules.Cosine,
+        "cosine_with_restarts": schedules.CosineWithRestarts,
+        "polynomial": schedules.Polynomial,
+    },
+    "memory": dict.fromkeys(("fast", "balanced", "low", "minimal", "low_full"), Memory),
+    "parallel": {"single": parallel.Single, "ddp": parallel.DistributedDataParallel},
+    "tracking": {
+        "none": tracking.Tracking,
+        "tensorboard": tracking.TensorBoard,
+        "wandb": tracking.Wandb,
+    },
+}
+SECTIONS: dict[str, type] = {"lora": Lora, "train": Train, "validation": Validation}

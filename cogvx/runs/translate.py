@@ -1,0 +1,213 @@
+"""From what a user types to what Hydra understands: records, sweep=NAME, quotes.   [no torch]"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from cogvx import compose as composing
+from cogvx import config as configuration
+from cogvx.command_line import SHOW, require_key_value
+from cogvx.compose import Composer
+from cogvx.errors import UserError, did_you_mean
+from cogvx.files import write_text
+from cogvx.groups import GROUPS
+from cogvx.records import record
+from cogvx.wording import unknown_option
+
+SWEEPS = configuration.PROJECT / "sweeps"
+MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line, translated."""
+
+    arguments: list[str]  # for Hydra
+    composer: Composer
+    sweeping: bool
+    shows: bool  # --cfg, --help and the like: nothing is run
+    record: Path | None  # the run from whose record this one starts
+
+    def overrides(self) -> list[str]:
+        return [
+            argument
+            for argument in self.arguments
+            if "=" in argument and not argument.startswith(("-", "hydra.searchpath", "hydra.mode"))
+        ]
+
+    def examples(self) -> list[str]:
+        """The overrides of a sweep with the first value of each, to find out what is wrong."""
+        parts = [override.partition("=") for override in self.overrides()]
+        if not self.sweeping:
+            return self.overrides()
+        return [f"{key}={v.split(',')[0] if '[' not in v else v}" for key, _, v in parts]
+
+
+def translated(arguments: list[str], scratch: Path) -> Command:
+    """UserError names everything that is not KEY=VALUE. scratch: an empty folder."""
+    require_key_value(arguments)
+    require_options(arguments)
+    name = value_of(arguments, "sweep")
+    sweeping = name is not None or bool(MULTIRUN & {*arguments})
+    composer, path = Composer(), None
+    if name is not None:
+        arguments = named_sweep(name, arguments)
+        composer = Composer(searchpath=(str(configuration.PROJECT),))
+    else:
+        arguments, path = recorded_file(arguments)
+    if path is not None:
+        write_primary(path, arguments, scratch)
+        composer = Composer(scratch, (str(configuration.CONF),))
+        arguments = from_primary(arguments, scratch)
+    return Command(
+        [composing.quoted(argument, sweeping=sweeping) for argument in arguments],
+        composer,
+        sweeping,
+        shows=any(argument.partition("=")[0] in SHOW for argument in arguments),
+        record=None if path is None else path.parent.absolute(),
+    )
+
+
+def require_options(arguments: list[str]) -> None:
+    """Hydra would take `tracking=null` for a removed group."""
+    for group in GROUPS:
+        if value_of(arguments, group) in ("null", "None", ""):
+            raise UserError(unknown_option(group, None))
+
+
+def value_of(arguments: list[str], key: str) -> str | None:
+    """VALUE of KEY=VALUE, None if the key is not given."""
+    return next((a.partition("=")[2] for a in arguments if a.startswith(f"{key}=")), None)
+
+
+def sweep_names() -> list[str]:
+    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+
+
+def named_sweep(name: str, arguments: list[str]) -> list[str]:
+    """sweep=NAME for Hydra: sweeps/NAME.yaml is an option of a group that is called sweeps."""
+    if name not in sweep_names():
+        raise UserError(
+            f"sweep={name}: there is no such sweep{did_you_mean(name, sweep_names())} "
+            f"sweeps/ has {', '.join(sweep_names())}"
+        )
+    if any(a.startswith(("--config-dir", "-cd", "train.resume=", "task.run=")) for a in arguments):
+        raise UserError(
+            "sweep=NAME starts from conf/; --config-dir, train.resume and task.run start from the "
+            "record of a run. Give one of them"
+        )
+    others = [argument for argument in arguments if not argument.startswith("sweep=")]
+    return [*others, f"hydra.searchpath=['{configuration.PROJECT}']", f"+sweeps={name}"]
+
+
+# -- starting from the record of a run ----------------------------------------------------------
+
+
+def recorded_file(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments without those that name a record, and the record's file.
+
+    A record is named by `--config-dir RUN --config-name config`; by `train.resume=RUN`, which goes
+    on in RUN's folder, or, with other settings or from a checkpoint, in a new one; and by
+    `task=evaluate task.run=RUN`. None: the run starts from conf/.
+    """
+    arguments = list(arguments)
+    folder = take_option(arguments, "--config-dir", "-cd")
+    resume = value_of(arguments, "train.resume")
+    judged = value_of(arguments, "task.run")
+    if folder is None and resume not in (None, "auto", "null"):
+        folder = str(run_folder_of(Path(resume), "train.resume"))
+        alone = all(argument.startswith("train.resume=") for argument in arguments)
+        if alone and Path(resume).absolute() == Path(folder).absolute():
+            arguments.append(f"output_dir={Path(folder).absolute()}")
+    if folder is None and judged is not None and "task=report" not in arguments:
+        folder = str(run_folder_of(Path(judged), "task.run"))
+    if folder is None:
+        return arguments, None
+    name = take_option(arguments, "--config-name", "-cn") or "config"
+    path = Path(folder) / (name if name.endswith(".yaml") else f"{name}.yaml")
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: --config-dir takes the folder of a run, such as outputs/RUN, "
+            f"which holds its config.yaml"
+        )
+    return arguments, path
+
+
+def write_primary(path: Path, arguments: list[str], scratch: Path) -> None:
+    """Writes the record to scratch/config.yaml, as the file that Hydra starts from.
+
+    In the run's own folder Hydra would not read it: conf/config.yaml comes first there.
+    """
+    configuration.read(path)
+    if value_of(arguments, "experiment") is not None:
+        raise UserError(
+            "experiment=... starts from a recipe; --config-dir and train.resume start from the "
+            "record of a run. Give one of them"
+        )
+    recorded = configuration.read_record(path)
+    defaults = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))
+    for group in GROUPS:
+        if value_of(arguments, group) is not None:
+            composing.forget(recorded, group)
+    if recorded["lora"] is None and any(a.startswith("lora.") for a in arguments):
+        recorded["lora"] = defaults["lora"]
+    recorded["train"]["resume"] = None
+    recorded["hydra"] = defaults["hydra"]
+    recorded["defaults"] += [
+        entry for entry in defaults["defaults"] if "override hydra/" in str(entry)
+    ]
+    text = yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True)
+    write_text(scratch / "config.yaml", text)
+
+
+def from_primary(arguments: list[str], scratch: Path) -> list[str]:
+    """The arguments with scratch/config.yaml as the primary configuration, options first."""
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    options = [a for a in arguments if a not in overrides]
+    searchpath = f"hydra.searchpath=['{configuration.CONF}']"
+    return ["--config-path", str(scratch), *options, *overrides, searchpath]
+
+
+def run_folder_of(place: Path, setting: str) -> Path:
+    """The folder of a run, also of a run's checkpoint."""
+    for folder in (place, place.parent.parent):
+        if (folder / record.CONFIG).is_file():
+            return folder
+    raise UserError(
+        f"{setting}={place} is not the folder of a run (it has no {record.CONFIG}) and not a checkpoint "
+        f"of one"
+    )
+
+
+def take_option(arguments: list[str], *names: str) -> str | None:
+    """Removes `--option value` or `--option=value` from the arguments; returns the value."""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name not in names:
+            continue
+        if equals:
+            del arguments[index]
+            return value
+        if index + 1 == len(arguments):
+            raise UserError(f"{argument} needs a value")
+        value = arguments[index + 1]
+        del arguments[index : index + 2]
+        return value
+    return None
+
+
+# -- completion in the shell --------------------------------------------------------------------
+
+
+def completions(line: str) -> list[str] | None:
+    """What completes `sweep=`, which Hydra does not know; None where Hydra knows better.
+
+    line: the command line so far.
+    """
+    word = "" if line.endswith(" ") else line.rpartition(" ")[2]
+    if word.startswith("sweep="):
+        return [f"sweep={name}" for name in sweep_names() if f"sweep={name}".startswith(word)]
+    return ["sweep="] if word and "sweep=".startswith(word) else None
