@@ -312,6 +312,30 @@ def templates() -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_file_of_the_program_that_a_page_names_exists(page):
+    named = re.findall(r"(?<![\w./])([a-z_]+(?:/\w+)+\.(?:py|yaml|sh|txt))\b", TEXTS[page])
+    named = [name for name in named if not name.startswith(("outputs/", "videos/"))]
+    absent = [
+        name
+        for name in named
+        if not ((PROJECT / name).exists() or (PROJECT / "cogvx" / name).exists())
+    ]
+    assert absent == []
+
+
+def test_every_function_that_a_page_names_exists():
+    defined = {
+        node.name
+        for path in (PROJECT / "cogvx").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    named = set(re.findall(r"\b([a-z_]+)\(", TEXTS["docs/how_it_works.md"]))
+    assert len(named) >= 8
+    assert named - defined - {"backward", "step", "build"} == set()
+
+
 def test_the_texts_on_the_page_of_errors_are_the_programs():
     """`...` stands for a value that differs from case to case."""
     quoted = [row[0].strip("`") for row in rows_of_table("docs/errors.md") if "`" in row[0]]
