@@ -314,7 +314,7 @@ def templates() -> list[str]:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_file_of_the_program_that_a_page_names_exists(page):
-    named = re.findall(r"(?<![\w./])([a-z_]+(?:/\w+)+\.(?:py|yaml|sh|txt))\b", TEXTS[page])
+    named = re.findall(r"(?<![\w./])([a-z_]+(?:/[a-z0-9_]+)+\.(?:py|yaml|sh|txt))\b", TEXTS[page])
     named = [name for name in named if not name.startswith(("outputs/", "videos/"))]
     absent = [
         name
