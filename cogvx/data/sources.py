@@ -88,6 +88,10 @@ class Data:
     def described(self) -> str:
         return str(self.instance_data_root)
 
+    def shown_clips(self) -> int:
+        """How many held-out clips give the validation videos their prompts, if none is set."""
+        return 3 if self.is_demo() else 1
+
     def is_demo(self) -> bool:
         """Whether the clips are those of data/demo.py."""
         return False

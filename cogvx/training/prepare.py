@@ -164,12 +164,18 @@ def prepare(
     require_equal_lengths(train, config.train)
     warn_of_lengths(clips, pretrained, ranks)
 
-    first = (held_out or train)[0].example
-    prompts = [first.prompt] if prompts is None else prompts
+    first, own = (held_out or train)[0].example, {}
+    if prompts is None:
+        # One given image makes one video. Without it, each clip gives its own first frame.
+        shown_clips = (held_out or train)[: 1 if images else data.shown_clips()]
+        for clip in shown_clips:
+            own.setdefault(clip.example.prompt, clip.example)
+        prompts = list(own)
     example_prompt = [*prompts, first.prompt][0]
     pictures = {}
     if pretrained.geometry().image_to_video:
-        pictures = first_frames(example_prompt, prompts, images, first, data)
+        own = {example_prompt: first} | own
+        pictures = first_frames(own, prompts, images, first, data)
 
     captions = [clip.example.prompt for clip in clips]
     needed = ["", *captions, *prompts, *more_prompts]
@@ -350,16 +356,19 @@ def warn_of_lengths(clips: list[EncodedClip], pretrained: PretrainedModel, ranks
 
 
 def first_frames(
-    example_prompt: str,
+    own: dict[str, Example],
     prompts: list[str],
     images: list[Path] | None,
     first: Example,
     data: Data,
 ) -> dict[str, numpy.ndarray]:
-    """By prompt, [H, W, 3] uint8. Where no image is given, the one of the `first` clip."""
-    found = {example_prompt: first_frame(first, data)}
+    """By prompt, [H, W, 3] uint8. Without a given image: of the prompt's own clip, or of `first`.
+
+    `own`: prompts that are captions of clips, with these clips.
+    """
+    found = {prompt: first_frame(example, data) for prompt, example in own.items()}
     for prompt, path in zip(prompts, images or [None] * len(prompts), strict=True):
-        example = first if path is None else replace(first, image=path)
+        example = own.get(prompt, first) if path is None else replace(first, image=path)
         found[prompt] = first_frame(example, data)
     return found
 
