@@ -79,8 +79,8 @@ def test_stray_words_are_named(door):
     assert "frobnicate is not KEY=VALUE" in said and "hf upload" in said
 
 
-def test_help_names_every_group_and_option_and_says_what_tasks_and_data_do(door):
-    said = door("--help").stdout
+def test_help_names_every_group_and_option_and_says_what_tasks_and_data_do(launch):
+    said = launch("--help").stdout
     assert len(OPTIONS) >= 45
     for group, option in OPTIONS:
         assert group in said and option in said
