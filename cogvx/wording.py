@@ -49,7 +49,8 @@ def not_a_section(section: str, value: object) -> str:
 
 def unknown_setting(key: str, value: object, known: Iterable[str]) -> str:
     """What to type instead of a setting that does not exist. known: the settings that do."""
-    value, known = in_yaml(value), [name for name in known if not name.startswith("hydra.")]
+    value, about_hydra = in_yaml(value), key.startswith("hydra.")
+    known = [name for name in known if name.startswith("hydra.") == about_hydra]
     other = OTHER_NAMES.get(key) or OTHER_NAMES.get(key.rpartition(".")[2])
     misspelt = "." in key and key not in OTHER_NAMES and other is not None
     misspelt = misspelt and difflib.get_close_matches(key, [other.ours or ""], cutoff=0.75)

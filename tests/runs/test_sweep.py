@@ -139,7 +139,7 @@ def test_each_optimizer_is_tried_at_its_own_rates():
             "hydra.launcher.jobs=0: must be 1 or more",
         ),
         (["-m", "lora.rank=1,2", "hydra.launcher.on_fail=carry_on"], "expected one of go_on, stop"),
-        (["-m", "lora.rank=1,2", "hydra.sweep.dir=x"], "the folder of a sweep is output_dir"),
+        (["-m", "lora.rank=1,2", "hydra.sweep.dir=x"], "output_dir=... is the folder of a sweep"),
         (["-m", "output_dir=a,b"], "output_dir says how a sweep runs, not what its jobs are"),
         (
             ["-m", "seed=1,2", "validation.validation_prompt=ein Hase,größer"],
@@ -162,7 +162,7 @@ def test_each_optimizer_is_tried_at_its_own_rates():
         ),
         (
             ["-m", "hydra/sweeper=optuna", "lora.rank=1,2", "hydra.sweeper.n_trails=2"],
-            "did you mean n_trials",
+            "did you mean hydra.sweeper.n_trials",
         ),
     ],
 )
