@@ -14,6 +14,8 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests run beside each other. Threads that wait for each other would spin.
 os.environ["OMP_NUM_THREADS"] = "1"
+# torch's compiler would start processes that each import torch.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import warm  # noqa: E402
 from settings import QUICK  # noqa: E402
@@ -45,8 +47,10 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def pytest_collection_finish(session) -> None:
-    """Before the first test, in every process that runs tests."""
-    if session.items and not session.config.option.collectonly:
+    """Before the first test, in every process that runs tests which run something."""
+    running = {"launch", "launching", "run_in", "warm"}
+    asked = any(running & {*item.fixturenames, *vars(item.module)} for item in session.items)
+    if asked and not session.config.option.collectonly:
         warm.serve()
 
 

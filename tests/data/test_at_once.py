@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import warm
 
 from cogvx.data.cache import claimed, filled
 
@@ -18,13 +19,8 @@ PROJECT = Path(__file__).parent.parent.parent
 
 
 def started(*command: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return warm.python(*command, cwd=PROJECT, **pipes)
 
 
 CLAIMS = """

@@ -1,4 +1,4 @@
-"""A search for real, on nano: what tests/runs/test_search.py shows with made-up losses, with jobs that train."""
+"""A search with jobs that train, on nano. tests/runs/test_search.py has made-up losses."""
 
 import pytest
 
@@ -6,9 +6,16 @@ from cogvx.records import record
 from cogvx.records.sweep import State, Sweep
 
 SHORT = [
-    "train.max_train_steps=12", "train.checkpointing_steps=4", "train.logging_steps=3", "scheduler=constant",
-    "validation.heldout_steps=3", "validation.heldout_draws=2", "validation.heldout_timesteps=2", "validation.num_validation_videos=0", "validation.scored_prompts=0",
-]  # fmt: skip
+    "train.max_train_steps=12",
+    "train.checkpointing_steps=4",
+    "train.logging_steps=3",
+    "scheduler=constant",
+    "validation.heldout_steps=3",
+    "validation.heldout_draws=2",
+    "validation.heldout_timesteps=2",
+    "validation.num_validation_videos=0",
+    "validation.scored_prompts=0",
+]
 
 
 @pytest.mark.slow
@@ -16,10 +23,17 @@ def test_a_search_trains_pauses_and_ends_and_the_same_command_finds_nothing_to_d
     launch, nano_folder, tmp_path
 ):
     command = [
-        "-m", "hydra/sweeper=optuna", "lora.rank=choice(1,4)", "optimizer.learning_rate=interval(1e-6,1e-1)", *SHORT,
-        "hydra.sweeper.n_trials=5", "hydra.sweeper.n_startup_trials=3", "hydra.sweeper.at_least=2",
-        f"output_dir={tmp_path / 'search'}", f"data.cache_dir={nano_folder.parent.parent}",
-    ]  # fmt: skip
+        "-m",
+        "hydra/sweeper=optuna",
+        "lora.rank=choice(1,4)",
+        "optimizer.learning_rate=interval(1e-6,1e-1)",
+        "hydra.sweeper.n_trials=5",
+        "hydra.sweeper.n_startup_trials=3",
+        "hydra.sweeper.at_least=2",
+        *SHORT,
+        f"output_dir={tmp_path / 'search'}",
+        f"data.cache_dir={nano_folder.parent.parent}",
+    ]
     ran = launch(*command, cwd=tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     sweep = Sweep.read(tmp_path / "search")

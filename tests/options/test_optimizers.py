@@ -30,16 +30,17 @@ def metrics(folder, name):
     return [line[name] for line in read_json_lines(folder / "metrics.jsonl") if name in line]
 
 
-def stopped_and_resumed(run, stopped, *settings):
-    whole = run("whole", *SHORT, *settings)
+def stopped_and_resumed(run, trained, stopped, *settings):
+    whole = trained(*SHORT, *settings)
     stopped("resumed", whole, 4)
     return whole, run("resumed", *SHORT, *settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_trains_and_resumes_bit_for_bit(run, stopped, name):
-    whole, resumed = stopped_and_resumed(run, stopped, f"optimizer={name}", *SETTINGS.get(name, []))
+def test_it_trains_and_resumes_bit_for_bit(run, trained, stopped, name):
+    settings = [f"optimizer={name}", *SETTINGS.get(name, [])]
+    whole, resumed = stopped_and_resumed(run, trained, stopped, *settings)
     assert (
         lora.compare(lora.read_adapter(whole)[0], lora.read_adapter(resumed)[0], values=True) == []
     )
@@ -51,18 +52,18 @@ def test_it_trains_and_resumes_bit_for_bit(run, stopped, name):
 
 @pytest.mark.parametrize("settings", [["train.ema_decay=0.9"], ["optimizer=schedule_free"]])
 @pytest.mark.slow
-def test_an_average_is_judged_and_delivered_and_training_goes_on_from_the_weights(run, settings):
+def test_an_average_is_judged_and_delivered_and_training_goes_on_from_the_weights(
+    run, trained, settings
+):
     """Judging it more often changes no bit of what is trained."""
-    rare, often = (
-        run("rare", *SHORT, *settings),
-        run("often", *SHORT, *settings, "validation.heldout_steps=1"),
-    )
+    rare = trained(*SHORT, *settings)
+    often = run("often", *SHORT, *settings, "validation.heldout_steps=1")
     assert lora.compare(lora.read_adapter(rare)[0], lora.read_adapter(often)[0], values=True) == []
-    trained = lora.read_adapter(rare / "checkpoints" / "step_000008")[0]
-    assert lora.compare(trained, lora.read_adapter(rare)[0], values=True) != []
+    weights = lora.read_adapter(rare / "checkpoints" / "step_000008")[0]
+    assert lora.compare(weights, lora.read_adapter(rare)[0], values=True) != []
     if settings == ["train.ema_decay=0.9"]:
-        plain = run("plain", *SHORT)
-        assert lora.compare(trained, lora.read_adapter(plain)[0], values=True) == [], (
+        plain = trained(*SHORT)
+        assert lora.compare(weights, lora.read_adapter(plain)[0], values=True) == [], (
             "the average does not change training"
         )
         judged = read_json_lines(rare / "metrics.jsonl")[-1]
@@ -74,8 +75,8 @@ def test_an_average_is_judged_and_delivered_and_training_goes_on_from_the_weight
 
 
 @pytest.mark.slow
-def test_an_average_is_resumed_bit_for_bit(run, stopped):
-    whole, resumed = stopped_and_resumed(run, stopped, "train.ema_decay=0.9")
+def test_an_average_is_resumed_bit_for_bit(run, trained, stopped):
+    whole, resumed = stopped_and_resumed(run, trained, stopped, "train.ema_decay=0.9")
     assert (
         lora.compare(lora.read_adapter(whole)[0], lora.read_adapter(resumed)[0], values=True) == []
     )
@@ -126,8 +127,8 @@ def test_muon_refuses_what_is_no_matrix(run, capfd, compose):
 
 @pytest.mark.parametrize("name", ["prodigy", "muon", "schedule_free", "adam", "adamw8bit"])
 @pytest.mark.slow
-def test_another_optimizer_cannot_go_on_from_its_states(run, capfd, name):
-    first = run("first", *SHORT)
+def test_another_optimizer_cannot_go_on_from_its_states(run, trained, capfd, name):
+    first = trained(*SHORT)
     run(
         "other",
         *SHORT,
@@ -144,12 +145,15 @@ def test_another_optimizer_cannot_go_on_from_its_states(run, capfd, name):
 
 
 @pytest.mark.slow
-def test_an_average_may_begin_and_change_on_a_resume(run):
-    """If it begins at the last step it equals the weights. Its decay is the configured one."""
-    first = run("first", *SHORT)
+def test_an_average_may_begin_and_change_on_a_resume(run, trained):
+    """An average that begins at the checkpoint is the weights, until another step is taken.
+
+    On a resume the decay is the one asked for.
+    """
+    first = trained(*SHORT)
     begun = run("begun", *SHORT, "train.ema_decay=0.999", f"train.resume={first}")
     assert lora.compare(lora.read_adapter(first)[0], lora.read_adapter(begun)[0], values=True) == []
-    whole = run("whole", *SHORT, "train.ema_decay=0.9")
+    whole = trained(*SHORT, "train.ema_decay=0.9")
     changed = run(
         "changed", *SHORT, "train.ema_decay=0.05", f"train.resume={whole}/checkpoints/step_000004"
     )
@@ -159,8 +163,8 @@ def test_an_average_may_begin_and_change_on_a_resume(run):
 
 @pytest.mark.parametrize("settings", [["train.ema_decay=0.9"], ["optimizer=schedule_free"]])
 @pytest.mark.slow
-def test_the_weights_that_were_judged_stand_in_the_checkpoint(run, settings):
-    folder = run("a", *SHORT, *settings)
+def test_the_weights_that_were_judged_stand_in_the_checkpoint(trained, settings):
+    folder = trained(*SHORT, *settings)
     judged = lora.read_adapter(folder / "checkpoints" / "step_000008" / "averaged")[0]
     assert lora.compare(judged, lora.read_adapter(folder)[0], values=True) == []
 

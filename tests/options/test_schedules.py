@@ -27,7 +27,8 @@ def test_every_step_equals_diffusers(name, peak):
         name, optimizer, num_warmup_steps=7, num_training_steps=steps, num_cycles=cycles, power=2.0
     )
     for step in range(steps):
-        # get_scheduler("cosine", num_cycles=1) ignores num_cycles and goes half a wave, as ours does with 0.5
+        # get_scheduler("cosine", num_cycles=1) ignores num_cycles and goes half a wave, as ours
+        # does with 0.5.
         assert peak * ours.multiplier(step, steps, peak) == pytest.approx(
             optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12
         )
@@ -41,7 +42,7 @@ def test_no_warmup_starts_at_the_peak():
 
 @pytest.mark.parametrize("name", CASES)
 def test_any_number_of_processes_has_the_same_rates(compose, name):
-    """Four clips per optimizer step, shared among 1, 2 and 4 processes: as many steps, and the same rate at each."""
+    """Four clips per optimizer step, in 1, 2 and 4 processes: the same steps and rates."""
     found = []
     for processes in (1, 2, 4):
         settings = [

@@ -79,7 +79,7 @@ def tracked(folder: Path, tracker, step: int = 0) -> Metrics:
     return Metrics(folder, tracker, config, resumed_at=step)
 
 
-# -- TensorBoard -------------------------------------------------------------------------------------------------------
+# -- TensorBoard -----------------------------------------------------------------------------------
 
 
 def test_tensorboard_has_the_numbers_the_videos_and_the_settings(tmp_path, gif):
@@ -120,7 +120,7 @@ def test_tensorboard_takes_back_what_a_resumed_run_does_again(tmp_path):
     ]
 
 
-# -- wandb -------------------------------------------------------------------------------------------------------------
+# -- wandb -----------------------------------------------------------------------------------------
 
 
 def test_wandb_has_the_numbers_the_videos_and_the_settings(tmp_path, gif, capsys):
@@ -219,7 +219,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "loss" in line]
 
 
-# -- any ---------------------------------------------------------------------------------------------------------------
+# -- any -------------------------------------------------------------------------------------------
 
 
 class Broken(tracking.Tracking):

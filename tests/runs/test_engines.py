@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +29,9 @@ QUICK = [
     "validation.heldout_timesteps=2",
     "scheduler.lr_warmup_steps=0",
 ]
-LONG = ["train.max_train_steps=150", "train.checkpointing_steps=10", *QUICK]
+# Long enough to be killed between the first checkpoint and the last step.
+STEPS = 80
+LONG = [f"train.max_train_steps={STEPS}", "train.checkpointing_steps=10", *QUICK]
 
 
 def is_installed(plugin: str) -> bool:
@@ -68,21 +69,11 @@ def frozen(tmp_path):
 
 
 @pytest.fixture
-def start(cache, tmp_path):
+def start(launching, cache, tmp_path):
     """start("lora.rank=1,2", ...): a sweep that takes long enough to be disturbed."""
-    started = []
-    settings = [*LONG, f"data.cache_dir={cache}", f"output_dir={tmp_path}"]
-
-    def start(*more: str) -> subprocess.Popen:
-        command = [sys.executable, str(PROJECT / "launch.py"), "-m", *settings, *more]
-        started.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
+    settings = ["-m", *LONG, f"data.cache_dir={cache}", f"output_dir={tmp_path}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return lambda *more: launching(*settings, *more, **pipes)
 
 
 class Launcher:
@@ -268,7 +259,7 @@ def states(folder: Path) -> dict[str, str]:
 def assert_resumed(job: Path) -> None:
     assert (job / "log.txt").read_text().count("resume  ") == 1
     steps = [line["step"] for line in read_json_lines(job / "metrics.jsonl") if "loss" in line]
-    assert steps == list(range(10, 151, 10)), "every step once"
+    assert steps == list(range(10, STEPS + 1, 10)), "every step once"
 
 
 def slurm(*command: str) -> str:

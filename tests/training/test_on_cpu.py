@@ -27,8 +27,8 @@ def losses(folder, name="heldout_loss"):
 
 
 @pytest.mark.slow
-def test_where_the_optimizer_steps_changes_nothing(run):
-    here, there = run("here", *SETTINGS), run("there", *OFFLOADED)
+def test_where_the_optimizer_steps_changes_nothing(run, trained):
+    here, there = run("here", *SETTINGS), trained(*OFFLOADED)
     assert losses(here) == losses(there) and losses(here, "heldout_loss_trained") == losses(
         there, "heldout_loss_trained"
     )
@@ -37,8 +37,8 @@ def test_where_the_optimizer_steps_changes_nothing(run):
 
 
 @pytest.mark.slow
-def test_stopping_and_resuming_changes_nothing(run, stopped):
-    whole = run("whole", *OFFLOADED)
+def test_stopping_and_resuming_changes_nothing(run, trained, stopped):
+    whole = trained(*OFFLOADED)
     resumed = stopped("resumed", whole, 4)
     assert run("resumed", *OFFLOADED) == resumed
     assert lora.compare(saved(whole), saved(resumed), values=True) == []
