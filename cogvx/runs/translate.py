@@ -177,8 +177,8 @@ def run_folder_of(place: Path, setting: str) -> Path:
         if (folder / record.CONFIG).is_file():
             return folder
     raise UserError(
-        f"{setting}={place} is not the folder of a run (it has no {record.CONFIG}) and not a checkpoint "
-        f"of one"
+        f"{setting}={place} is not the folder of a run (it has no {record.CONFIG}) and not a "
+        f"checkpoint of one"
     )
 
 
