@@ -1,4 +1,4 @@
-"""README and docs: every command composes, every link leads somewhere, every name and text exists."""
+"""README and docs: commands compose, links lead somewhere, names and texts exist."""
 
 import ast
 import dataclasses
