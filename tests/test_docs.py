@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import launch
 from cogvx import compose as composing
 from cogvx import config as configuration
 from cogvx.config import GROUPS, SECTIONS
 from cogvx.options.other_names import DIFFUSERS
 from cogvx.records import record
 from cogvx.runs import grid, translate
+from cogvx.start import STARTS_BY_TASK
 
 PROJECT = Path(__file__).parent.parent
 DOCS = sorted((PROJECT / "docs").glob("*.md"))
@@ -124,6 +126,15 @@ def compose_a_sweep(overrides: list[str], composer: grid.Composer) -> None:
             grid.composed_jobs(
                 [(each.fixed, {key: [v[end]] for key, v in values.items()})], composer
             )
+
+
+def test_tasks_that_only_read_start(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert set(STARTS_BY_TASK) == set(GROUPS["task"].values())
+    for arguments in (["task=list"], ["task=compare", "task.runs=[outputs/A,outputs/B]"]):
+        assert launch.entry(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "RUN" in printed and "outputs/compare_A_B.html" in printed
 
 
 def without_missing_plugins(arguments: list[str]) -> list[str]:
