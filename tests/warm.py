@@ -34,7 +34,7 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 LAUNCH = str(PROJECT / "launch.py")
 SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER: orphaned grandchildren become children
-FORKED = ("-m cogvx.runs.processes ", "-c from multiprocessing.forkserver import main")
+FORKED = ("-m cogvx.", "-c from multiprocessing.forkserver import main")
 SENT = 1 << 18  # bytes of a request at most
 server: socket.socket | None = None
 
