@@ -76,6 +76,12 @@ ATTENTION = [
 ]
 
 
+# Without gradients these two leave out the logsumexp, unless this argument asks for it. Their
+# backward passes need it. Flash attention always computes it.
+COMPUTE_LOGSUMEXP = 4
+WITHOUT_LOGSUMEXP = ATTENTION[1:3]
+
+
 def run_checkpointed(memory: Memory, block: torch.nn.Module, *inputs):
     # The inputs of the first block may need no gradient. The anchor always does.
     anchor = torch.empty(0, device=inputs[0].device, requires_grad=True)
@@ -136,16 +142,18 @@ class CheckpointedBlock(torch.autograd.Function):
 
 
 class SaveAttention(TorchDispatchMode):
-    """Saves the results of attention, in the order of the calls."""
+    """Saves the results of attention and the kernel of each, in the order of the calls."""
 
     def __init__(self, results: list):
         super().__init__()
         self.results = results
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in WITHOUT_LOGSUMEXP:
+            args = (*args[:COMPUTE_LOGSUMEXP], True, *args[COMPUTE_LOGSUMEXP + 1 :])
         result = func(*args, **(kwargs or {}))
         if func in ATTENTION:
-            self.results.append(tree_map(detached, result))
+            self.results.append((func, tree_map(detached, result)))
         return result
 
 
@@ -153,11 +161,16 @@ class ReuseAttention(SaveAttention):
     """Returns the saved results instead of computing them again.
 
     torch's selective checkpointing expects the same operations in both runs. Some operations
-    differ with and without gradients.
+    differ with and without gradients. If torch chooses another kernel for attention than in the
+    first run, its results are computed again.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.results.pop(0) if func in ATTENTION else func(*args, **(kwargs or {}))
+        if func in ATTENTION:
+            kernel, result = self.results.pop(0)
+            if kernel is func:
+                return result
+        return func(*args, **(kwargs or {}))
 
 
 def detached(part: object) -> object:

@@ -93,7 +93,7 @@ class Lora:
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformer.add_adapter(settings)
         for parameter in trainable(transformer):

@@ -95,7 +95,7 @@ def blank_transformer(tiny: Tiny):
     import torch
     from diffusers import CogVideoXTransformer3DModel
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         transformer = CogVideoXTransformer3DModel(**tiny.transformer)
     if not tiny.geometry.image_to_video:

@@ -6,9 +6,12 @@ The README says how close the figures come to measured ones.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
+import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,9 +123,28 @@ def trace(arguments: tuple[Config, list[str], int | None, Card | None]) -> Outco
 
 
 def traces(jobs: list[tuple]) -> list[Outcome]:
-    """Runs the jobs on two cores. The processes are forked, so everything is imported already."""
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    """Runs the jobs in two processes, which see no GPU.
+
+    Forked processes have everything imported already. With a GPU they must not be forked: the
+    libraries have asked for the GPU, and CUDA cannot be used in a fork after that.
+    """
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    with no_visible_gpu(), multiprocessing.get_context(method).Pool(2) as pool:
         return pool.map(trace, jobs, chunksize=1)
+
+
+@contextlib.contextmanager
+def no_visible_gpu() -> Iterator[None]:
+    """For the processes that are started within."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def plan(config: Config, folder: Path) -> dict:
@@ -135,11 +157,13 @@ def plan(config: Config, folder: Path) -> dict:
     print_plan(config, card, found, result)
     if not result["fits"]:
         result["suggestions"] = suggest(config, card, found, few)
-    if config.task.measure:
-        result["measured"] = measure_phases(config, found)
+    # The plan is safe before anything really runs, which may run out of memory.
     write_json(folder / "plan.json", result)
     draw_plan(folder / "plan.png", config, card, found)
     print(f"picture {shown(folder / 'plan.png')}")
+    if config.task.measure:
+        result["measured"] = measure_phases(config, found)
+        write_json(folder / "plan.json", result)
     return result
 
 

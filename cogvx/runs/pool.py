@@ -1,9 +1,9 @@
 """Runs the jobs of a sweep side by side on this machine.   [torch only in the jobs]
 
-Each job is a process of its own. A server process imports what takes long to import, without
-touching a device, and every job is forked from it. If a job runs out of memory, crashes or is
-killed, the others go on. If this process ends, however it ends, the jobs stop with a checkpoint,
-and the same command goes on from there.
+Each job is a process of its own. Without a GPU, a server process imports what takes long to import,
+and every job is forked from it. With a GPU every job starts by itself. If a job runs out of memory,
+crashes or is killed, the others go on. If this process ends, however it ends, the jobs stop with a
+checkpoint, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from multiprocessing import forkserver
@@ -172,23 +173,23 @@ def run_pool(sweep: Sweep, queue: Queue, pool: Pool, command: list[str]) -> int:
     with (
         noting_signals(signal.SIGINT, signal.SIGTERM) as signals,
         Table(sweep) as table,
-        Forks(sweep, command) as forks,
+        JobProcesses(sweep, command) as started,
     ):
         while True:
             if not signals and not given_up:
-                forks.fill(slots, queue)
-            if not forks.running:
+                started.fill(slots, queue)
+            if not started.running:
                 break
             time.sleep(LOOK_EVERY)
-            for job in forks.ended():
+            for job in started.ended():
                 queue.ended(job)
                 progress = sweep.progress(job)
                 table.ended(job, progress)
                 given_up = given_up or (pool.on_fail is OnFail.stop and progress.state in TROUBLED)
-            table.show([each.job for each in forks.running], queue.to_come())
-            forks.stop(queue.to_pause())
+            table.show([each.job for each in started.running], queue.to_come())
+            started.stop(queue.to_pause())
             if signals:
-                forks.stop([each.job for each in forks.running], at_once=len(signals) > 1)
+                started.stop([each.job for each in started.running], at_once=len(signals) > 1)
     if signals:
         return STOPPED
     states = [sweep.progress(job).state for job in sweep.jobs()]
@@ -206,22 +207,24 @@ def wait_for_earlier(sweep: Sweep) -> None:
         time.sleep(LOOK_EVERY)
 
 
-class Forks:
+class JobProcesses:
     """The processes of the jobs."""
 
     def __init__(self, sweep: Sweep, command: list[str]):
         self.sweep, self.command, self.running, self.told_to_stop = sweep, command, [], set()
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["cogvx.runs.preloaded"])
-        os.environ["PYTHONPATH"] = processes.python_path()  # for the server
+        # What the server would import asks for the GPU, and CUDA cannot be used in a fork after
+        # that. So with a GPU each job is a new process, which imports everything itself.
+        self.forked = not visible_gpus()
+        self.context = multiprocessing.get_context("forkserver" if self.forked else "spawn")
+        os.environ["PYTHONPATH"] = processes.python_path()  # for the server and the jobs
 
-    def __enter__(self) -> Forks:
+    def __enter__(self) -> JobProcesses:
         # The jobs hold one end of this pipe. When this process ends, the other end closes.
         self.jobs_end, self.own_end = self.context.Pipe(duplex=False)
-        # The server and the jobs inherit that they ignore Ctrl-C: it is for this process alone.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        forkserver.ensure_running()
-        signal.signal(signal.SIGINT, handler)
+        if self.forked:
+            self.context.set_forkserver_preload(["cogvx.runs.preloaded"])
+            with ignoring_ctrl_c():
+                forkserver.ensure_running()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -243,8 +246,9 @@ class Forks:
         folder = self.sweep.folder / job.name
         (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
         given = (str(folder), self.command, slot.gpus, slot.threads, self.jobs_end)
-        process = self.context.Process(target=run_forked_job, args=given)
-        process.start()
+        process = self.context.Process(target=run_pool_job, args=given)
+        with ignoring_ctrl_c():
+            process.start()
         self.running.append(Running(job, slot, process))
 
     def ended(self) -> list[Job]:
@@ -274,7 +278,17 @@ class Forks:
 # -- in a job's process --------------------------------------------------------------------------
 
 
-def run_forked_job(
+@contextmanager
+def ignoring_ctrl_c() -> Iterator[None]:
+    """Processes that start here inherit that they ignore Ctrl-C: it is for this process alone."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def run_pool_job(
     folder: str, command: list[str], gpus: list[str], threads: int | None, jobs_end: Connection
 ) -> None:
     os.setsid()

@@ -20,11 +20,20 @@ from cogvx.records import record, report
 from cogvx.start import start_task
 
 GRACE = 15  # seconds
-OUT_OF_MEMORY_ERROR = "OutOfMemoryError"  # torch's
+# torch's own error for the GPU's memory has this type. What cuBLAS and cuDNN cannot allocate, and
+# pinned memory, comes as a RuntimeError with one of these texts.
+OUT_OF_MEMORY_ERROR = "OutOfMemoryError"
+OUT_OF_GPU_TEXTS = ("CUDA out of memory", "CUDA error: out of memory", "_ALLOC_FAILED")
+OUT_OF_RAM_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough")
 OUT_OF_MEMORY = (
     "the GPU's memory is too small for this. What helps, the cheapest first: memory=balanced, "
     "train.train_batch_size=1 with more train.gradient_accumulation_steps, "
     "fewer frames (data.max_num_frames), a smaller size (data.height, data.width)."
+)
+OUT_OF_RAM = (
+    "this machine's memory (RAM) is too small for this. Memory modes that offload to RAM need more "
+    "of it: python launch.py task=plan ... prints how much. memory=low keeps less there than "
+    "memory=minimal and memory=low_full."
 )
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 FAILED = 2  # exit code of errors that the user can mend; their message is printed
@@ -147,7 +156,7 @@ def run_here(folder: Path) -> int:
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
         message, code = explained(error)
-        memory = type(error).__name__ == OUT_OF_MEMORY_ERROR
+        memory = memory_advice(error) is not None
         status = "interrupted" if code == 130 else "out_of_memory" if memory else "failed"
         summary = {"status": status, "reason": message}
         if code == 1:
@@ -171,8 +180,9 @@ def explained(error: BaseException) -> tuple[str, int]:
             f"to where this user can write",
             FAILED,
         )
-    if type(error).__name__ == OUT_OF_MEMORY_ERROR:
-        return f"{OUT_OF_MEMORY} torch says: {first_line(error)}", FAILED
+    advice = memory_advice(error)
+    if advice is not None:
+        return f"{advice} torch says: {first_line(error)}", FAILED
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return (
             f"torch cannot compile here: {first_line(error)}. "
@@ -181,6 +191,22 @@ def explained(error: BaseException) -> tuple[str, int]:
             FAILED,
         )
     return f"{type(error).__name__}: {error}", 1
+
+
+def memory_advice(error: BaseException) -> str | None:
+    """What helps if this error means that memory ran out; None if it does not."""
+    text = str(error)
+    if type(error).__name__ == OUT_OF_MEMORY_ERROR:
+        return OUT_OF_MEMORY
+    if isinstance(error, MemoryError):
+        return OUT_OF_RAM
+    if not isinstance(error, RuntimeError):
+        return None
+    if any(part in text for part in OUT_OF_RAM_TEXTS):
+        return OUT_OF_RAM
+    if "pin" in text.lower() and "out of memory" in text:
+        return OUT_OF_RAM
+    return OUT_OF_MEMORY if any(part in text for part in OUT_OF_GPU_TEXTS) else None
 
 
 def conclude_run(folder: Path, summary: dict) -> None:

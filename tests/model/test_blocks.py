@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from families import model_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvx.errors import UserError
 from cogvx.model import blocks, lora, nano, offload
@@ -150,3 +151,49 @@ def test_the_frozen_weights_are_given_up_and_come_back_block_by_block(family_fol
         )
         == 0
     )
+
+
+# -- attention results that are saved on a GPU ---------------------------------------------------
+
+KERNELS = {
+    "_scaled_dot_product_efficient_attention": (None, False),
+    "_scaled_dot_product_cudnn_attention": (None, False),
+    "_scaled_dot_product_flash_attention": (),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_saved_attention_has_the_logsumexp_that_its_backward_pass_needs(name):
+    """Called as torch calls it without gradients, on tensors without contents."""
+    kernel, asked = getattr(torch.ops.aten, name), []
+    tokens = torch.empty(1, 2, 64, 32, device="meta", dtype=torch.bfloat16)
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is kernel.default:
+                asked.append(args[4] if len(args) > 4 else None)
+            return func(*args, **(kwargs or {}))
+
+    with Asked(), blocks.SaveAttention([]) as saving:
+        kernel(tokens, tokens, tokens, *KERNELS[name])
+    [(saved_kernel, result)] = saving.results
+    assert saved_kernel is kernel.default
+    assert result[1].numel() >= 2 * 64
+    assert asked == [True if KERNELS[name] else None]
+
+
+def test_attention_by_another_kernel_than_the_saved_one_is_computed_again():
+    tokens = torch.empty(1, 2, 64, 32, device="meta", dtype=torch.bfloat16)
+    with blocks.SaveAttention([]) as saving:
+        torch.ops.aten._scaled_dot_product_flash_attention(tokens, tokens, tokens)
+        torch.ops.aten._scaled_dot_product_efficient_attention(tokens, tokens, tokens, None, False)
+    (_, flash), (_, efficient) = saving.results
+    with blocks.ReuseAttention(saving.results):
+        computed = torch.ops.aten._scaled_dot_product_efficient_attention(
+            tokens, tokens, tokens, None, True
+        )
+        reused = torch.ops.aten._scaled_dot_product_efficient_attention(
+            tokens, tokens, tokens, None, True
+        )
+    assert len(computed) == 4 and computed[0] is not flash[0]
+    assert reused[0] is efficient[0]

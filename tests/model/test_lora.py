@@ -240,3 +240,12 @@ def test_a_file_that_does_not_fit_is_refused_with_the_reason(nano_folder, tmp_pa
             begun(
                 nano_folder, tmp_path / f"{name}.safetensors", **{"rank": 4, "alpha": 2} | overrides
             )
+
+
+def test_a_lora_is_attached_without_touching_a_gpu(nano_folder, monkeypatch):
+    """Reading a GPU's random state would initialise CUDA, also where only a plan is made."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *given: pytest.fail("asked for a GPU"))
+    transformer = PretrainedModel(nano_folder, torch.device("cpu"), torch.float32).transformer()
+    settings(4, 4).attach(transformer, seed=0)
+    assert lora.trainable(transformer)

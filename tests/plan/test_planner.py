@@ -3,14 +3,19 @@
 On a CPU its count of bytes is exact. For GPUs it agrees with what others have measured.
 """
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cogvx.plan import phases
+from cogvx.errors import UserError
+from cogvx.files import read_json
+from cogvx.plan import phases, planner
 from cogvx.plan.allocator import GIB, replay
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -177,7 +182,7 @@ def test_what_is_planned_is_measured_where_it_can_be_counted(run, nano_folder, c
         "task.measure=true",
     )
     rows = json.loads((folder / "plan.json").read_text())["measured"]["phases"]
-    assert list(rows) == phases.PHASES and "measured on this CPU" in capfd.readouterr().out
+    assert list(rows) == phases.PHASES and "this CPU (and planned for it)" in capfd.readouterr().out
     for name in ("held-out loss", "train", "video"):
         assert rows[name]["planned_gib"] == rows[name]["measured_gib"] > 0, name
 
@@ -204,3 +209,41 @@ def test_several_processes_are_planned_with_their_buckets(compose, nano_folder):
     planned = phases.PlannedModel(Path(), phases.CPU, torch.float32, configs).transformer()
     trained = 4 * sum(parameter.numel() for parameter in planned.parameters())
     assert abs(two.most[False] - one.most[False] - trained) < 0.02 * trained
+
+
+def test_a_plan_beside_a_gpu_is_not_forked_and_sees_none(monkeypatch):
+    started = []
+
+    class Recorded:
+        def Pool(self, count):
+            started.append(os.environ["CUDA_VISIBLE_DEVICES"])
+            return contextlib.nullcontext(SimpleNamespace(map=lambda *given, **more: []))
+
+    def get_context(method):
+        started.append(method)
+        return Recorded()
+
+    monkeypatch.setattr(planner.multiprocessing, "get_context", get_context)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert planner.traces([]) == []
+    assert started == ["spawn", ""] and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@pytest.mark.slow
+def test_a_new_process_plans_what_a_forked_one_plans(compose, nano_folder, monkeypatch):
+    config = compose("model=2b", f"model.path='{nano_folder}'", *SMALL)
+    forked = planner.traces([(config, ["train"], 2, None)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert planner.traces([(config, ["train"], 2, None)]) == forked
+
+
+def test_the_plan_is_written_before_anything_is_measured(run, nano_folder, monkeypatch, tmp_path):
+    def measure(config, found):
+        assert read_json(tmp_path / "a" / "plan.json")["status"] == "done"
+        raise UserError("measuring failed")
+
+    monkeypatch.setattr(planner, "measure_phases", measure)
+    small = ["model=2b", f"model.path='{nano_folder}'", *SMALL]
+    run("a", "task=plan", *small, "task.measure=true", expect=2)
+    assert (tmp_path / "a" / "plan.png").is_file()
