@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -251,7 +252,8 @@ def why_useless(folder: Path) -> str | None:
 def leftovers(root: Path, runs: list[Path]) -> Iterator[tuple[Path, str]]:
     """Parts of folders that can go, and why."""
     for path in root.rglob("*.partial"):
-        yield path, "half written, by a process that was killed"
+        if not is_being_written(path):
+            yield path, "half written, by a process that was killed"
     for path in root.rglob(record.LOCK):
         if not is_locked(path.parent):
             yield path, "lock that nobody holds"
@@ -262,6 +264,20 @@ def leftovers(root: Path, runs: list[Path]) -> Iterator[tuple[Path, str]]:
         if record.finished(folder) is not None:
             for path in folder.glob("validation/base/*.npz"):
                 yield path, "frames that only a running run needs"
+
+
+def is_being_written(partial: Path) -> bool:
+    """Whether the process whose number the name ends with (NAME.PID.partial) runs here."""
+    number = partial.name.removesuffix(".partial").rpartition(".")[2]
+    if not number.isdigit():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return True
 
 
 def is_job(folder: Path) -> bool:

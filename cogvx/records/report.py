@@ -41,7 +41,7 @@ MEASURE_NAMES = {
     "background": "right background",
     "motion": "motion",
     "saturation": "saturation",
-    "nearest_clip": "likeness to the nearest training clip",
+    "nearest_clip": "distance to the nearest training clip",
     "text_and_frames": "agreement of text and frames (CLIP)",
 }
 NOT_SETTINGS = ("output_dir", "data.cache_dir", "model.path")  # places on this machine

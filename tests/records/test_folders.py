@@ -34,11 +34,11 @@ def outputs(tmp_path, compose):
     run("killed")
     (root / "killed" / "checkpoints" / "step_000004").mkdir(parents=True)
     (root / "killed" / "checkpoints" / "step_000004" / "manifest.json").write_text("{}")
-    (root / "killed" / "checkpoints" / "step_000008.77.partial").mkdir()
-    (root / "killed" / "checkpoints" / "step_000008.77.partial" / "weights").write_bytes(
+    (root / "killed" / "checkpoints" / "step_000008.99999999.partial").mkdir()
+    (root / "killed" / "checkpoints" / "step_000008.99999999.partial" / "weights").write_bytes(
         b"0" * 9000
     )
-    (root / "killed" / "metrics.jsonl.77.partial").write_text("half")
+    (root / "killed" / "metrics.jsonl.99999999.partial").write_text("half")
     (root / "killed" / "profile").mkdir()
     run("never")
     run("failed", status="failed", reason="a clip is broken")
@@ -76,8 +76,8 @@ def test_clean_takes_what_nothing_needs_and_leaves_runs_with_a_result_or_a_check
     assert found == {
         "never",
         "failed",
-        "killed/checkpoints/step_000008.77.partial",
-        "killed/metrics.jsonl.77.partial",
+        "killed/checkpoints/step_000008.99999999.partial",
+        "killed/metrics.jsonl.99999999.partial",
         "killed/profile",
         "killed/.lock",
         "done/.lock",
@@ -95,6 +95,14 @@ def test_clean_leaves_what_is_in_use_or_may_just_be_starting(outputs):
     with record.locked(outputs / "killed"), record.locked(outputs / "failed"):
         found = names(outputs, folders.useless(outputs))
     assert found == {"done/.lock", "done/validation/base/01_seed42.npz"}
+
+
+def test_clean_leaves_a_file_that_a_living_process_is_writing(outputs):
+    (outputs / f"clip.{os.getpid()}.partial").write_text("half")
+    (outputs / "clip.99999999.partial").write_text("half")
+    make_old(outputs)
+    found = names(outputs, folders.useless(outputs))
+    assert "clip.99999999.partial" in found and f"clip.{os.getpid()}.partial" not in found
 
 
 def test_without_a_terminal_clean_only_says_what_to_type(outputs, capsys):
