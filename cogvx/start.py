@@ -24,7 +24,7 @@ def start_task(config: Config, folder: Path) -> dict:
 
 def start_training(config: Config, folder: Path) -> dict:
     from cogvx.plan.clock import Expectation, present_card
-    from cogvx.training.train import train_model
+    from cogvx.training.run import train_model
 
     is_main = os.environ.get("RANK", "0") == "0"
     with Expectation(folder, present_card() if is_main else None) as expected:
@@ -38,7 +38,7 @@ def start_plan(config: Config, folder: Path) -> dict:
 
 
 def start_encoding(config: Config, folder: Path) -> dict:
-    from cogvx.training.train import encode_data
+    from cogvx.training.run import encode_data
 
     return encode_data(config, folder)
 

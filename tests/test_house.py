@@ -158,3 +158,26 @@ def test_one_place_says_which_process_acts_for_all():
         if isinstance(node, ast.Attribute) and node.attr == "is_main_process"
     }
     assert asking == {"cogvx.training.ranks"}
+
+
+def test_one_name_means_one_thing():
+    """No two files, and no two top-level classes, functions or constants, have the same name."""
+    places = {}
+    for module, tree in TREES.items():
+        if module.endswith("__init__"):
+            continue
+        for name in [f"{module.rpartition('.')[2]}.py", *top_level_names(tree)]:
+            places.setdefault(name, []).append(module)
+    assert len(places) >= 600
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def top_level_names(tree: ast.Module) -> list[str]:
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found += [target.id for target in targets if isinstance(target, ast.Name)]
+    return found

@@ -6,4 +6,4 @@ quiet_libraries()
 
 import cogvx.evaluation.evaluate  # noqa: E402
 import cogvx.plan.clock  # noqa: E402
-import cogvx.training.train  # noqa: E402, F401
+import cogvx.training.run  # noqa: E402, F401

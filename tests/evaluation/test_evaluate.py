@@ -57,7 +57,7 @@ def test_base_result_strengths_and_checkpoints_are_compared(run, trained, capfd)
     said = capfd.readouterr().out
     assert "new concept   colour" in said and "result  " in said and "score   new concept: " in said
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "likeness to the nearest training clip" in page
+    assert "distance to the nearest training clip" in page
 
 
 @pytest.mark.slow
