@@ -47,11 +47,11 @@ def arrange(
         )
     transfer.bring(transformer, device)
     if compiled:
-        torch._dynamo.config.recompile_limit = VARIANTS
         # block.forward is compiled, not block(): the offloader's hooks gain nothing in a graph.
-        # All blocks share what is compiled.
+        # All blocks share what is compiled. torch's own setting for the limit holds for one thread
+        # only, and on a GPU the backward pass runs in another one.
         for block in blocks:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, recompile_limit=VARIANTS)
     if recompute:
         transformer.enable_gradient_checkpointing(functools.partial(run_checkpointed, memory))
 

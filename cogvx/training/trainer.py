@@ -199,9 +199,10 @@ class Trainer:
 
     def log(self, progress: tqdm, rate: float) -> None:
         """Means over the steps since the last call, and over all processes."""
-        seconds, waited = self.timer.lap(self.step)
+        # Reading these waits for the device. The steps are done, and timed, after that.
         self.report_skipped()
         losses, grad_norm = self.losses.means(), float(self.grad_norm)
+        seconds, waited = self.timer.lap(self.step)
         # The first steps are slower.
         if self.step >= 2 * self.config.train.logging_steps:
             self.timer.warn_if_slow(seconds, waited)

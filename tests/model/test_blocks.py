@@ -1,6 +1,9 @@
 """Every way to run the blocks gives the plain result, or stays within its stated error."""
 
 import dataclasses
+import functools
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,3 +200,33 @@ def test_attention_by_another_kernel_than_the_saved_one_is_computed_again():
         )
     assert len(computed) == 4 and computed[0] is not flash[0]
     assert reused[0] is efficient[0]
+
+
+class Named(torch.nn.Module):
+    """A block that is compiled anew for each name."""
+
+    def forward(self, hidden_states: torch.Tensor, name: str) -> torch.Tensor:
+        return hidden_states + len(name) if name.endswith("a") else hidden_states - 1
+
+
+def test_every_variant_of_a_block_is_compiled_in_other_threads_too(monkeypatch):
+    """On a GPU the backward pass runs in a thread of its own."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compile_with = functools.partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compile_with)
+    block = Named()
+    transformer = SimpleNamespace(
+        transformer_blocks=[block], patch_embed=SimpleNamespace(_get_positional_embeddings=max)
+    )
+    monkeypatch.setattr(blocks.transfer, "bring", lambda *given: None)
+    blocks.arrange(transformer, PLAIN, recompute=False, device=CPU, compiled=True)
+    names = ["a" * length for length in range(1, 13)]
+    thread = threading.Thread(target=lambda: [block.forward(torch.ones(2), n) for n in names])
+    thread.start()
+    thread.join()
+    assert len(compiled) == len(names) > 8

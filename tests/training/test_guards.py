@@ -1,6 +1,7 @@
 """Steps without a finite gradient are skipped and named; losses are traced to clip and timestep."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from cogvx.files import read_json_lines
 from cogvx.model import lora
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.training import dtypes, trainer
+from cogvx.training.loss_log import LossLog
 from cogvx.training.torch_optimizer import set_learning_rate
 
 SHORT = [
@@ -56,6 +58,19 @@ def test_the_wait_for_data_is_logged(run):
     folder = run("a", *SHORT)
     assert all(0 < line["data_seconds"] < line["seconds"] for line in lines(folder, "data_seconds"))
     assert len(lines(folder, "data_seconds")) == 4
+
+
+def test_a_step_is_timed_until_the_device_is_done(run, monkeypatch):
+    """Reading the losses waits for the device, here for half a second."""
+    means = LossLog.means
+
+    def waiting(self):
+        time.sleep(0.5)
+        return means(self)
+
+    monkeypatch.setattr(LossLog, "means", waiting)
+    folder = run("a", *SHORT, "train.max_train_steps=2", "train.logging_steps=1")
+    assert [line["seconds"] > 0.5 for line in lines(folder, "seconds")] == [True, True]
 
 
 @pytest.mark.slow
