@@ -8,7 +8,6 @@ and frames agree, and VBench.   F frames, H height, W width.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -137,7 +136,7 @@ def measure_variants(
 ) -> Measured:
     measured = Measured()
     with attention.using(config.train.attention):
-        for variant, model in models(config, data, variants):
+        for variant, model in models(config, data, variants, ranks):
             loss = heldout_loss(
                 model, len(data.held_out), data.held_out_batch, config.validation, ranks
             )
@@ -201,14 +200,17 @@ def variants_of(config: Config, task: EvaluateTask) -> list[Variant]:
 
 
 def models(
-    config: Config, data: Prepared, variants: list[Variant]
+    config: Config, data: Prepared, variants: list[Variant], ranks: Ranks
 ) -> Iterator[tuple[Variant, CogVideoX]]:
     """Each variant's model, one after the other."""
     pretrained = data.pretrained
     device, geometry, dtype = pretrained.device, pretrained.geometry(), pretrained.dtype
-    arrange = functools.partial(
-        blocks.arrange, memory=config.memory, recompute=False, device=device
-    )
+
+    def arrange(transformer: torch.nn.Module) -> None:
+        blocks.arrange(transformer, config.memory, recompute=False, device=device)
+        # With the autocast of training, the same weights get the same held-out loss as there.
+        ranks.accelerator.prepare_model(transformer, device_placement=False, evaluation_mode=True)
+
     transformers = weights_of(config.lora).variants(
         pretrained, config.seed, [(v.place, v.strength) for v in variants], arrange
     )

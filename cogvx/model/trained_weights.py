@@ -196,12 +196,17 @@ class FullWeights:
         wanted: list[tuple[Path | None, float]],
         arrange: Callable[[CogVideoXTransformer3DModel], None],
     ) -> Iterator[CogVideoXTransformer3DModel]:
-        """For each folder the tuned transformer; for None the base model."""
-        for folder, _ in wanted:
-            transformer = base.transformer()
+        """For each folder the tuned transformer; for None, which must come first, the base model.
+
+        There is one transformer in memory. Each folder's weights replace the earlier ones in it.
+        """
+        transformer = base.transformer()
+        arrange(transformer)
+        for number, (folder, _) in enumerate(wanted):
             if folder is not None:
                 self.load(transformer, folder)
-            arrange(transformer)
+            elif number > 0:
+                raise ValueError("the base model's weights are replaced: it must come first")
             yield transformer
 
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from cogvx.evaluation import evaluate
+from cogvx.model import full
+from cogvx.model.pretrained import PretrainedModel
+from cogvx.model.trained_weights import FullWeights
 
 FEW = ["task=evaluate", "task.count=2", "validation.num_inference_steps=2"]
 SHORT = ["train.max_train_steps=6", "train.checkpointing_steps=3"]
@@ -58,6 +61,31 @@ def test_base_result_strengths_and_checkpoints_are_compared(run, trained, capfd)
     assert "new concept   colour" in said and "result  " in said and "score   new concept: " in said
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "distance to the nearest training clip" in page
+
+
+@pytest.mark.slow
+def test_in_bf16_too_the_held_out_loss_is_the_one_of_training(run, trained):
+    """Training runs under autocast. Without it the same weights would get another loss."""
+    first = trained(*SHORT, "train.mixed_precision=bf16", "optimizer.learning_rate=1e-2")
+    losses = written(run("e", *FEW, f"task.run={first}", "train.mixed_precision=bf16"))
+    summary = json.loads((first / "summary.json").read_text())
+    assert losses["heldout_loss"]["base"] == summary["heldout_loss_before"]
+    assert losses["heldout_loss"]["result"] == summary["heldout_loss_after"]
+
+
+def test_full_weights_are_judged_in_one_transformer(nano_folder, tmp_path):
+    base = PretrainedModel(nano_folder, torch.device("cpu"), torch.float32)
+    changed = base.transformer()
+    with torch.no_grad():
+        changed.proj_out.bias += 1
+    full.save_transformer(changed, tmp_path)
+    wanted, arranged = [(None, 1.0), (tmp_path, 1.0)], []
+    found = [
+        (transformer, transformer.proj_out.bias.clone())
+        for transformer in FullWeights().variants(base, 0, wanted, arranged.append)
+    ]
+    assert found[0][0] is found[1][0] and len(arranged) == 1
+    assert torch.equal(found[0][1] + 1, found[1][1])
 
 
 @pytest.mark.slow
