@@ -16,6 +16,11 @@ from cogvx import config as configuration
 from cogvx.options.cards import CARDS, named
 from cogvx.records import record
 
+# What tells a process that it is a rank, for torch.distributed's env:// start.
+RANK_VARIABLES = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+}
+
 
 class Expectation:
     """Call it for the planned seconds per step.
@@ -25,7 +30,9 @@ class Expectation:
 
     def __init__(self, folder: Path, card: str | None):
         command = [sys.executable, "-m", "cogvx.plan.clock", str(folder), str(card)]
-        here = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(configuration.PROJECT)}
+        # It is none of the run's ranks: with their variables it would wait for the others.
+        here = {name: text for name, text in os.environ.items() if name not in RANK_VARIABLES}
+        here |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(configuration.PROJECT)}
         self.seconds, self.folder, self.process = None, folder, None
         if card is not None:
             self.process = subprocess.Popen(

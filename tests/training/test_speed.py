@@ -17,7 +17,8 @@ from cogvx.options.cards import CARDS, named
 from cogvx.options.train import Attention
 from cogvx.plan.clock import Expectation
 from cogvx.records import record
-from cogvx.training import prepare, timing, train, trainer
+from cogvx.training import prepare, timing, trainer
+from cogvx.training import run as training_run
 
 SHORT = ["train.max_train_steps=12", "train.logging_steps=6", "validation.heldout_steps=12"]
 
@@ -280,9 +281,9 @@ def test_slow_steps_are_said_once_with_their_cause(run, monkeypatch, capfd):
         "1.5 s of it wait for data: put data.cache_dir on a local disk"
         in timing.slow_step_warning(2.1, 1.5, 1.0)
     )
-    train_model = train.train_model
+    train_model = training_run.train_model
     monkeypatch.setattr(
-        train,
+        training_run,
         "train_model",
         lambda config, folder, expected: train_model(config, folder, lambda: 1e-6),
     )
@@ -309,7 +310,9 @@ def test_cards_are_known_by_the_names_cuda_gives_them(device, gib, card):
 
 
 @pytest.mark.slow
-def test_the_expectation_is_the_plans(compose, nano_folder, tmp_path):
+def test_the_expectation_is_the_plans_also_in_a_rank(compose, nano_folder, tmp_path, monkeypatch):
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     from accelerate.state import AcceleratorState
 
     from cogvx.plan.planner import step_seconds
@@ -326,7 +329,11 @@ def test_the_expectation_is_the_plans(compose, nano_folder, tmp_path):
         "model=2b", f"model.path='{nano_folder}'", *small, f"output_dir='{tmp_path / 'run'}'"
     )
     folder = record.open_folder(config)
-    with Expectation(folder, "rtx4090_24gb") as expected:
+    with monkeypatch.context() as environment:
+        for name, text in rank.items():
+            environment.setenv(name, text)
+        started = Expectation(folder, "rtx4090_24gb")
+    with started as expected:
         deadline = time.monotonic() + 120
         while expected() is None and time.monotonic() < deadline:
             time.sleep(0.1)
