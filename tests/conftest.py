@@ -18,22 +18,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import warm  # noqa: E402
-from settings import QUICK  # noqa: E402
+from settings import LONG_FILES, QUICK  # noqa: E402
 
 # torch and diffusers are imported where they are needed: pytest-xdist's first process, which runs
 # no test, starts the others only after it has read this file.
-
-
-# These take longest. Begun last, one of them would keep one process busy while the others wait.
-LONG_FILES = [
-    "end_to_end/test_sweeps.py",
-    "training/test_speed.py",
-    "end_to_end/test_run.py",
-    "end_to_end/test_every_family.py",
-    "options/test_optimizers.py",
-    "evaluation/test_evaluate.py",
-    "end_to_end/test_quality.py",
-]
 
 
 def pytest_collection_modifyitems(items) -> None:

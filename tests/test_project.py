@@ -8,8 +8,8 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import conftest
 import pytest
+from settings import LONG_FILES
 
 PROJECT = Path(__file__).parent.parent
 BENCHMARKS = PROJECT / "tests" / "benchmarks"
@@ -63,8 +63,8 @@ def test_every_package_that_is_imported_is_named_in_pyproject():
 
 
 def test_the_files_that_run_first_exist():
-    assert conftest.LONG_FILES
-    assert all((PROJECT / "tests" / path).is_file() for path in conftest.LONG_FILES)
+    assert LONG_FILES
+    assert all((PROJECT / "tests" / path).is_file() for path in LONG_FILES)
 
 
 def test_requirements_pin_what_pyproject_names():

@@ -93,7 +93,7 @@ def test_what_only_moves_or_repeats_work_changes_nothing(
 
 
 def test_streaming_without_frozen_weights_is_refused(compose):
-    with pytest.raises(UserError, match="are for frozen weights, and lora=null trains all"):
+    with pytest.raises(UserError, match="and lora=null trains every weight"):
         compose("lora=null", "memory=balanced", "memory.stream_weights=true")
 
 
