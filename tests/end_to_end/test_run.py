@@ -98,6 +98,7 @@ def test_a_run_leaves_what_a_researcher_needs(run, nano_folder):
     assert "data:video/mp4" in page and "<svg" in page and "lora_alpha: 8" in page
 
 
+@pytest.mark.slow
 def test_the_printed_lines_use_the_result_in_plain_diffusers(run, tmp_path, capfd, monkeypatch):
     folder = run("a", *SHORT, "validation.num_inference_steps=2")
     said = capfd.readouterr().out

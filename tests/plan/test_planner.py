@@ -238,6 +238,7 @@ def test_a_new_process_plans_what_a_forked_one_plans(compose, nano_folder, monke
     assert planner.traces([(config, ["train"], 2, None)]) == forked
 
 
+@pytest.mark.slow
 def test_the_plan_is_written_before_anything_is_measured(run, nano_folder, monkeypatch, tmp_path):
     def measure(config, found):
         assert read_json(tmp_path / "a" / "plan.json")["status"] == "done"

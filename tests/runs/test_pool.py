@@ -26,6 +26,7 @@ def test_a_sweeps_own_process_never_asks_for_a_gpu():
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_preload_asks_for_a_gpu():
     """The reason why jobs with a GPU are not forked from it. If this fails, they can be."""
     code = (

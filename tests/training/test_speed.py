@@ -54,7 +54,7 @@ class Reads(TorchDispatchMode):
             False,
         ),
         (["lora=null", "memory.gradient_checkpointing=true"], False),
-        (["model=nano_i2v", "train.min_snr_gamma=5"], False),
+        pytest.param(["model=nano_i2v", "train.min_snr_gamma=5"], False, marks=pytest.mark.slow),
         (["optimizer=prodigy"], True),  # it cannot leave out a step by itself
     ],
 )
