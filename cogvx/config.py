@@ -123,9 +123,9 @@ class Top:
 def check(composed: DictConfig, choices: dict[str, str]) -> Config:
     """The typed configuration, with absolute paths. Wrong lists everything that is wrong."""
     problems = unknown_at_the_top(composed)
-    problems += [unknown_option(g, o) for g, o in choices.items() if o not in GROUPS[g]]
-    if len(problems) > len(unknown_at_the_top(composed)):
-        raise Wrong(problems)
+    no_options = [unknown_option(g, o) for g, o in choices.items() if o not in GROUPS[g]]
+    if no_options:
+        raise Wrong(problems + no_options)
     full = "lora" in composed and composed.lora is None
     values, wrong = typed_sections(composed, choices, full=full)
     broken = rules(values, choices, full=full)

@@ -96,8 +96,10 @@ class LoraWeights:
     def base_model(self, transformer: CogVideoXTransformer3DModel) -> Iterator[None]:
         """Within this context the transformer is the base model."""
         transformer.disable_adapters()
-        yield
-        transformer.enable_adapters()
+        try:
+            yield
+        finally:
+            transformer.enable_adapters()
 
     def warnings(self, optimizer: Optimizer) -> list[str]:
         return []

@@ -26,7 +26,7 @@ from cogvx.options.cards import CARDS, Card
 from cogvx.plan.allocator import GIB, Peak, replay
 from cogvx.plan.phases import PHASES, PlannedModel, configs_of, run_phases
 from cogvx.plan.trace import Recorder, Work
-from cogvx.progress import counted
+from cogvx.progress import counted, quiet_libraries
 
 MEMORY_PARTS = ["weights", "gradients", "optimizer", "activations", "workspace"]
 PART_COLOURS = ["#4c72b0", "#c44e52", "#8172b3", "#55a868", "#ccb974"]
@@ -129,7 +129,8 @@ def traces(jobs: list[tuple]) -> list[Outcome]:
     libraries have asked for the GPU, and CUDA cannot be used in a fork after that.
     """
     method = "spawn" if torch.cuda.is_available() else "fork"
-    with no_visible_gpu(), multiprocessing.get_context(method).Pool(2) as pool:
+    start_pool = multiprocessing.get_context(method).Pool
+    with no_visible_gpu(), start_pool(2, initializer=quiet_libraries) as pool:
         return pool.map(trace, jobs, chunksize=1)
 
 

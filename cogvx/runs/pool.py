@@ -275,9 +275,6 @@ class JobProcesses:
                     os.kill(each.process.pid, signal.SIGTERM)
 
 
-# -- in a job's process --------------------------------------------------------------------------
-
-
 @contextmanager
 def ignoring_ctrl_c() -> Iterator[None]:
     """Processes that start here inherit that they ignore Ctrl-C: it is for this process alone."""
@@ -286,6 +283,9 @@ def ignoring_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+# -- in a job's process --------------------------------------------------------------------------
 
 
 def run_pool_job(

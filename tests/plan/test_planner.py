@@ -215,7 +215,7 @@ def test_a_plan_beside_a_gpu_is_not_forked_and_sees_none(monkeypatch):
     started = []
 
     class Recorded:
-        def Pool(self, count):
+        def Pool(self, count, initializer):
             started.append(os.environ["CUDA_VISIBLE_DEVICES"])
             return contextlib.nullcontext(SimpleNamespace(map=lambda *given, **more: []))
 
