@@ -164,3 +164,7 @@ def replay(events: Iterable[Event]) -> dict[str, Peak]:
             allocator.max_reserved = allocator.reserved
     close_phase()
     return peaks
+
+
+def gib(size: float) -> float:
+    return round(size / GIB, 3)

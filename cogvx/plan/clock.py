@@ -65,7 +65,7 @@ def present_card() -> str | None:
 
 
 def main(folder: Path, card: str) -> None:
-    from cogvx.plan.planner import step_seconds
+    from cogvx.plan.traces import step_seconds
     from cogvx.progress import quiet_libraries
 
     quiet_libraries()

@@ -6,13 +6,7 @@ The README says how close the figures come to measured ones.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import multiprocessing
-import os
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,129 +17,15 @@ from cogvx.errors import UserError
 from cogvx.files import replacing, shown, write_json
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.cards import CARDS, Card
-from cogvx.plan.allocator import GIB, Peak, replay
+from cogvx.plan.allocator import GIB, gib, replay
 from cogvx.plan.phases import PHASES, PlannedModel, configs_of, run_phases
-from cogvx.plan.trace import Recorder, Work
-from cogvx.progress import counted, quiet_libraries
+from cogvx.plan.smaller import suggest
+from cogvx.plan.times import UNCERTAIN
+from cogvx.plan.traces import MEMORY_PARTS, Outcome, Phase, at_layers, layers_of, traces
 
-MEMORY_PARTS = ["weights", "gradients", "optimizer", "activations", "workspace"]
 PART_COLOURS = ["#4c72b0", "#c44e52", "#8172b3", "#55a868", "#ccb974"]
-# How far the time of a step may be off, as a share.
-UNCERTAIN = 0.35
+
 IN_TWO_PROCESSES = [["encode clips", "encode prompts", "video"], ["load", "held-out loss", "train"]]
-KERNEL_SECONDS = 4e-6  # to start one kernel
-ENCODE = ["encode clips", "encode prompts"]
-
-
-@dataclass(frozen=True)
-class Phase:
-    name: str
-    peak: Peak  # bytes
-    parts: dict[str, int]  # MEMORY_PARTS -> bytes, at the allocated peak
-    flops: int
-    seconds: float | None  # on the card that is planned for
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was found by tracing some phases. Sizes in bytes."""
-
-    phases: list[Phase]
-    host: int  # at most, in the CPU's memory
-    optimizer: int  # the optimizer's states
-    trained: int  # the trained weights
-
-    def phase(self, name: str) -> Phase:
-        return next(phase for phase in self.phases if phase.name == name)
-
-
-def outcome_of(recorder: Recorder, card: Card | None) -> Outcome:
-    peaks = replay(recorder.events)
-    found = []
-    for name in PHASES:
-        if name in peaks:
-            work = {
-                (op, dtype): w for (phase, op, dtype), w in recorder.work.items() if phase == name
-            }
-            flops = sum(w.flops for w in work.values())
-            seconds = None if card is None else seconds_on(card, work)
-            found.append(
-                Phase(name, peaks[name], parts_of(recorder.at_peak.get(name, [])), flops, seconds)
-            )
-    sizes = Counter()
-    for storage in recorder.storages.values():
-        sizes[storage.what] += storage.size
-    return Outcome(found, recorder.most[True], sizes["optimizer states"], sizes["trained weights"])
-
-
-def parts_of(storages: list) -> dict[str, int]:
-    """Bytes, by what they are used for."""
-    sizes = dict.fromkeys(MEMORY_PARTS, 0)
-    for storage in storages:
-        sizes[part_of(storage.what)] += storage.size
-    return sizes
-
-
-def part_of(what: str) -> str:
-    # Loading may turn the frozen weights into a smaller form.
-    if what.endswith("weights") or what.startswith("load:"):
-        return "weights"
-    if "workspace" in what:
-        return "workspace"
-    return {"optimizer states": "optimizer", "gradients": "gradients"}.get(what, "activations")
-
-
-def kind_of(op: str) -> str:
-    """The key of Card.shares."""
-    if "attention" in op:
-        return "attention backward" if "backward" in op else "attention"
-    return "convolution" if "conv" in op else "matrix"
-
-
-def seconds_on(card: Card, work: dict[tuple[str, torch.dtype | None], Work]) -> float:
-    """The time of an operation is that of its arithmetic or of its memory traffic.
-
-    The longer one counts, at the rates that the card really reaches (Card.shares).
-    """
-    total = 0.0
-    for (op, dtype), w in work.items():
-        rate = card.tflops * 1e12 * (1 if dtype in (torch.bfloat16, torch.float16) else 0.5)
-        arithmetic = w.flops / (rate * card.shares[kind_of(op)])
-        traffic = w.bytes / (card.gb_per_second * 1e9 * card.shares["memory"])
-        total += max(arithmetic, traffic) + w.count * KERNEL_SECONDS
-    return total
-
-
-def trace(arguments: tuple[Config, list[str], int | None, Card | None]) -> Outcome:
-    config, phases, layers, card = arguments
-    torch.set_num_threads(1)
-    return outcome_of(run_phases(config, phases, layers=layers), card)
-
-
-def traces(jobs: list[tuple]) -> list[Outcome]:
-    """Runs the jobs in two processes, which see no GPU.
-
-    Forked processes have everything imported already. With a GPU they must not be forked: the
-    libraries have asked for the GPU, and CUDA cannot be used in a fork after that.
-    """
-    method = "spawn" if torch.cuda.is_available() else "fork"
-    start_pool = multiprocessing.get_context(method).Pool
-    with no_visible_gpu(), start_pool(2, initializer=quiet_libraries) as pool:
-        return pool.map(trace, jobs, chunksize=1)
-
-
-@contextlib.contextmanager
-def no_visible_gpu() -> Iterator[None]:
-    """For the processes that are started within."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def plan(config: Config, folder: Path) -> dict:
@@ -247,24 +127,9 @@ def print_measured(
         print(f"{'seconds per step':52}{planned_seconds:10.2f}{seconds:10.2f}{error:+9.1%}")
 
 
-def step_seconds(config: Config, card: Card) -> float:
-    """The time of an optimizer step, from two and from three layers: all layers are alike."""
-    two, three = (trace((config, ["train"], n, card)).phase("train").seconds for n in (2, 3))
-    return at_layers(layers_of(config), two, three)
-
-
-def layers_of(config: Config) -> int:
-    return configs_of(config)["transformer"]["num_layers"]
-
-
 def plainly(config: Config) -> Config:
     """The same step, but nothing is computed twice: it takes the fewest FLOPs."""
     return dataclasses.replace(config, memory=compose_config(["memory=fast"]).memory)
-
-
-def at_layers(layers: int, two: float, three: float) -> float:
-    """A quantity that grows equally with every layer, from its values at two and three layers."""
-    return two + (layers - 2) * (three - two)
 
 
 def phase_facts(phase: Phase) -> dict:
@@ -274,10 +139,6 @@ def phase_facts(phase: Phase) -> dict:
         **{f"{name}_gib": gib(size) for name, size in phase.parts.items()},
         "tflop": round(phase.flops / 1e12, 2),
     }
-
-
-def gib(size: float) -> float:
-    return round(size / GIB, 3)
 
 
 def cache_bytes(config: Config) -> int:
@@ -331,96 +192,6 @@ def print_plan(config: Config, card: Card, found: Outcome, result: dict) -> None
         f"disk    {result['cache_mib_per_clip']:.1f} MiB of cache for each clip; "
         f"{result['checkpoint_gib']:.2f} GiB for each checkpoint"
     )
-
-
-def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outcome]) -> list[dict]:
-    """Memory modes and shorter clips, with their peaks and whether they fit. Prints those that do.
-
-    A peak is computed from two and three layers, with this configuration's ratio of reserved to
-    allocated memory: near, but not exact.
-    """
-    changes = [change for change in changes_of(config) if with_changes(config, change) != config]
-    print(f"\ntrying  {counted(len(changes), 'change')} that need less memory ...", flush=True)
-    jobs = [
-        (with_changes(config, change), phases, layers, card)
-        for change in changes
-        for phases, layers in ((["train"], 2), (["train"], 3), (ENCODE, 1))
-    ]
-    outcomes = traces(jobs)
-    reserved_ratio = found.phase("train").peak.reserved / found.phase("train").peak.allocated
-    suggestions = []
-    for number, change in enumerate(changes):
-        two, three, encoders = outcomes[3 * number : 3 * number + 3]
-        two, three = two.phase("train"), three.phase("train")
-        layers = layers_of(config)
-        allocated = at_layers(layers, two.peak.allocated, three.peak.allocated)
-        encode_peaks = [phase.peak.reserved for phase in encoders.phases]
-        peak = max(allocated * reserved_ratio, *encode_peaks)
-        suggestions.append(
-            {
-                "change": " ".join(change),
-                "peak_gib": gib(peak),
-                "seconds": round(at_layers(layers, two.seconds, three.seconds), 1),
-                "fits": peak <= card.usable,
-            }
-        )
-    print_suggestions(suggestions, found.phase("train").seconds)
-    return suggestions
-
-
-def print_suggestions(suggestions: list[dict], seconds: float) -> None:
-    fitting = sorted((s for s in suggestions if s["fits"]), key=lambda s: s["seconds"])
-    if not fitting:
-        print(
-            "try     none of them fits this card. Use a smaller model (model=2b), smaller "
-            "data.height and data.width,\n        or a larger card (task.card=...)"
-        )
-        return
-    print("try     add one of these to the command, the fastest first:")
-    for suggestion in fitting[:3]:
-        slower = suggestion["seconds"] / seconds
-        print(
-            f"        {suggestion['change']:40} about {suggestion['peak_gib']:.1f} GiB, "
-            f"{slower:.2f} times as long a step"
-        )
-    print("        These figures are estimates, without transfers to and from RAM.")
-    print("        Repeat task=plan with the change to be sure.")
-
-
-def changes_of(config: Config) -> list[list[str]]:
-    """Overrides that may need less memory."""
-    if not weights_of(config.lora).freezes_base:
-        return [
-            ["memory=balanced"],
-            ["memory=balanced", "optimizer=adamw8bit"],
-            ["memory=low_full"],
-        ]
-    # Half as long, 4k + 1 frames.
-    shorter = 1 + (config.data.max_num_frames - 1) // 8 * 4
-    balanced = ["memory=balanced"]
-    return [
-        balanced,
-        [*balanced, "memory.base_storage=int8"],
-        ["memory=low"],
-        ["memory=minimal"],
-        [*balanced, f"data.max_num_frames={shorter}"],
-    ]
-
-
-def with_changes(config: Config, change: list[str]) -> Config:
-    """This configuration with other overrides of memory, optimizer and data.max_num_frames."""
-    frozen = weights_of(config.lora).freezes_base
-    kind = [] if frozen else ["lora=null", "train.mixed_precision=bf16"]
-    values = compose_config([*kind, *(o for o in change if not o.startswith("data."))])
-    changed = dataclasses.replace(config, memory=values.memory)
-    for override in change:
-        name, _, value = override.partition("=")
-        if name == "optimizer":
-            changed = dataclasses.replace(changed, optimizer=values.optimizer)
-        elif name == "data.max_num_frames":
-            data = dataclasses.replace(config.data, max_num_frames=int(value))
-            changed = dataclasses.replace(changed, data=data)
-    return changed
 
 
 def draw_plan(path: Path, config: Config, card: Card, found: Outcome) -> None:

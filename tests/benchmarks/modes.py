@@ -17,7 +17,8 @@ from cogvx.compose import compose_config  # noqa: E402
 from cogvx.options.cards import CARDS  # noqa: E402
 from cogvx.plan.allocator import GIB  # noqa: E402
 from cogvx.plan.phases import PHASES, configs_of  # noqa: E402
-from cogvx.plan.planner import IN_TWO_PROCESSES, at_layers, plainly, traces  # noqa: E402
+from cogvx.plan.planner import IN_TWO_PROCESSES, plainly  # noqa: E402
+from cogvx.plan.traces import at_layers, traces  # noqa: E402
 from cogvx.progress import quiet_libraries  # noqa: E402
 
 TABLE = PROJECT / "tests" / "golden" / "modes.md"

@@ -15,7 +15,7 @@ import torch
 
 from cogvx.errors import UserError
 from cogvx.files import read_json
-from cogvx.plan import phases, planner
+from cogvx.plan import phases, planner, traces
 from cogvx.plan.allocator import GIB, replay
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -223,19 +223,19 @@ def test_a_plan_beside_a_gpu_is_not_forked_and_sees_none(monkeypatch):
         started.append(method)
         return Recorded()
 
-    monkeypatch.setattr(planner.multiprocessing, "get_context", get_context)
+    monkeypatch.setattr(traces.multiprocessing, "get_context", get_context)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert planner.traces([]) == []
+    assert traces.traces([]) == []
     assert started == ["spawn", ""] and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 @pytest.mark.slow
 def test_a_new_process_plans_what_a_forked_one_plans(compose, nano_folder, monkeypatch):
     config = compose("model=2b", f"model.path='{nano_folder}'", *SMALL)
-    forked = planner.traces([(config, ["train"], 2, None)])
+    forked = traces.traces([(config, ["train"], 2, None)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert planner.traces([(config, ["train"], 2, None)]) == forked
+    assert traces.traces([(config, ["train"], 2, None)]) == forked
 
 
 @pytest.mark.slow

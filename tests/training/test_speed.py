@@ -315,7 +315,7 @@ def test_the_expectation_is_the_plans_also_in_a_rank(compose, nano_folder, tmp_p
     rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     from accelerate.state import AcceleratorState
 
-    from cogvx.plan.planner import step_seconds
+    from cogvx.plan.traces import step_seconds
 
     AcceleratorState._reset_state(reset_partial_state=True)
     small = [
