@@ -11,7 +11,8 @@ from families import model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvx.errors import UserError
-from cogvx.model import blocks, lora, nano, offload
+from cogvx.model import blocks, lora, nano
+from cogvx.model.stored import StoredWeight
 from cogvx.options.memory import Memory, Recompute, Storage
 
 CPU = torch.device("cpu")
@@ -125,7 +126,7 @@ def relative(found, expected) -> float:
 )
 def test_weights_wait_in_as_many_bytes_as_promised(storage, bytes_per_weight):
     weight = torch.randn(1024, 512, dtype=torch.bfloat16)
-    kept = offload.StoredWeight.store(weight, storage)
+    kept = StoredWeight.store(weight, storage)
     parts = [part for part in (kept.data, kept.scale) if part is not None]
     assert sum(p.numel() * p.element_size() for p in parts) / weight.numel() <= bytes_per_weight
     assert kept.restored().dtype == torch.bfloat16 and kept.restored().shape == weight.shape
