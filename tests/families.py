@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from cogvx.data.cache import filled
-from cogvx.data.encode import Encoder, image_moments, prompt_embeds
+from cogvx.data.encode import Encoder, image_moments, image_of, prompt_embeds
 from cogvx.data.sources import Example
 from cogvx.model import nano
 from cogvx.model.cogvideox import CogVideoX
@@ -164,10 +164,12 @@ def passed_by_training(folder, compose, frames, height, width, picture, theirs):
         ).data
         example = Example("", None, "", image=folder.parent / f"{picture.size}.png")
         picture.save(example.image)
-        images = image_moments(pretrained.vae(tiling=False), example, data, encoder, seed="0")
+        image = image_of(example, data)
+        images = image_moments(pretrained.vae(tiling=False), image, encoder, 0, seed="0")
         assert images.shape[0] == 1
     moments = torch.randn((1, 32, (frames - 1) // 4 + 1, height // 4, width // 4))
-    embeds, _ = prompt_embeds(tokenizer, text_encoder, PROMPT, encoder, model.geometry.text_tokens)
+    tokens = model.geometry.text_tokens
+    [(embeds, _)] = prompt_embeds(tokenizer, text_encoder, [PROMPT], encoder, tokens)
     draw = PipelinesDraw(0, [Sample(0, 0, 0)], CPU, timestep=int(theirs["timestep"]))
     object.__setattr__(draw, "pipelines_noise", theirs["hidden_states"][:, :, :16])
     with torch.no_grad():

@@ -6,19 +6,21 @@ D the size of a token's embedding.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvx.data.cache import Cache, claimed, content_key
+from cogvx.data.cache import Cache, content_key
+from cogvx.data.sharing import Work, make_missing
 from cogvx.data.sources import Data, Example, Reshape
-from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
+from cogvx.data.video import Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
-from cogvx.progress import bar, counted
+from cogvx.progress import counted
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 VERSION = 2  # raise it when a change makes the same inputs encode to other values
 THUMBNAIL = 96  # pixels of the longer side; thumbnails are for the contact sheet
+# The hidden states of the prompts that go through a streamed text encoder together. 36 prompts of
+# 226 tokens in bf16: a pass of T5-XXL then computes for longer than its 8.6 GiB take on the bus.
+HIDDEN_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Encoder:
     identity: str  # a hash of its weights and settings
     dtype: torch.dtype
     device: torch.device
+    # Its weights are copied to the device block by block, anew in every pass.
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,16 +84,17 @@ def encode_clips(
     # Loaded only if there is something to encode.
     model = functools.cache(vae.load)
 
-    def encode(path: Path) -> None:
-        video, multiple = example_of[path].video, model().config.temporal_compression_ratio
-        clip = read_clip(video, data, frame_multiple=multiple)
-        tensors = {
-            "latent_moments": latent_moments(model(), clip.frames, vae),
-            "thumbnails": thumbnails(clip.frames),
-        }
-        cache.write(path, tensors, about=facts_of(clip))
+    def encode(work: Work) -> None:
+        multiple = model().config.temporal_compression_ratio
+        read = functools.partial(read_clip, data=data, frame_multiple=multiple)
+        for path, clip in work.read_ahead(lambda path: read(example_of[path].video)):
+            tensors = {
+                "latent_moments": latent_moments(model(), clip.frames, vae),
+                "thumbnails": thumbnails(clip.frames),
+            }
+            cache.write(path, tensors, about=facts_of(clip))
 
-    reasons = encode_missing(paths, cache, encode, "clip", say)
+    reasons = make_missing(paths, cache, encode, "clip", say)
     encoded, rejected = [], []
     for example, path in zip(examples, paths, strict=True):
         about = None if path in reasons else cache.about(path)
@@ -104,64 +112,6 @@ def too_short(frames: int, data: Data) -> str | None:
     if frames >= data.min_num_frames:
         return None
     return f"is too short: {frames} frames; data.min_num_frames is {data.min_num_frames}"
-
-
-def encode_missing(
-    paths: list[Path],
-    cache: Cache,
-    encode: Callable[[Path], None],
-    what: str,
-    say: Callable[[str], None],
-) -> dict[Path, str]:
-    """Calls encode(path) for each file that the cache lacks. Returns the reasons of those that
-    could not be encoded.
-
-    The processes of this run share the work. So do other runs at the same time: a file that
-    another run has started is left to it, and waited for at the end.
-    """
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list, gather_object
-
-    state = PartialState()
-    found = [path for path in dict.fromkeys(paths) if cache.about(path) is None]
-    # All processes take the first one's list: another run may write while they look.
-    [missing] = broadcast_object_list([found])
-    lacking = set(missing)
-    say(cache_state(what, len(paths), sum(path in lacking for path in paths)))
-    mine = missing[state.process_index :: state.num_processes]
-    reasons, elsewhere = encode_claimed(mine, cache, encode, what, wait=False)
-    if elsewhere:
-        say(f"encode  waiting for another run to finish {counted(len(elsewhere), what)}")
-        reasons |= encode_claimed(elsewhere, cache, encode, what, wait=True)[0]
-    reasons = dict(gather_object(list(reasons.items())))
-    state.wait_for_everyone()
-    return reasons
-
-
-def encode_claimed(
-    paths: list[Path], cache: Cache, encode: Callable[[Path], None], what: str, *, wait: bool
-) -> tuple[dict[Path, str], list[Path]]:
-    """The reasons of files that could not be encoded, and the files that another run encodes.
-
-    With `wait` there are none of the second kind: each is waited for.
-    """
-    reasons, elsewhere = {}, []
-    for path in bar(paths, desc=f"encode  {what}s", unit=what, leave=False):
-        with claimed(path, wait=wait) as claim:
-            if not claim:
-                elsewhere.append(path)
-            elif cache.about(path) is None:
-                try:
-                    encode(path)
-                except BadClip as bad:
-                    reasons[path] = str(bad)
-    return reasons, elsewhere
-
-
-def cache_state(what: str, total: int, missing: int) -> str:
-    if missing == 0:
-        return f"encode  nothing: {counted(total, what)} found in the cache"
-    return f"encode  {counted(missing, what)}; {total - missing} of {total} found in the cache"
 
 
 def latent_moments(model: AutoencoderKLCogVideoX, frames: Tensor, vae: Encoder) -> Tensor:
@@ -204,11 +154,13 @@ def encode_images(
     starts = dict(zip(reversed(paths), (clip.example for clip in reversed(clips)), strict=True))
     model = functools.cache(vae.load)
 
-    def encode(path: Path) -> None:
-        moments = image_moments(model(), starts[path], data, vae, seed=path.stem)
-        cache.write(path, {"image_moments": moments})
+    def encode(work: Work) -> None:
+        for path, image in work.read_ahead(lambda path: image_of(starts[path], data)):
+            variants = data.image_noise_variants
+            moments = image_moments(model(), image, vae, variants, seed=path.stem)
+            cache.write(path, {"image_moments": moments})
 
-    reasons = encode_missing(paths, cache, encode, "image", say)
+    reasons = make_missing(paths, cache, encode, "image", say)
     pairs = list(zip(clips, paths, strict=True))
     rejected = [Rejected(clip.example, reasons[path]) for clip, path in pairs if path in reasons]
     report_rejected(rejected, len(clips), data.max_bad_fraction, say)
@@ -226,19 +178,18 @@ def image_of(example: Example, data: Data) -> Tensor:
 
 
 def image_moments(
-    model: AutoencoderKLCogVideoX, example: Example, data: Data, vae: Encoder, seed: str
+    model: AutoencoderKLCogVideoX, image: Tensor, vae: Encoder, variants: int, seed: str
 ) -> Tensor:
     """[1 + variants, 2C, 1, H', W']: first the image itself, then the image with noise.
 
-    seed: hexadecimal digits.
+    image: [1, C, H, W] in [-1, 1]. seed: hexadecimal digits.
     """
     import numpy
     import torch
 
-    image = image_of(example, data)
     moments = [latent_moments(model, image, vae)]
     generator = numpy.random.default_rng(int(seed, 16))
-    for sigma in noise_levels(data.image_noise_variants):
+    for sigma in noise_levels(variants):
         noise = torch.from_numpy(generator.standard_normal(image.shape, dtype=numpy.float32))
         moments.append(latent_moments(model, image + sigma * noise, vae))
     return torch.stack(moments)
@@ -350,11 +301,15 @@ def encode_prompts(
     prompt_of = {path: prompt for prompt, path in paths.items()}
     models = functools.cache(text.load)
 
-    def encode(path: Path) -> None:
-        embeds, tokens = prompt_embeds(*models(), prompt_of[path], text, max_length)
-        cache.write(path, {"prompt_embeds": embeds}, about={"tokens": tokens})
+    def encode(work: Work) -> None:
+        tokenizer, model = models()
+        group = work.take_group(prompts_at_once(model, text, max_length))
+        found = prompt_embeds(tokenizer, model, map(prompt_of.get, group), text, max_length)
+        for path, (embeds, tokens) in zip(group, found, strict=True):
+            cache.write(path, {"prompt_embeds": embeds}, about={"tokens": tokens})
+            work.done(path)
 
-    encode_missing(list(paths.values()), cache, encode, "prompt", say)
+    make_missing(list(paths.values()), cache, encode, "prompt", say)
     tokens = {prompt: cache.about(path)["tokens"] for prompt, path in paths.items()}
     warn_of_long_prompts(tokens, max_length, say)
     return paths
@@ -374,28 +329,91 @@ def warn_of_long_prompts(
         )
 
 
+def prompts_at_once(model: T5EncoderModel, text: Encoder, max_length: int) -> int:
+    """How many prompts go through the encoder together.
+
+    More than one saves time only where each pass copies the weights to the device.
+    """
+    if not text.streamed:
+        return 1
+    hidden_bytes = max_length * model.config.d_model * text.dtype.itemsize
+    return max(1, HIDDEN_BYTES // hidden_bytes)
+
+
 def prompt_embeds(
     tokenizer: PreTrainedTokenizerBase,
     model: T5EncoderModel,
-    prompt: str,
+    prompts: Iterable[str],
     text: Encoder,
     max_length: int,
-) -> tuple[Tensor, int]:
-    """The prompt's embedding [S, D], and how many tokens it has before it is cut to S.
+) -> list[tuple[Tensor, int]]:
+    """Each prompt's embedding [S, D], and how many tokens it has before it is cut to S.
 
-    As the diffusers pipeline's encode_prompt() makes it: without an attention mask.
+    As the diffusers pipeline's encode_prompt() makes it for a single prompt: without an attention
+    mask, and with the same bits, whichever prompts are encoded together.
     """
-    import torch
 
-    tokens = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+    prompts = list(prompts)
+    tokens = [len(tokenizer(p, truncation=False, verbose=False).input_ids) for p in prompts]
     ids = tokenizer(
-        [prompt],
+        prompts,
         padding="max_length",
         max_length=max_length,
         truncation=True,
         add_special_tokens=True,
         return_tensors="pt",
     ).input_ids
-    with torch.no_grad():
-        embeds = model(ids.to(text.device))[0]
-    return embeds[0].to(text.dtype).cpu().contiguous(), tokens
+    embeds = hidden_states(model, ids.to(text.device))
+    return [
+        (row.to(text.dtype).cpu().contiguous(), n) for row, n in zip(embeds, tokens, strict=True)
+    ]
+
+
+def hidden_states(model: T5EncoderModel, ids: Tensor) -> Tensor:
+    """[B, S] -> [B, S, D]. Each row has the bits that it has in a batch of one."""
+    import torch
+
+    stack = model.encoder
+    with torch.no_grad(), row_by_row([*stack.block, stack.final_layer_norm]):
+        return model(ids)[0]
+
+
+@contextlib.contextmanager
+def row_by_row(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within this context each module computes the rows of a batch one after the other.
+
+    A larger batch may be rounded otherwise. What surrounds a module's forward(), such as the copy
+    of its weights to the device, still happens once for all rows.
+    """
+    before = {module: module.forward for module in modules}
+    for module, forward in before.items():
+        module.forward = functools.partial(forward_rows, forward)
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            module.forward = forward
+
+
+def forward_rows(forward: Callable, hidden: Tensor, *others: object, **settings: object):
+    """forward() for each row [1, S, D] of `hidden` [B, S, D], put together.
+
+    A T5 block returns more than the hidden states: the position bias, which all rows share.
+    """
+    import torch
+
+    def row_of(value: object, row: int) -> object:
+        with_rows = isinstance(value, torch.Tensor) and len(value) == len(hidden)
+        return value[row : row + 1] if with_rows else value
+
+    results = [
+        forward(
+            row_of(hidden, row),
+            *(row_of(value, row) for value in others),
+            **{name: row_of(value, row) for name, value in settings.items()},
+        )
+        for row in range(len(hidden))
+    ]
+    if isinstance(results[0], torch.Tensor):
+        return torch.cat(results)
+    return (torch.cat([result[0] for result in results]), *results[0][1:])

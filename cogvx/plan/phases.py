@@ -22,7 +22,14 @@ from accelerate import Accelerator
 from diffusers.video_processor import VideoProcessor
 
 from cogvx.config import Config
-from cogvx.data.encode import EncodedClip, Encoder, latent_moments
+from cogvx.data.encode import (
+    EncodedClip,
+    Encoder,
+    hidden_states,
+    latent_moments,
+    prompts_at_once,
+)
+from cogvx.data.sharing import READ_AHEAD
 from cogvx.data.sources import Example
 from cogvx.inference import generate
 from cogvx.model import transfer
@@ -241,19 +248,21 @@ def encode_clip(config: Config, pretrained: PlannedModel, recorder: Recorder) ->
     recorder.call(vae.parameters(), "VAE weights")
     data = config.data
     with recorder.putting(on_host=True):
-        frames = torch.zeros(data.max_num_frames, 3, data.height, data.width)
-    latent_moments(vae, frames, Encoder(None, "", pretrained.dtype, pretrained.device))
-    del vae, frames
+        shape = (data.max_num_frames, 3, data.height, data.width)
+        clips = [torch.zeros(shape) for _ in range(READ_AHEAD + 1)]
+    latent_moments(vae, clips[0], Encoder(None, "", pretrained.dtype, pretrained.device))
+    del vae, clips
     recorder.empty_cache()
 
 
 def encode_prompt(config: Config, pretrained: PlannedModel, recorder: Recorder) -> None:
     recorder.begin("encode prompts")
-    _, model = pretrained.text_encoder(streamed=config.memory.stream_text_encoder)
+    streamed, tokens = config.memory.stream_text_encoder, pretrained.geometry().text_tokens
+    _, model = pretrained.text_encoder(streamed=streamed)
     recorder.call(model.parameters(), "text encoder weights")
-    shape = (1, pretrained.geometry().text_tokens)
-    with torch.no_grad():
-        model(torch.zeros(shape, dtype=torch.int64, device=pretrained.device))
+    encoder = Encoder(None, "", pretrained.dtype, pretrained.device, streamed=streamed)
+    shape = (prompts_at_once(model, encoder, tokens), tokens)
+    hidden_states(model, torch.zeros(shape, dtype=torch.int64, device=pretrained.device))
     del model
     recorder.empty_cache()
 

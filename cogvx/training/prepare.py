@@ -220,6 +220,7 @@ def encoders(pretrained: PretrainedModel, cache: Cache, memory: Memory) -> tuple
             f"{text} {tokenizer}",
             pretrained.dtype,
             pretrained.device,
+            streamed=memory.stream_text_encoder,
         ),
     )
 

@@ -25,12 +25,17 @@ stuck = sys.argv[5:] == ["stuck"]
 data = composing.compose_config(
     [f"data.cache_dir='{cache}'", f"data.instance_data_root='{clips}'"]
 ).data
-read_clip, write, now = encode.read_clip, Cache.write, []
+read_clip, clip_key, write, names = encode.read_clip, encode.clip_key, Cache.write, {}
+
+
+def noted_key(video, *arguments):
+    key = clip_key(video, *arguments)
+    names[key] = f"{video.stem}.{os.getpid()}"
+    return key
 
 
 def noted_read(video, *arguments, **settings):
-    now[:] = [f"{video.stem}.{os.getpid()}"]
-    (notes / f"{now[0]}.begun").touch()
+    (notes / f"{video.stem}.{os.getpid()}.begun").touch()
     deadline = time.monotonic() + 300
     while (stuck or others() == 0) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -42,12 +47,12 @@ def others() -> int:
     return sum(f".{os.getpid()}." not in path.name for path in notes.glob("*.begun"))
 
 
-def noted_write(self, *arguments, **settings):
-    write(self, *arguments, **settings)
-    (notes / f"{now[0]}.done").touch()
+def noted_write(self, path, *arguments, **settings):
+    write(self, path, *arguments, **settings)
+    (notes / f"{names[path.stem]}.done").touch()
 
 
-encode.read_clip, Cache.write = noted_read, noted_write
+encode.read_clip, encode.clip_key, Cache.write = noted_read, noted_key, noted_write
 cpu = torch.device("cpu")
 vae = encode.Encoder(
     lambda: PretrainedModel(nano, cpu, torch.float32).vae(tiling=False), "nano", torch.float32, cpu

@@ -14,6 +14,7 @@ import pytest
 import warm
 
 from cogvx.data.cache import claimed, filled
+from cogvx.data.sharing import READ_AHEAD
 
 PROJECT = Path(__file__).parent.parent.parent
 
@@ -147,14 +148,16 @@ def test_two_runs_at_once_encode_every_clip_once(encoding, tmp_path):
 def test_what_a_killed_run_was_encoding_is_encoded_by_the_one_that_waits(encoding, tmp_path):
     killed = encoding("stuck")
     deadline = time.monotonic() + 300
-    while not noted(tmp_path / "notes", "begun") and time.monotonic() < deadline:
+    while len(noted(tmp_path / "notes", "begun")) < READ_AHEAD and time.monotonic() < deadline:
         time.sleep(0.05)
-    [left] = noted(tmp_path / "notes", "begun")
+    left = noted(tmp_path / "notes", "begun")
+    assert len(left) == READ_AHEAD, "a run claims no more than it reads"
     waiting = encoding()
     said = iter(waiting.stdout.readline, "")
-    assert "encode  waiting for another run to finish 1 clip\n" in said
-    assert left not in noted(tmp_path / "notes", "done")
+    assert f"encode  waiting for another run to finish {READ_AHEAD} clips\n" in said
+    assert not left.keys() & noted(tmp_path / "notes", "done").keys()
     killed.kill()
     assert "has 6\n" in said
     assert noted(tmp_path / "notes", "done") == Counter(dict.fromkeys("012345", 1))
-    assert noted(tmp_path / "notes", "begun")[left] == 2
+    begun = noted(tmp_path / "notes", "begun")
+    assert [begun[clip] for clip in left] == [2] * READ_AHEAD

@@ -1,12 +1,18 @@
 """Each content is encoded once. The cache is shared, and never holds half a file."""
 
+import threading
+import time
+
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 
+from cogvx.data import encode
 from cogvx.data.cache import Cache, content_key
-from cogvx.data.encode import Encoder, cache_state, encode_clips, encode_prompts, latent_moments
+from cogvx.data.encode import Encoder, encode_clips, encode_prompts, latent_moments
+from cogvx.data.sharing import READ_AHEAD, cache_state, make_claimed, make_missing
+from cogvx.data.video import BadClip
 from cogvx.errors import UserError
 from cogvx.model import nano
 from cogvx.model.pretrained import PretrainedModel
@@ -167,6 +173,119 @@ def test_prompts_are_embedded_as_the_pipeline_does(nano_folder, tmp_path):
             )
         assert torch.equal(load_file(paths[prompt])["prompt_embeds"], expected[0])
     assert "1 of 3 prompts have more tokens than the model reads (32)" in said[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_streamed_block_is_fetched_once_for_many_prompts_with_the_same_bits(
+    nano_folder, tmp_path, monkeypatch, dtype
+):
+    """A GPU may round a batch of several rows otherwise, so each row is computed alone."""
+    prompts, fetched, loads = [f"a circle {'red ' * n}moves" for n in range(7)], [], []
+
+    def require_one_row(module, inputs):
+        assert len(inputs[0]) == 1
+
+    def load():
+        loads.append(1)
+        tokenizer, model = PretrainedModel(nano_folder, CPU, dtype).text_encoder(streamed=True)
+        for number, block in enumerate(model.encoder.block):
+            block.register_forward_pre_hook(lambda *given, n=number: fetched.append(n))
+            for layer in block.layer:
+                layer.register_forward_pre_hook(require_one_row)
+        return tokenizer, model
+
+    found = {}
+    for at_once in (1, 3):
+        row = nano.TEXT_TOKENS * nano.TEXT_WIDTH * dtype.itemsize
+        monkeypatch.setattr(encode, "HIDDEN_BYTES", at_once * row)
+        fetched.clear()
+        encoder = Encoder(load, "nano", dtype, CPU, streamed=True)
+        cache, said = Cache(tmp_path / str(at_once)), []
+        paths = encode_prompts(prompts, cache, encoder, nano.TEXT_TOKENS, said.append)
+        assert fetched.count(0) == fetched.count(1) == -(-len(prompts) // at_once)
+        found[at_once] = [load_file(paths[prompt])["prompt_embeds"] for prompt in prompts]
+    assert all(map(torch.equal, found[1], found[3])) and len(loads) == 2
+    tokenizer, model = PretrainedModel(nano_folder, CPU, dtype).text_encoder()
+    for prompt, embeds in zip(prompts, found[1], strict=True):
+        ids = tokenizer(prompt, padding="max_length", max_length=32, return_tensors="pt").input_ids
+        with torch.no_grad():
+            assert torch.equal(model(ids)[0][0].to(dtype), embeds)
+
+
+def test_the_next_clips_are_read_while_one_is_encoded(tmp_path):
+    """Each is read before its turn, in order, and never more than READ_AHEAD wait."""
+    paths = [tmp_path / "folder" / f"{number}.safetensors" for number in range(9)]
+    cache, read, made, failed = Cache(tmp_path), [], [], "3"
+    ahead = threading.Event()
+
+    def read_one(path):
+        read.append(path)
+        if len(read) - len(made) > READ_AHEAD:
+            ahead.set()
+        if path.stem == failed:
+            raise BadClip("has no frames")
+        return torch.ones(1)
+
+    def make(work):
+        for path, content in work.read_ahead(read_one):
+            # The others are read while this one is being made.
+            assert path == paths[-1] or ahead.wait(10)
+            time.sleep(0.05)
+            gone = len(made) + len(work.reasons)
+            assert len(read) - gone <= READ_AHEAD + 1
+            cache.write(path, {"content": content})
+            made.append(path)
+
+    reasons = make_missing(paths, cache, make, "clip", lambda text: None)
+    assert reasons == {paths[3]: "has no frames"} and made == paths[:3] + paths[4:]
+    assert sorted(read) == paths and not list(tmp_path.rglob("*.lock"))
+
+
+def test_an_error_while_reading_ends_the_run_and_leaves_no_claim(tmp_path):
+    paths = [tmp_path / "folder" / f"{number}.safetensors" for number in range(6)]
+
+    def read_one(path):
+        if path.stem == "1":
+            raise UserError("the disk is gone")
+
+    def make(work):
+        for path, _ in work.read_ahead(read_one):
+            work.cache.write(path, {"content": torch.ones(1)})
+
+    with pytest.raises(UserError, match="the disk is gone"):
+        make_missing(paths, Cache(tmp_path), make, "clip", lambda text: None)
+    assert not list(tmp_path.rglob("*.lock"))
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["0.safetensors"]
+
+
+def test_two_runs_that_want_each_others_files_do_not_wait_for_ever(tmp_path):
+    """Each claims a group and then meets a file that the other has claimed."""
+    paths = [tmp_path / "folder" / f"{number}.safetensors" for number in range(6)]
+    both, made = threading.Barrier(2), []
+
+    def run(order):
+        def make(work):
+            group = work.take_group(3)
+            if not made:
+                both.wait(10)
+            for path in group:
+                work.cache.write(path, {"content": torch.ones(1)})
+                made.append(path)
+                work.done(path)
+
+        left = order
+        while left:
+            _, left = make_claimed(left, Cache(tmp_path), make, "prompt", wait=True)
+
+    threads = [
+        threading.Thread(target=run, args=[order], daemon=True) for order in (paths, paths[::-1])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert sorted(made) == paths, "each is made once"
 
 
 def test_values_that_are_not_finite_are_not_cached(tmp_path):
