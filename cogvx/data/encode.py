@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.data.cache import Cache, content_key
-from cogvx.data.sharing import Work, make_missing
+from cogvx.data.sharing import Share, make_missing
 from cogvx.data.sources import Data, Example, Reshape
 from cogvx.data.video import Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
@@ -84,10 +84,10 @@ def encode_clips(
     # Loaded only if there is something to encode.
     model = functools.cache(vae.load)
 
-    def encode(work: Work) -> None:
+    def encode(share: Share) -> None:
         multiple = model().config.temporal_compression_ratio
         read = functools.partial(read_clip, data=data, frame_multiple=multiple)
-        for path, clip in work.read_ahead(lambda path: read(example_of[path].video)):
+        for path, clip in share.read_ahead(lambda path: read(example_of[path].video)):
             tensors = {
                 "latent_moments": latent_moments(model(), clip.frames, vae),
                 "thumbnails": thumbnails(clip.frames),
@@ -154,8 +154,8 @@ def encode_images(
     starts = dict(zip(reversed(paths), (clip.example for clip in reversed(clips)), strict=True))
     model = functools.cache(vae.load)
 
-    def encode(work: Work) -> None:
-        for path, image in work.read_ahead(lambda path: image_of(starts[path], data)):
+    def encode(share: Share) -> None:
+        for path, image in share.read_ahead(lambda path: image_of(starts[path], data)):
             variants = data.image_noise_variants
             moments = image_moments(model(), image, vae, variants, seed=path.stem)
             cache.write(path, {"image_moments": moments})
@@ -301,13 +301,13 @@ def encode_prompts(
     prompt_of = {path: prompt for prompt, path in paths.items()}
     models = functools.cache(text.load)
 
-    def encode(work: Work) -> None:
+    def encode(share: Share) -> None:
         tokenizer, model = models()
-        group = work.take_group(prompts_at_once(model, text, max_length))
+        group = share.take_group(prompts_at_once(model, text, max_length))
         found = prompt_embeds(tokenizer, model, map(prompt_of.get, group), text, max_length)
         for path, (embeds, tokens) in zip(group, found, strict=True):
             cache.write(path, {"prompt_embeds": embeds}, about={"tokens": tokens})
-            work.done(path)
+            share.done(path)
 
     make_missing(list(paths.values()), cache, encode, "prompt", say)
     tokens = {prompt: cache.about(path)["tokens"] for prompt, path in paths.items()}

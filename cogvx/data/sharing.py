@@ -26,7 +26,7 @@ READ_AHEAD = 2
 
 
 @dataclass
-class Work:
+class Share:
     """The files of the cache that this process has to make.
 
     take() claims the next file. The claim is held until done(), so that no other run makes the
@@ -43,7 +43,7 @@ class Work:
     elsewhere: list[Path] = field(default_factory=list)  # other runs make these
     reasons: dict[Path, str] = field(default_factory=dict)  # why a file cannot be made
 
-    def __enter__(self) -> Work:
+    def __enter__(self) -> Share:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -116,13 +116,13 @@ class Work:
 def make_missing(
     paths: list[Path],
     cache: Cache,
-    make: Callable[[Work], None],
+    make: Callable[[Share], None],
     what: str,
     say: Callable[[str], None],
 ) -> dict[Path, str]:
     """Makes the files that the cache lacks. Returns the reasons of those that cannot be made.
 
-    make(work) makes at least the files that are taken. The processes of this run share the work.
+    make(share) makes at least the files that are taken. The processes of this run share the work.
     So do other runs at the same time: a file that another run has started is left to it, and
     waited for at the end.
     """
@@ -148,7 +148,7 @@ def make_missing(
 
 
 def make_claimed(
-    paths: list[Path], cache: Cache, make: Callable[[Work], None], what: str, *, wait: bool
+    paths: list[Path], cache: Cache, make: Callable[[Share], None], what: str, *, wait: bool
 ) -> tuple[dict[Path, str], list[Path]]:
     """The reasons of files that cannot be made, and the files that another run makes.
 
@@ -156,11 +156,11 @@ def make_claimed(
     """
     with (
         bar(total=len(paths), desc=f"encode  {what}s", unit=what, leave=False) as progress,
-        Work(deque(paths), cache, progress, wait) as work,
+        Share(deque(paths), cache, progress, wait) as share,
     ):
-        while work.take():
-            make(work)
-    return work.reasons, work.elsewhere
+        while share.take():
+            make(share)
+    return share.reasons, share.elsewhere
 
 
 def cache_state(what: str, total: int, missing: int) -> str:

@@ -226,12 +226,12 @@ def test_the_next_clips_are_read_while_one_is_encoded(tmp_path):
             raise BadClip("has no frames")
         return torch.ones(1)
 
-    def make(work):
-        for path, content in work.read_ahead(read_one):
+    def make(share):
+        for path, content in share.read_ahead(read_one):
             # The others are read while this one is being made.
             assert path == paths[-1] or ahead.wait(10)
             time.sleep(0.05)
-            gone = len(made) + len(work.reasons)
+            gone = len(made) + len(share.reasons)
             assert len(read) - gone <= READ_AHEAD + 1
             cache.write(path, {"content": content})
             made.append(path)
@@ -248,9 +248,9 @@ def test_an_error_while_reading_ends_the_run_and_leaves_no_claim(tmp_path):
         if path.stem == "1":
             raise UserError("the disk is gone")
 
-    def make(work):
-        for path, _ in work.read_ahead(read_one):
-            work.cache.write(path, {"content": torch.ones(1)})
+    def make(share):
+        for path, _ in share.read_ahead(read_one):
+            share.cache.write(path, {"content": torch.ones(1)})
 
     with pytest.raises(UserError, match="the disk is gone"):
         make_missing(paths, Cache(tmp_path), make, "clip", lambda text: None)
@@ -264,14 +264,14 @@ def test_two_runs_that_want_each_others_files_do_not_wait_for_ever(tmp_path):
     both, made = threading.Barrier(2), []
 
     def run(order):
-        def make(work):
-            group = work.take_group(3)
+        def make(share):
+            group = share.take_group(3)
             if not made:
                 both.wait(10)
             for path in group:
-                work.cache.write(path, {"content": torch.ones(1)})
+                share.cache.write(path, {"content": torch.ones(1)})
                 made.append(path)
-                work.done(path)
+                share.done(path)
 
         left = order
         while left:
