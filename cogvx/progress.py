@@ -1,11 +1,21 @@
-"""What is printed while something runs: progress bars, and silence from the libraries."""
+"""What is printed while something runs: bars, signs of life, and silence from the libraries."""
+
+from __future__ import annotations
 
 import contextlib
 import logging
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import ClassVar
 
 # When diffusers looks for these packages, they warn of missing parts that cogvx does not use.
 NOISY = ("bitsandbytes", "diffusers.quantizers", "torch.utils._pytree", "torchao")
+# Seconds before the first sign of life, and between two of them.
+FIRST_SIGN, NEXT_SIGN = 10, 30
+# Seconds. In a log file a bar prints a line every 20 s: one silent for longer stands still.
+BAR_IN_LOG, STANDS_STILL = 20, 25
 
 
 def bar(iterable=None, **settings):
@@ -13,8 +23,65 @@ def bar(iterable=None, **settings):
     from tqdm import tqdm
 
     on_terminal = sys.stderr.isatty()
-    seconds = {"mininterval": 0.2} if on_terminal else {"mininterval": 20, "delay": 20}
+    seconds = (
+        {"mininterval": 0.2} if on_terminal else {"mininterval": BAR_IN_LOG, "delay": BAR_IN_LOG}
+    )
     return tqdm(iterable, dynamic_ncols=True, **seconds, **settings)
+
+
+@contextlib.contextmanager
+def heartbeat(what: str) -> Iterator[None]:
+    """Prints `what` and the seconds so far, every now and then, while the block runs.
+
+    heartbeat("load    still reading the transformer") prints, after FIRST_SIGN seconds,
+    "load    still reading the transformer, 10 s". Quick work prints nothing. While a bar moves
+    nothing is printed. Of two blocks, one within the other, the inner one speaks.
+    """
+    signs = SignsOfLife(what)
+    SignsOfLife.running.append(signs)
+    ended = threading.Event()
+    threading.Thread(target=signs.give, args=(ended,), daemon=True, name="heartbeat").start()
+    try:
+        yield
+    finally:
+        ended.set()
+        SignsOfLife.running.remove(signs)
+
+
+class SignsOfLife:
+    """What one heartbeat() prints, and when."""
+
+    running: ClassVar[list[SignsOfLife]] = []
+
+    def __init__(self, what: str):
+        self.what, self.started = what, time.monotonic()
+        self.due = self.started + FIRST_SIGN
+
+    def give(self, ended: threading.Event) -> None:
+        while not ended.wait(1):
+            self.speak_if_due()
+
+    def speak_if_due(self) -> None:
+        now = time.monotonic()
+        if now < self.due or a_bar_moves():
+            return
+        self.due = now + NEXT_SIGN
+        if self.running[-1] is self:
+            from tqdm import tqdm
+
+            # It prints above a bar that stands still, not into it.
+            tqdm.write(f"{self.what}, {now - self.started:.0f} s")
+            sys.stdout.flush()
+
+
+def a_bar_moves() -> bool:
+    if "tqdm" not in sys.modules:
+        return False
+    from tqdm import tqdm
+
+    with tqdm.get_lock():
+        drawn = [bar.last_print_t for bar in tqdm._instances if hasattr(bar, "last_print_t")]
+    return any(time.time() - at < STANDS_STILL for at in drawn)
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:
