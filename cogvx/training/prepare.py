@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy
@@ -39,7 +38,7 @@ from cogvx.options.memory import Memory
 from cogvx.options.train import Precision, Train
 from cogvx.progress import counted
 from cogvx.records import record
-from cogvx.training.ranks import Ranks
+from cogvx.training.ranks import PATIENCE, Ranks, host_group
 from cogvx.training.step import Batch, on_device
 from cogvx.training.videos import RealClip, validation_images, validation_prompts
 
@@ -57,10 +56,9 @@ def start_processes(config: Config) -> Ranks:
             f"{counted(torch.cuda.device_count(), 'GPU')}, and each process needs its own"
         )
     # Buffers never change. Sending them would wait for processes that have no held-out clip.
-    # The timeout is for the others, while one process downloads, encodes or makes videos.
     settings = [
         DistributedDataParallelKwargs(broadcast_buffers=False),
-        InitProcessGroupKwargs(timeout=timedelta(days=1)),
+        InitProcessGroupKwargs(timeout=PATIENCE),
     ]
     accelerator = Accelerator(mixed_precision=precision.name, cpu=not gpu, kwargs_handlers=settings)
     # Accelerate falls back to one process silently, in several ways.
@@ -70,7 +68,7 @@ def start_processes(config: Config) -> Ranks:
             f"{accelerator.num_processes}: start it with python launch.py, "
             f"without torchrun or accelerate launch"
         )
-    return Ranks(accelerator)
+    return Ranks(accelerator, host_group())
 
 
 def require_precision(precision: Precision, *, gpu: bool) -> None:

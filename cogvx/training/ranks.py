@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+
+# Of a message between processes that is late because one of them downloads, encodes or makes
+# videos.
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -14,6 +20,8 @@ class Ranks:
     """With DistributedDataParallel every process holds the whole model, so one can act for all."""
 
     accelerator: Accelerator
+    # The group for numbers that are on the hosts; None: the default group. See host_group().
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def saves(self) -> bool:
@@ -47,8 +55,21 @@ class Ranks:
         self.accelerator.wait_for_everyone()
 
     def highest(self, number: int) -> int:
-        """The highest of all processes' numbers."""
+        """The highest of all processes' numbers. The hosts wait for each other, not for a GPU."""
         if self.count == 1:
             return number
-        mine = torch.tensor([number], device=self.accelerator.device)
-        return int(self.accelerator.gather(mine).max())
+        shared = torch.tensor([number], device="cpu")
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.hosts)
+        return shared.tolist()[0]
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """A group of all processes whose messages do not pass through the device.
+
+    NCCL, the default group's backend on GPUs, knows no memory but the device's. To read an answer
+    from there is to wait until the device has done all that it was given before.
+    None where the default group will do, or for a single process.
+    """
+    if not dist.is_initialized() or dist.get_backend() == "gloo":
+        return None
+    return dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -2,13 +2,19 @@
 
 import json
 import os
+import signal
+import socket
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
+import warm
+from device_reads import watched
 from families import model_of
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.distributed import ReduceOp
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cogvx.errors import UserError
 from cogvx.files import read_json, read_json_lines
@@ -17,7 +23,7 @@ from cogvx.options.cards import CARDS, named
 from cogvx.options.train import Attention
 from cogvx.plan.clock import Expectation
 from cogvx.records import record
-from cogvx.training import prepare, timing, trainer
+from cogvx.training import prepare, ranks, timing, trainer
 from cogvx.training import run as training_run
 
 SHORT = ["train.max_train_steps=12", "train.logging_steps=6", "validation.heldout_steps=12"]
@@ -25,24 +31,6 @@ SHORT = ["train.max_train_steps=12", "train.logging_steps=6", "validation.heldou
 
 def losses(folder) -> list:
     return [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "loss" in line]
-
-
-class Reads(TorchDispatchMode):
-    """Counts what would make the host wait for the device: values read from it."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
-        waits = (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.equal,
-            torch.ops.aten.is_nonzero,
-            torch.ops.aten.nonzero,
-        )
-        self.count += func._overloadpacket in waits
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -61,13 +49,8 @@ class Reads(TorchDispatchMode):
 def test_a_step_reads_nothing_from_the_device(run, monkeypatch, settings, waits):
     step, found = trainer.Trainer.optimizer_step, []
 
-    def watched(self):
-        with Reads() as reads, pytest.MonkeyPatch.context() as within:
-            for name in ("tolist", "cpu", "numpy"):  # which the mode does not see
-                real = getattr(torch.Tensor, name)
-                within.setattr(
-                    torch.Tensor, name, lambda *given, real=real: (found.append(1), real(*given))[1]
-                )
+    def watched_step(self):
+        with watched() as reads:
             rate = step(self)
         found.append(reads.count)
         return rate
@@ -78,10 +61,58 @@ def test_a_step_reads_nothing_from_the_device(run, monkeypatch, settings, waits)
         with _disable_current_modes():
             return read_tensor(*given)
 
-    monkeypatch.setattr(trainer.Trainer, "optimizer_step", watched)
+    monkeypatch.setattr(trainer.Trainer, "optimizer_step", watched_step)
     monkeypatch.setattr(prepare, "read_tensor", from_disk)
     run("a", "train.max_train_steps=4", *settings)
     assert len(found) >= 4 and (sum(found) > 0) == waits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [None, 1])
+def test_the_processes_of_a_run_read_nothing_from_the_device_either(compose, tmp_path, stopped):
+    """They agree in every step whether to go on. A signal to one stops all after the same step."""
+    two = ["parallel=ddp", "parallel.num_processes=2", "train.max_train_steps=5"]
+    few = ["validation.num_validation_videos=0", "validation.scored_prompts=0"]
+    folder = record.open_folder(compose(*two, *few, f"output_dir='{tmp_path / 'run'}'"))
+    script, signalled = Path(__file__).with_name("watched_rank.py"), [stopped] * bool(stopped)
+    both = [
+        warm.python(script, folder, *signalled, env=os.environ | environment)
+        for environment in ranks_of_two()
+    ]
+    codes = [rank.wait(timeout=300) for rank in both]
+    found = [read_json(folder / f"reads_{rank}.json") for rank in (0, 1)]
+    steps = 3 if stopped else 5
+    assert codes == [128 + signal.SIGTERM if stopped else 0] * 2
+    assert found == [{"reads": [0] * steps, "gathered": 0}] * 2
+
+
+def ranks_of_two() -> list[dict[str, str]]:
+    """The environment of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    both |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [both | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def test_on_gpus_the_hosts_have_a_group_of_their_own(monkeypatch):
+    """NCCL would send a number through the device."""
+    asked = []
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(ranks.dist, "new_group", lambda **how: asked.append(how) or "the hosts")
+
+    def all_reduce(tensor, operation, group):
+        assert (tensor.device.type, operation, group) == ("cpu", ReduceOp.MAX, "the hosts")
+        tensor.fill_(15)
+
+    monkeypatch.setattr(ranks.dist, "all_reduce", all_reduce)
+    two = types.SimpleNamespace(num_processes=2, device=torch.device("meta"))
+    assert ranks.Ranks(two, ranks.host_group()).highest(0) == 15
+    assert asked == [{"backend": "gloo", "timeout": ranks.PATIENCE}]
+    monkeypatch.setattr(ranks.dist, "get_backend", lambda: "gloo")
+    assert ranks.host_group() is None
 
 
 # -- attention -----------------------------------------------------------------------------------
