@@ -38,7 +38,7 @@ from cogvx.options.memory import Memory
 from cogvx.options.train import Precision, Train
 from cogvx.progress import counted
 from cogvx.records import record
-from cogvx.training.ranks import PATIENCE, Ranks, host_group
+from cogvx.training.ranks import LONGEST_WAIT, Ranks, host_group
 from cogvx.training.step import Batch, on_device
 from cogvx.training.videos import RealClip, validation_images, validation_prompts
 
@@ -58,7 +58,7 @@ def start_processes(config: Config) -> Ranks:
     # Buffers never change. Sending them would wait for processes that have no held-out clip.
     settings = [
         DistributedDataParallelKwargs(broadcast_buffers=False),
-        InitProcessGroupKwargs(timeout=PATIENCE),
+        InitProcessGroupKwargs(timeout=LONGEST_WAIT),
     ]
     accelerator = Accelerator(mixed_precision=precision.name, cpu=not gpu, kwargs_handlers=settings)
     # Accelerate falls back to one process silently, in several ways.

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 # Of a message between processes that is late because one of them downloads, encodes or makes
 # videos.
-PATIENCE = timedelta(days=1)
+LONGEST_WAIT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -72,4 +72,4 @@ def host_group() -> dist.ProcessGroup | None:
     """
     if not dist.is_initialized() or dist.get_backend() == "gloo":
         return None
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)

@@ -110,7 +110,7 @@ def test_on_gpus_the_hosts_have_a_group_of_their_own(monkeypatch):
     monkeypatch.setattr(ranks.dist, "all_reduce", all_reduce)
     two = types.SimpleNamespace(num_processes=2, device=torch.device("meta"))
     assert ranks.Ranks(two, ranks.host_group()).highest(0) == 15
-    assert asked == [{"backend": "gloo", "timeout": ranks.PATIENCE}]
+    assert asked == [{"backend": "gloo", "timeout": ranks.LONGEST_WAIT}]
     monkeypatch.setattr(ranks.dist, "get_backend", lambda: "gloo")
     assert ranks.host_group() is None
 
