@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cogvx import command_line, compose
 from cogvx import config as configuration
-from cogvx.errors import UserError
+from cogvx.errors import UserError, lacking
 from cogvx.files import shown
 from cogvx.records import comparison, record
 from cogvx.runs import engines, grid, pool, processes, translate
@@ -137,6 +137,8 @@ def sweep(command: translate.Command) -> int:
         raise UserError(
             "hydra/sweeper=optuna needs hydra/launcher=pool: it proposes jobs as others run"
         )
+    if searching and (missing := lacking("optuna", "hydra/sweeper=optuna")):
+        raise UserError(missing[0])
     launcher = (
         engines.launcher(planned, base)
         if elsewhere

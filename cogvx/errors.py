@@ -1,6 +1,7 @@
 """Errors that a user can fix: printed without a traceback, with exit code 2."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 MOST_SHOWN = 12
@@ -26,6 +27,13 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Ends a sentence with `; did you mean X or Y?`, or with a full stop if no word is similar."""
     near = difflib.get_close_matches(word, list(allowed), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else "."
+
+
+def lacking(package: str, setting: str) -> list[str]:
+    """What is wrong if this setting needs a package that is not installed, else nothing."""
+    if importlib.util.find_spec(package) is not None:
+        return []
+    return [f"{setting} needs the package {package}, which is not installed: pip install {package}"]
 
 
 def first_line(error: object) -> str:

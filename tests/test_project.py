@@ -13,17 +13,22 @@ from settings import LONG_FILES
 
 PROJECT = Path(__file__).parent.parent
 BENCHMARKS = PROJECT / "tests" / "benchmarks"
+BATTERY = PROJECT / "tests" / "gpu"
 SOURCES = [
     PROJECT / "launch.py",
     *sorted((PROJECT / "cogvx").rglob("*.py")),
     *sorted((PROJECT / "tests").rglob("*.py")),
 ]
-PROGRAMS = [path.stem for path in sorted(BENCHMARKS.glob("*.py"))]
+PROGRAMS = [
+    path.stem
+    for path in [*sorted(BENCHMARKS.glob("*.py")), *sorted(BATTERY.glob("*.py"))]
+    if not path.stem.startswith("test_")
+]
 # Packages whose absence a message names with what installs them.
 OPTIONAL = {"vbench"}
 # Needed without an import of ours.
 NOT_IMPORTED = {"protobuf", "pytest-xdist", "ruff"}
-sys.path.append(str(BENCHMARKS))
+sys.path += [str(BENCHMARKS), str(BATTERY)]
 
 import mutations  # noqa: E402
 
@@ -75,9 +80,9 @@ def test_requirements_pin_what_pyproject_names():
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_benchmark_can_be_imported(program):
+def test_a_program_beside_the_tests_can_be_imported(program):
     """It is not run here, but every name that it takes from cogvx exists."""
-    assert len(PROGRAMS) >= 8
+    assert len(PROGRAMS) >= 15
     importlib.import_module(program)
 
 

@@ -80,10 +80,13 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], uses: list[str])
 
 
 def font(size: int):
-    """A font with the letters of most alphabets."""
-    import matplotlib
+    """A font with the letters of most alphabets. Pillow's own has those of English."""
     from PIL import ImageFont
 
+    try:
+        import matplotlib
+    except ImportError:
+        return ImageFont.load_default(size)
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from cogvx.data import demo, world
 from cogvx.data.listed import ListedClip, located, paired, read_lines, require_columns, text_of
-from cogvx.errors import UserError, first_line
+from cogvx.errors import UserError, first_line, lacking
 from cogvx.files import absolute, write_bytes
 from cogvx.progress import counted
 
@@ -269,6 +269,9 @@ class Dataset(Data):
     dataset_name: str
     split: str
     streaming: bool
+
+    def problems(self) -> list[str]:
+        return super().problems() + lacking("datasets", "data=dataset")
 
     def make_paths_absolute(self) -> None:
         if Path(self.dataset_name).expanduser().exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 
 import torch
@@ -48,12 +49,23 @@ def arrange(
     transfer.bring(transformer, device)
     if compiled:
         # block.forward is compiled, not block(): the offloader's hooks gain nothing in a graph.
-        # All blocks share what is compiled. torch's own setting for the limit holds for one thread
-        # only, and on a GPU the backward pass runs in another one.
+        # All blocks share what is compiled.
         for block in blocks:
-            block.forward = torch.compile(block.forward, recompile_limit=VARIANTS)
+            block.forward = torch.compile(block.forward, **limit_of_variants())
     if recompute:
         transformer.enable_gradient_checkpointing(functools.partial(run_checkpointed, memory))
+
+
+def limit_of_variants() -> dict[str, int]:
+    """The argument of torch.compile() for it.
+
+    torch 2.11 has none: there the setting holds for all threads. In torch 2.13 the setting holds
+    for one thread only, and on a GPU the backward pass runs in another one.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": VARIANTS}
+    torch._dynamo.config.recompile_limit = VARIANTS
+    return {}
 
 
 def cache_positions(patch_embed: torch.nn.Module) -> None:

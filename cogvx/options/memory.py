@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from cogvx.errors import lacking
+
 
 class Recompute(Enum):
     """What gradient checkpointing computes again in the backward pass."""
@@ -40,4 +42,6 @@ class Memory:
             found.append(
                 f"memory.feed_forward_chunks={self.feed_forward_chunks}: must be 1 (whole) or more"
             )
+        if self.base_storage is Storage.nf4:
+            found += lacking("bitsandbytes", "memory.base_storage=nf4")
         return found

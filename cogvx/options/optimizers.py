@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from cogvx.errors import UserError
+from cogvx.errors import UserError, lacking
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -43,12 +42,7 @@ class Optimizer:
             value = getattr(self, name, 0)
             if not 0 <= value < 100:
                 found.append(f"optimizer.{name}={value}: must be 0 or more, below 100")
-        if importlib.util.find_spec(self.package) is None:
-            found.append(
-                f"this optimizer needs the package {self.package}, which is not installed: "
-                f"pip install {self.package}"
-            )
-        return found
+        return found + lacking(self.package, "this optimizer")
 
     def warnings(self) -> list[str]:
         """Settings that are allowed but rarely intended."""

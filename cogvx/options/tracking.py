@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvx.errors import UserError, first_line
+from cogvx.errors import UserError, first_line, lacking
 
 # wandb's own exit code after Ctrl-C is 255. Every other status has 1.
 EXIT_CODES = {"done": 0, "interrupted": 255}
@@ -43,6 +43,9 @@ class Tracking:
 
 @dataclass
 class TensorBoard(Tracking):
+    def problems(self) -> list[str]:
+        return lacking("tensorboard", "tracking=tensorboard")
+
     def start(self, folder: Path, config: dict[str, object], step: int, group: str | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
@@ -100,11 +103,10 @@ class Wandb(Tracking):
     mode: str
 
     def problems(self) -> list[str]:
-        return (
-            []
-            if self.mode in ("online", "offline")
-            else [f"tracking.mode={self.mode}: must be online or offline"]
-        )
+        found = lacking("wandb", "tracking=wandb")
+        if self.mode not in ("online", "offline"):
+            found.append(f"tracking.mode={self.mode}: must be online or offline")
+        return found
 
     def require_login(self) -> None:
         if self.mode == "offline":

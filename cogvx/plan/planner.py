@@ -13,7 +13,7 @@ import torch
 
 from cogvx.compose import compose_config
 from cogvx.config import Config
-from cogvx.errors import UserError
+from cogvx.errors import UserError, lacking
 from cogvx.files import replacing, shown, write_json
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.cards import CARDS, Card
@@ -40,8 +40,11 @@ def plan(config: Config, folder: Path) -> dict:
         result["suggestions"] = suggest(config, card, found, few)
     # The plan is safe before anything really runs, which may run out of memory.
     write_json(folder / "plan.json", result)
-    draw_plan(folder / "plan.png", config, card, found)
-    print(f"picture {shown(folder / 'plan.png')}")
+    if missing := lacking("matplotlib", "plan.png"):
+        print(f"picture {missing[0]}")
+    else:
+        draw_plan(folder / "plan.png", config, card, found)
+        print(f"picture {shown(folder / 'plan.png')}")
     if config.task.measure:
         result["measured"] = measure_phases(config, found)
         write_json(folder / "plan.json", result)

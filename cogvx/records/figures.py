@@ -44,7 +44,10 @@ def styled(draw: Callable[..., Markup]) -> Callable[..., Markup]:
 
     @wraps(draw)
     def drawn(*given: object) -> Markup:
-        import matplotlib
+        try:
+            import matplotlib
+        except ImportError:
+            return Markup("<p>To see this drawing: pip install matplotlib</p>")
 
         matplotlib.use("Agg")  # needs no display
         with matplotlib.rc_context(STYLE):

@@ -1,0 +1,167 @@
+"""The battery itself, on any machine; and with `-m gpu` its entries, small, on this one's GPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE))
+
+import battery  # noqa: E402
+import entries  # noqa: E402
+import table  # noqa: E402
+from table import Row  # noqa: E402
+
+PLANTED = ["--rehearse", "--entries", str(HERE / "planted.py"), "--beside", "2"]
+
+
+def started(out: Path, *arguments: str, source: list[str] = PLANTED) -> subprocess.Popen:
+    command = [sys.executable, str(HERE / "battery.py"), *source, "--out", str(out), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def found_in(out: Path) -> dict:
+    return json.loads((out / "battery.json").read_text(encoding="utf-8"))
+
+
+def rows_of(found: dict, entry: str) -> list[dict]:
+    return [row for row in found["rows"] if row["entry"] == entry and row["status"] != "time"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("battery")
+    assert started(out).wait(120) == 1, "something is to be mended"
+    return out
+
+
+def test_an_entry_that_fails_costs_its_own_lines_only(whole):
+    found = found_in(whole)
+    assert set(found["states"].values()) == {"done"} and len(found["states"]) == 8
+    [before, error] = rows_of(found, "raises")
+    assert before["value"] == 1
+    assert error["note"].startswith(
+        "RuntimeError: CUDA error: out of memory ... Compile with TORCH_USE_CUDA_DSA"
+    )
+    [crash] = rows_of(found, "crashes")
+    assert crash["note"] == "ended by SIGSEGV; its last line: the last words"
+    child, hang = rows_of(found, "hangs")
+    assert hang["note"].startswith("stopped after 2 s, its limit")
+    assert not Path(f"/proc/{child['value']}").exists(), "what it started is ended too"
+    assert rows_of(found, "last")[0]["verdict"] == "ok"
+
+
+def test_entries_that_measure_no_time_run_beside_each_other(whole):
+    found = found_in(whole)
+    assert rows_of(found, "beside_1")[0]["value"] == "beside_2"
+    assert rows_of(found, "beside_2")[0]["value"] == "beside_1"
+
+
+def test_the_table_says_what_to_mend(whole):
+    page = (whole / "battery.md").read_text(encoding="utf-8")
+    mend = page.partition("## To mend")[2].partition("\n## ")[0]
+    assert "`good`: good: peak of another phase  13 GiB  expected at most 12  off" in mend
+    assert "Look at cogvx/model/blocks.py" in mend
+    assert mend.count("\n- ") == 4
+    assert "there is no such card" in page and "there is no such card" not in mend
+    assert "8 entries: 3 as expected, 4 with something to mend, 1 skipped, 0 not reached." in page
+    assert "the last words" in (whole / "battery.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_cut_off_keeps_every_line_that_is_written(tmp_path, number):
+    with started(tmp_path, "--only", "good", "hangs", "last") as process:
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
+            time.sleep(0.05)
+            if (tmp_path / "battery.json").exists() and rows_of(found_in(tmp_path), "hangs"):
+                break
+        process.send_signal(number)
+        process.wait(30)
+    found = found_in(tmp_path)
+    assert [row["value"] for row in rows_of(found, "good")] == [11.0, 13.0]
+    assert found["states"]["last"] == "not reached"
+    page = (tmp_path / "battery.md").read_text(encoding="utf-8")
+    assert "| peak | 11 GiB | at most 12 |" in page
+    if number == signal.SIGKILL:
+        os.kill(rows_of(found, "hangs")[0]["value"], signal.SIGKILL)
+    else:
+        assert found["states"]["hangs"] == "cut off"
+
+
+def test_what_the_time_is_too_short_for_is_not_reached(tmp_path):
+    started(tmp_path, "--budget", "15", "--only", "hangs", "good", "last").wait(60)
+    states = found_in(tmp_path)["states"]
+    assert states["good"] == "done"
+    started(tmp_path, "--budget", str(battery.SMALLEST_REST - 1), "--only", "good").wait(60)
+    assert found_in(tmp_path)["states"] == {"good": "not reached"}
+    assert "*not reached*" in (tmp_path / "battery.md").read_text(encoding="utf-8")
+
+
+def test_a_line_is_judged_by_its_plan_and_its_limit():
+    plans = {"5b low": {"phases": {"train": {"reserved_gib": 10.0}}, "seconds_per_step": 2.0}}
+    place = ["5b low", "phases", "train", "reserved_gib"]
+    row = Row("mode", "train", 10.4, "GiB", plan=place, bound=0.05)
+    assert table.verdict(row, plans) == "ok"
+    assert table.expectation(row, plans) == ("10", "+4.0%")
+    assert table.verdict(Row("mode", "train", 9.4, "GiB", plan=place, bound=0.05), plans) == "off"
+    assert (
+        table.verdict(Row("mode", "train", 10.4, plan=place, bound=0.05, most=10), plans) == "off"
+    )
+    unplanned = Row("mode", "train", 10.4, "GiB", plan=["2b low", "x"], bound=0.05)
+    assert table.verdict(unplanned, plans) == "info"
+    assert table.expectation(unplanned, plans)[0] == "no plan"
+
+
+def test_every_entry_has_something_to_run():
+    names = [entry.name for entry in entries.ENTRIES]
+    assert len(names) == len({*names}) >= 25
+    assert all(callable(entries.function(name)) for name in names)
+
+
+def test_what_is_planned_is_what_the_chosen_entries_run(tmp_path):
+    chosen = [entry for entry in entries.ENTRIES if entry.name in ("mode_5b_low", "compiled")]
+    card = ("NVIDIA H100 80GB HBM3", 79.6)
+    found = entries.plans(chosen, card, small=False, scratch=tmp_path)
+    assert [*found] == ["5b low", "2b balanced"]
+    assert "task.card=h100_80gb" in found["5b low"] and "model=5b" in found["5b low"]
+
+
+def test_a_checkpoint_is_written_in_files_that_load(tmp_path, monkeypatch):
+    import checkpoint_files
+    import torch
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(checkpoint_files, "SHARD", 2 * 64 * 64 + 200)
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    size = checkpoint_files.write_part(tmp_path, "model", layers)
+    assert size == 2 * 2 * (64 * 64 + 64)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len({*index["weight_map"].values()}) == 2
+    loaded = {}
+    for path in sorted(tmp_path.glob("*.safetensors")):
+        loaded |= load_file(path)
+    assert {name: weight.shape for name, weight in loaded.items()} == {
+        name: weight.shape for name, weight in layers.state_dict().items()
+    }
+    assert all(weight.dtype is torch.float16 for weight in loaded.values())
+    assert 0.015 < float(loaded["0.weight"].float().std()) < 0.025
+
+
+# -- on a GPU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [entry.name for entry in entries.ENTRIES])
+def test_an_entry_runs_small_on_this_gpu(name, tmp_path):
+    if battery.gpu() is None:
+        pytest.skip("no GPU here")
+    assert battery.main(["--small", "--only", name, "--out", str(tmp_path)]) == 0, (
+        tmp_path / "battery.md"
+    ).read_text(encoding="utf-8")
