@@ -3,9 +3,9 @@
 import importlib.util
 import sys
 
-import launch
 import pytest
 
+import launch
 from cogvx.config import Wrong
 from cogvx.model import blocks
 from cogvx.records import figures
