@@ -215,13 +215,14 @@ def killed(here: Here) -> None:
         env=battery.environment(here.device),
         start_new_session=True,
     )
-    while process.poll() is None and not list(folder.glob("checkpoints/step_*/manifest.json")):
+    # One that is still being written has another name.
+    while process.poll() is None and not list(folder.glob("checkpoints/step_??????/manifest.json")):
         time.sleep(0.02)
     if process.poll() is not None:
         raise RuntimeError(f"the run ended with exit code {process.poll()} before it was killed")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    left = sorted(path.name for path in folder.glob("checkpoints/step_*"))
+    left = sorted(path.name for path in folder.glob("checkpoints/step_??????"))
     here.line("checkpoints after kill -9", ", ".join(left), status="ok")
     lines = launch(here, *overrides)
     resumed = [text for _, text in lines if text.startswith("resume")]
