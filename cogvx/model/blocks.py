@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from cogvx.model import transfer
-from cogvx.model.offload import WeightOffloader
+from cogvx.model.activations import InputStore
+from cogvx.model.offload import Pass, WeightOffloader
 from cogvx.options.memory import Memory, Recompute, Storage
 
 # A compiled block has variants: with and without gradients, with and without the LoRA, by length
@@ -42,8 +44,9 @@ def arrange(
             block.ff.forward = functools.partial(
                 in_chunks, block.ff, block.ff.forward, memory.feed_forward_chunks
             )
+    offloader = None
     if memory.base_storage is not Storage.own or memory.stream_weights:
-        transformer.offloader = WeightOffloader(
+        offloader = transformer.offloader = WeightOffloader(
             blocks, memory.base_storage, device, streamed=memory.stream_weights
         )
     transfer.bring(transformer, device)
@@ -53,7 +56,9 @@ def arrange(
         for block in blocks:
             block.forward = torch.compile(block.forward, **limit_of_variants())
     if recompute:
-        transformer.enable_gradient_checkpointing(functools.partial(run_checkpointed, memory))
+        store = InputStore(device) if memory.offload_activations else None
+        selective = memory.recompute is Recompute.selective
+        transformer.enable_gradient_checkpointing(Checkpointing(selective, store, offloader))
 
 
 def limit_of_variants() -> dict[str, int]:
@@ -94,61 +99,80 @@ COMPUTE_LOGSUMEXP = 4
 WITHOUT_LOGSUMEXP = ATTENTION[1:3]
 
 
-def run_checkpointed(memory: Memory, block: torch.nn.Module, *inputs):
-    # The inputs of the first block may need no gradient. The anchor always does.
-    anchor = torch.empty(0, device=inputs[0].device, requires_grad=True)
-    return CheckpointedBlock.apply(anchor, memory, block, *inputs)
+@dataclass(frozen=True)
+class Checkpointing:
+    """Runs a block as a CheckpointedBlock."""
+
+    selective: bool  # the results of attention are saved
+    store: InputStore | None  # where the inputs are saved; None: on the device
+    offloader: WeightOffloader | None
+
+    def __call__(self, block: torch.nn.Module, *inputs):
+        # The inputs of the first block may need no gradient. The anchor always does.
+        anchor = torch.empty(0, device=inputs[0].device, requires_grad=True)
+        return CheckpointedBlock.apply(anchor, self, block, *inputs)
+
+    def during(self, running: Pass) -> contextlib.AbstractContextManager[None]:
+        if self.offloader is None:
+            return contextlib.nullcontext()
+        return self.offloader.during(running)
 
 
 class CheckpointedBlock(torch.autograd.Function):
     """A block that saves its inputs and runs again in the backward pass.
 
-    The inputs may be saved on the CPU. The results of attention may be saved too, so that they are
-    not recomputed. torch's own checkpointing also keeps the graph of the first run, and with it
-    the weights that a WeightOffloader has restored.
+    torch's own checkpointing also keeps the graph of the first run, and with it the weights that a
+    WeightOffloader has restored.
     """
 
     @staticmethod
     def forward(
         ctx,
         anchor: Tensor,
-        memory: Memory,
+        how: Checkpointing,
         block: torch.nn.Module,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor,
         *others,
     ):
-        ctx.device, inputs = hidden_states.device, (hidden_states, encoder_hidden_states)
-        if memory.offload_activations:
-            inputs = [transfer.to_cpu(each, pinned=each.is_cuda) for each in inputs]
-        ctx.inputs = inputs
+        ctx.inputs = hidden_states, encoder_hidden_states
+        if how.store is not None:
+            ctx.inputs = how.store.save(ctx.inputs)
         # temb and the others are the same tensors for all blocks, so they cost nothing.
-        ctx.block, ctx.temb, ctx.others = block, temb, others
+        ctx.how, ctx.block, ctx.temb, ctx.others = how, block, temb, others
         # The backward pass runs outside of autocast, and must compute as the forward pass did.
-        kind = ctx.device.type
+        kind = hidden_states.device.type
         ctx.autocast = {
             "device_type": kind,
             "enabled": torch.is_autocast_enabled(kind),
             "dtype": torch.get_autocast_dtype(kind),
         }
         first, ctx.again = contextlib.nullcontext(), contextlib.nullcontext()
-        if memory.recompute is Recompute.selective:
+        if how.selective:
             first = SaveAttention([])
             ctx.again = ReuseAttention(first.results)
-        with torch.no_grad(), first:
-            return block(hidden_states, encoder_hidden_states, temb, *others)
+        with torch.no_grad(), first, how.during(Pass.forward_of_training):
+            outputs = block(hidden_states, encoder_hidden_states, temb, *others)
+        if how.store is not None:
+            how.store.let_go(ctx.inputs)
+        return outputs
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        inputs = [
-            transfer.to_device(each, ctx.device).detach().requires_grad_() for each in ctx.inputs
-        ]
-        ctx.inputs = None
+        inputs, ctx.inputs = ctx.inputs, None
+        if ctx.how.store is not None:
+            inputs = ctx.how.store.fetch(inputs)
+        inputs = [each.detach().requires_grad_() for each in inputs]
         temb = ctx.temb.detach().requires_grad_(ctx.temb.requires_grad)
-        with torch.enable_grad(), torch.autocast(**ctx.autocast), ctx.again:
+        again = ctx.how.during(Pass.backward)
+        with torch.enable_grad(), torch.autocast(**ctx.autocast), ctx.again, again:
             outputs = ctx.block(*inputs, temb, *ctx.others)
-        torch.autograd.backward(outputs, gradients)
+        try:
+            torch.autograd.backward(outputs, gradients)
+        finally:
+            if ctx.how.offloader is not None:
+                ctx.how.offloader.finished(ctx.block)
         found = [tensor.grad for tensor in inputs]
         return None, None, None, *found, temb.grad, *(None for _ in ctx.others)
 
@@ -240,7 +264,10 @@ def in_chunks(
 def with_weights(
     weights: list[tuple[torch.nn.Module, dict]], forward: Callable, hidden_states: Tensor
 ) -> Tensor:
-    """Runs with the weights of the forward pass. The offloader may have taken them away since."""
+    """Runs with the weights of the forward pass. The offloader may have taken them away since.
+
+    Streamed weights are still in their slot: it is free only after the block's backward pass.
+    """
     present = [(owner, dict(owner._parameters)) for owner, _ in weights]
     try:
         for owner, parameters in weights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -14,12 +15,19 @@ from cogvx.model.stored import StoredWeight
 from cogvx.options.memory import Storage
 
 
+class Pass(Enum):
+    """What runs, and so which block comes next."""
+
+    forward = "forward"  # and no backward pass after it
+    forward_of_training = "forward of training"
+    backward = "backward"
+
+
 class WeightOffloader:
     """Holds the frozen weights of all blocks. A block has its weights only while it runs.
 
-    streamed: the weights are stored on the CPU. While a block runs, the next block's weights are
-    copied to the device; the next one is the following or the preceding block, depending on the
-    direction of the pass.
+    streamed: the weights are stored on the CPU, and copied to the device while the block before
+    runs.
     """
 
     def __init__(
@@ -31,72 +39,66 @@ class WeightOffloader:
         streamed: bool,
     ):
         self.device, self.streamed = device, streamed
-        cuda = streamed and device.type == "cuda"
-        self.copy_stream = torch.cuda.Stream(device) if cuda else None
-        # For each block the module and name of every frozen weight, and the weights.
+        self.running = Pass.forward
+        # For each block the module and name of every frozen weight, the weights, and the empty
+        # parameters that stand for them while the block does not run.
         self.places = [frozen_places(block) for block in blocks]
         self.stored: list[list[StoredWeight]] = []
-        self.arriving: tuple[int, list[StoredWeight]] | None = None  # a block's index and weights
-        self.last = -1  # the block that ran last
+        self.placeholders: list[list[torch.nn.Parameter]] = []
+        self.slots = WeightSlots(device) if streamed else None
+        self.index = {block: index for index, block in enumerate(blocks)}
         for index, block in enumerate(blocks):
-            places = self.places[index]
-            self.stored.append([self.take_away(owner, name, storage) for owner, name in places])
+            self.take_away(index, storage)
             block.register_forward_pre_hook(functools.partial(self.before, index))
             block.register_forward_hook(functools.partial(self.after, index), always_call=True)
 
-    def take_away(self, owner: torch.nn.Module, name: str, storage: Storage) -> StoredWeight:
-        """Stores the weight. The module keeps an empty parameter in its place."""
-        parameter = owner._parameters[name]
-        weight = StoredWeight.store(parameter, storage)
-        if self.streamed:
-            pinned = self.device.type == "cuda"
-            weight = weight.moved(functools.partial(transfer.to_cpu, pinned=pinned))
+    def take_away(self, index: int, storage: Storage) -> None:
+        """Stores a block's weights. The modules keep empty parameters in their place."""
+        weights = [
+            StoredWeight.store(owner._parameters[name], storage)
+            for owner, name in self.places[index]
+        ]
+        if self.slots is None:
+            move = functools.partial(transfer.to_device, device=self.device)
+            self.stored.append([weight.moved(move) for weight in weights])
         else:
-            weight = weight.moved(functools.partial(transfer.to_device, device=self.device))
-        parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.device)
-        parameter.requires_grad_(False)
-        return weight
+            self.stored.append(self.slots.add(weights))
+        self.placeholders.append([self.placeholder(weight) for weight in weights])
+        self.put(index, self.placeholders[index])
+
+    def placeholder(self, weight: StoredWeight) -> torch.nn.Parameter:
+        empty = torch.empty(0, dtype=weight.dtype, device=self.device)
+        return torch.nn.Parameter(empty, requires_grad=False)
+
+    def put(self, index: int, weights: Iterable[Tensor]) -> None:
+        for (owner, name), weight in zip(self.places[index], weights, strict=True):
+            owner._parameters[name] = weight
 
     def before(self, index: int, block: torch.nn.Module, inputs: tuple) -> None:
-        self.placeholders = [owner._parameters[name] for owner, name in self.places[index]]
-        weights = self.on_device(index)
-        for (owner, name), weight in zip(self.places[index], weights, strict=True):
-            owner._parameters[name] = weight.restored()
+        weights = self.stored[index]
+        if self.slots is not None:
+            weights = self.slots.take(index, self.running)
+        self.put(index, (weight.restored() for weight in weights))
 
     def after(self, index: int, block: torch.nn.Module, inputs: tuple, outputs: object) -> None:
-        for (owner, name), placeholder in zip(self.places[index], self.placeholders, strict=True):
-            owner._parameters[name] = placeholder
+        """outputs: None if the block has failed."""
+        self.put(index, self.placeholders[index])
+        # A graph keeps the weights for its backward pass; finished() comes after that.
+        if self.slots is not None and not has_graph(outputs):
+            self.slots.done(index)
 
-    def on_device(self, index: int) -> list[StoredWeight]:
-        """The block's stored weights, on the device."""
-        if not self.streamed:
-            return self.stored[index]
-        if self.arriving is None or self.arriving[0] != index:
-            self.send(index)
-        weights = self.arriving[1]
-        if self.copy_stream is not None:
-            self.wait_for(weights)
-        following = index + (1 if index > self.last else -1)
-        self.last, self.arriving = index, None
-        if self.copy_stream is not None and 0 <= following < len(self.stored):
-            self.send(following)
-        return weights
+    @contextlib.contextmanager
+    def during(self, running: Pass) -> Iterator[None]:
+        before, self.running = self.running, running
+        try:
+            yield
+        finally:
+            self.running = before
 
-    def wait_for(self, weights: list[StoredWeight]) -> None:
-        stream = torch.cuda.current_stream(self.device)
-        stream.wait_stream(self.copy_stream)
-        # Otherwise their memory could be reused while this stream still reads it.
-        for weight in weights:
-            weight.moved(lambda tensor: tensor.record_stream(stream))
-
-    def send(self, index: int) -> None:
-        """Starts copying a block's weights to the device."""
-        to_device = functools.partial(transfer.to_device, device=self.device)
-        beside = contextlib.nullcontext()
-        if self.copy_stream is not None:
-            beside = torch.cuda.stream(self.copy_stream)
-        with beside:
-            self.arriving = (index, [weight.moved(to_device) for weight in self.stored[index]])
+    def finished(self, block: torch.nn.Module) -> None:
+        """The block's backward pass is issued: nothing needs its weights any more."""
+        if self.slots is not None:
+            self.slots.done(self.index[block])
 
     def move(self, move: Callable[[Tensor], Tensor]) -> None:
         for weights in self.stored:
@@ -113,14 +115,144 @@ def frozen_places(block: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
     ]
 
 
+def has_graph(outputs: object) -> bool:
+    tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+    return any(isinstance(each, Tensor) and each.requires_grad for each in tensors)
+
+
+# -- streaming -----------------------------------------------------------------------------------
+
+
+class Slot:
+    """Memory of the device for the weights of one block."""
+
+    def __init__(self, size: int, device: torch.device, free: torch.cuda.Event | None):
+        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self.block: int | None = None  # whose weights are here
+        self.filled: torch.cuda.Event | None = None  # they have arrived
+        self.free = free  # what was issued with the weights before is done
+        self.users = 0  # runs of the block that still need its weights
+
+
+class WeightSlots:
+    """The weights of all blocks on the CPU, and two slots on the device that they go through.
+
+    The CPU issues work long before the device does it. So a copy into a slot waits, on the device,
+    until the block that had the slot is computed, and a block waits until its slot is filled.
+    Nothing is allocated per block, however far the CPU is ahead.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.copies = transfer.CopyStream(device)
+        self.stored: list[list[StoredWeight]] = []
+        # One memory per block, which `stored` lies in.
+        self.memories: list[Tensor] = []
+        self.slots: list[Slot] = []
+
+    def add(self, weights: list[StoredWeight]) -> list[StoredWeight]:
+        """Copies the next block's weights to the CPU's memory, and returns them there."""
+        parts = parts_of(weights)
+        memory = transfer.host_memory(transfer.packed_size(parts), self.device)
+        for place, part in zip(transfer.packed_views(memory, parts), parts, strict=True):
+            place.copy_(part)
+        self.memories.append(memory)
+        self.stored.append(weights_in(memory, weights))
+        return self.stored[-1]
+
+    def take(self, index: int, running: Pass) -> list[StoredWeight]:
+        """The block's weights on the device. Starts copying those of the block that comes next.
+
+        They stay there until done() has been called as often as this.
+        """
+        if not self.slots:
+            self.allocate()
+        slot = self.slot_of(index) or self.fill(index)
+        slot.users += 1
+        self.copies.wait(slot.filled)
+        upcoming = self.upcoming(index, running)
+        if self.slot_of(upcoming) is None and self.idle_slots():
+            self.fill(upcoming)
+        return weights_in(slot.memory, self.stored[index])
+
+    def done(self, index: int) -> None:
+        """One user of the block's weights has issued all its work."""
+        slot = self.slot_of(index)
+        # None: take() has failed.
+        if slot is not None:
+            slot.users -= 1
+            slot.free = self.copies.mark()
+
+    def upcoming(self, index: int, running: Pass) -> int:
+        last = len(self.stored) - 1
+        if running is Pass.backward:
+            # After block 0 comes the next forward pass, with blocks 0 and 1.
+            return min(abs(index - 1), last)
+        if index < last:
+            return index + 1
+        # The backward pass begins with the blocks that are in the slots.
+        return max(last - 1, 0) if running is Pass.forward_of_training else 0
+
+    def slot_of(self, index: int) -> Slot | None:
+        return next((slot for slot in self.slots if slot.block == index), None)
+
+    def idle_slots(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.users == 0]
+
+    def fill(self, index: int) -> Slot:
+        idle = self.idle_slots()
+        if not idle:
+            raise RuntimeError(
+                f"no room for the weights of block {index}: two blocks keep theirs for the "
+                f"backward pass. memory.stream_weights needs memory.gradient_checkpointing=true"
+            )
+        slot, source = idle[0], self.memories[index]
+        target = slot.memory[: source.numel()]
+        # slot.free: the block before may not be computed yet.
+        slot.filled = self.copies.copy([(target, source)], after=slot.free)
+        slot.block = index
+        return slot
+
+    def allocate(self) -> None:
+        size = max(memory.numel() for memory in self.memories)
+        # mark() comes after both slots are there: their memory may have been used before, by work
+        # that is issued but not done.
+        self.slots = [Slot(size, self.device, None) for _ in range(2)]
+        for slot in self.slots:
+            slot.free = self.copies.mark()
+
+    def give_back(self) -> None:
+        """Frees the slots, until a block runs again."""
+        # Otherwise their memory could be used anew while a copy still writes into it.
+        for slot in self.slots:
+            self.copies.wait(slot.filled)
+        self.slots = []
+
+
+def parts_of(weights: list[StoredWeight]) -> list[Tensor]:
+    """In the order in which StoredWeight.moved() goes through them."""
+    parts = (part for weight in weights for part in (weight.data, weight.scale, weight.code))
+    return [part for part in parts if part is not None]
+
+
+def weights_in(memory: Tensor, like: list[StoredWeight]) -> list[StoredWeight]:
+    """The same weights in another memory, which theirs is copied to."""
+    views = iter(transfer.packed_views(memory, parts_of(like)))
+    return [weight.moved(lambda _: next(views)) for weight in like]
+
+
 @contextlib.contextmanager
 def offloaded(transformer: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """Within this context, stored weights that are on the device are on the CPU."""
     offloader = getattr(transformer, "offloader", None)
-    if offloader is None or offloader.streamed:
+    if offloader is None:
         yield
         return
-    offloader.move(functools.partial(transfer.to_cpu, pinned=False))
+    if offloader.slots is not None:
+        offloader.slots.give_back()
+        yield
+        return
+    offloader.move(transfer.to_cpu)
     try:
         yield
     finally:

@@ -2,8 +2,8 @@
 
 The tensors are fake CPU tensors that stand for those of a GPU: fake CUDA tensors cannot run
 backward without a driver. Where CUDA works differently, this is imitated: fused attention, the
-operations that autocast runs in fp32, workspaces. Tensors that our own code moves to the CPU's
-memory are logged separately. Only to_cpu, to_device and bring in model/transfer.py move them.
+operations that autocast runs in fp32, workspaces. Tensors that our own code puts into the CPU's
+memory are logged separately. Only model/transfer.py puts them there.
 """
 
 from __future__ import annotations
@@ -353,9 +353,13 @@ def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
     """
     recorder = Recorder()
 
-    def to_cpu(tensor: Tensor, *, pinned: bool) -> Tensor:
+    def to_cpu(tensor: Tensor) -> Tensor:
         with recorder.putting(on_host=True):
             return tensor.detach().clone()
+
+    def host_memory(size: int, device: torch.device) -> Tensor:
+        with recorder.putting(on_host=True):
+            return torch.empty(size, dtype=torch.uint8)
 
     def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         if not recorder.is_on_host(tensor):
@@ -373,7 +377,8 @@ def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
             stack.enter_context(
                 patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor for name in INITS})
             )
-        stack.enter_context(patched(transfer, to_cpu=to_cpu, to_device=to_device, bring=bring))
+        places = {"to_cpu": to_cpu, "host_memory": host_memory}
+        stack.enter_context(patched(transfer, to_device=to_device, bring=bring, **places))
         if as_cuda:
             norms = {
                 name: in_fp32_under_autocast(getattr(F, name))

@@ -94,8 +94,7 @@ def load_state(
     lines = [weights.describe(transformer), *([] if resumed else weights.start(transformer))]
     dtypes, fp32_weights = count_dtypes(transformer, pretrained.dtype), None
     if config.memory.offload_optimizer:
-        parameters = lora.trainable(transformer)
-        fp32_weights = Fp32Weights(parameters, pretrained.device, pretrained.dtype)
+        fp32_weights = Fp32Weights(transformer, pretrained.device, pretrained.dtype)
     blocks.arrange(
         transformer,
         config.memory,

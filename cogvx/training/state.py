@@ -154,6 +154,11 @@ class TrainingState:
         else:
             self.average.copy_to(self.parameters)
 
+    def wait_for_gradients(self) -> None:
+        """They may be on their way to the CPU. Must come before they are read."""
+        if self.fp32_weights is not None:
+            self.fp32_weights.gradients.wait()
+
     def update_copies(self) -> None:
         if self.fp32_weights is not None:
             self.fp32_weights.update_copies()

@@ -141,6 +141,7 @@ class Trainer:
         set_learning_rate(optimizer, rate)
         for micro_step in range(self.step * accumulation, (self.step + 1) * accumulation):
             self.backward(micro_step)
+        self.state.wait_for_gradients()
         self.grad_norm = self.clip_gradients()
         samples = accumulation * train.train_batch_size
         self.losses.end_step(self.step + 1, self.grad_norm, samples)

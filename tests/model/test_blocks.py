@@ -135,26 +135,24 @@ def test_weights_wait_in_as_many_bytes_as_promised(storage, bytes_per_weight):
 def test_the_frozen_weights_are_given_up_and_come_back_block_by_block(family_folder, compose):
     model = model_of(family_folder("5b"))
     compose("lora.rank=4").lora.attach(model.transformer, seed=0)
-    frozen = [p for p in model.transformer.transformer_blocks.parameters() if not p.requires_grad]
     blocks.arrange(
         model.transformer,
         dataclasses.replace(PLAIN, stream_weights=True),
         recompute=True,
         device=CPU,
     )
-    assert sum(p.numel() for p in frozen) == 0
+    parameters = model.transformer.transformer_blocks.parameters
+
+    def frozen() -> int:
+        return sum(parameter.numel() for parameter in parameters() if not parameter.requires_grad)
+
+    assert frozen() == 0
     assert all(p.numel() for p in lora.trainable(model.transformer))
     for block in model.transformer.transformer_blocks:
         with pytest.raises(TypeError):
             block(None)  # the weights are put away again even after an error
-    assert (
-        sum(
-            p.numel()
-            for p in model.transformer.transformer_blocks.parameters()
-            if not p.requires_grad
-        )
-        == 0
-    )
+    assert frozen() == 0
+    assert all(slot.users == 0 for slot in model.transformer.offloader.slots.slots)
 
 
 # -- attention results that are saved on a GPU ---------------------------------------------------
