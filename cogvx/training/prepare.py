@@ -33,6 +33,7 @@ from cogvx.data.sources import Data, Example
 from cogvx.data.video import BadClip, read_clip, to_bytes
 from cogvx.errors import UserError
 from cogvx.files import shown
+from cogvx.model import transfer
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.memory import Memory
 from cogvx.options.train import Precision, Train
@@ -181,6 +182,7 @@ def prepare(
     embeds = encode_prompts(needed, cache, text_encoder, text_tokens, ranks.say)
     # Nothing refers to the two encoders any more: their memory is given back.
     clear_device_cache(garbage_collection=True)
+    transfer.empty_host_cache()
     return Prepared(pretrained, train, held_out, embeds, prompts, example_prompt, pictures)
 
 

@@ -142,11 +142,8 @@ class Races(TorchDispatchMode):
         operands = tensors_in((args, kwargs))
         written = {
             each.untyped_storage()._cdata
-            for name, given in [
-                *zip(func._schema.arguments, args, strict=False),
-                *named(func, kwargs),
-            ]
-            if name.alias_info is not None and name.alias_info.is_write
+            for argument, given in arguments(func, args, kwargs)
+            if argument.alias_info is not None and argument.alias_info.is_write
             for each in tensors_in(given)
         }
         new = [
@@ -181,9 +178,11 @@ def tensors_in(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def named(func, kwargs: dict) -> list:
-    arguments = {each.name: each for each in func._schema.arguments}
-    return [(arguments[name], value) for name, value in kwargs.items()]
+def arguments(func, args, kwargs: dict) -> list[tuple]:
+    """Each argument of the operation's schema that is given, and what is given."""
+    by_name = {each.name: each for each in func._schema.arguments}
+    by_place = zip(func._schema.arguments, args, strict=False)
+    return [*by_place, *((by_name[name], given) for name, given in kwargs.items())]
 
 
 def is_blocking(func, args, kwargs) -> bool:
