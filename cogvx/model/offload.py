@@ -123,7 +123,7 @@ def has_graph(outputs: object) -> bool:
 # -- streaming -----------------------------------------------------------------------------------
 
 
-class Slot:
+class WeightSlot:
     """Memory of the device for the weights of one block."""
 
     def __init__(self, size: int, device: torch.device, free: torch.cuda.Event | None):
@@ -148,11 +148,11 @@ class WeightSlots:
         self.stored: list[list[StoredWeight]] = []
         # One memory per block, which `stored` lies in.
         self.memories: list[Tensor] = []
-        self.slots: list[Slot] = []
+        self.slots: list[WeightSlot] = []
 
     def add(self, weights: list[StoredWeight]) -> list[StoredWeight]:
         """Copies the next block's weights to the CPU's memory, and returns them there."""
-        parts = parts_of(weights)
+        parts = stored_parts(weights)
         memory = transfer.host_memory(transfer.packed_size(parts), self.device)
         for place, part in zip(transfer.packed_views(memory, parts), parts, strict=True):
             place.copy_(part)
@@ -193,13 +193,13 @@ class WeightSlots:
         # The backward pass begins with the blocks that are in the slots.
         return max(last - 1, 0) if running is Pass.forward_of_training else 0
 
-    def slot_of(self, index: int) -> Slot | None:
+    def slot_of(self, index: int) -> WeightSlot | None:
         return next((slot for slot in self.slots if slot.block == index), None)
 
-    def idle_slots(self) -> list[Slot]:
+    def idle_slots(self) -> list[WeightSlot]:
         return [slot for slot in self.slots if slot.users == 0]
 
-    def fill(self, index: int) -> Slot:
+    def fill(self, index: int) -> WeightSlot:
         idle = self.idle_slots()
         if not idle:
             raise RuntimeError(
@@ -217,7 +217,7 @@ class WeightSlots:
         size = max(memory.numel() for memory in self.memories)
         # mark() comes after both slots are there: their memory may have been used before, by work
         # that is issued but not done.
-        self.slots = [Slot(size, self.device, None) for _ in range(2)]
+        self.slots = [WeightSlot(size, self.device, None) for _ in range(2)]
         for slot in self.slots:
             slot.free = self.copies.mark()
 
@@ -229,7 +229,7 @@ class WeightSlots:
         self.slots = []
 
 
-def parts_of(weights: list[StoredWeight]) -> list[Tensor]:
+def stored_parts(weights: list[StoredWeight]) -> list[Tensor]:
     """In the order in which StoredWeight.moved() goes through them."""
     parts = (part for weight in weights for part in (weight.data, weight.scale, weight.code))
     return [part for part in parts if part is not None]
@@ -237,7 +237,7 @@ def parts_of(weights: list[StoredWeight]) -> list[Tensor]:
 
 def weights_in(memory: Tensor, like: list[StoredWeight]) -> list[StoredWeight]:
     """The same weights in another memory, which theirs is copied to."""
-    views = iter(transfer.packed_views(memory, parts_of(like)))
+    views = iter(transfer.packed_views(memory, stored_parts(like)))
     return [weight.moved(lambda _: next(views)) for weight in like]
 
 
