@@ -55,6 +55,13 @@ def start_evaluation(config: Config, folder: Path) -> dict:
     return evaluate(config, config.task, folder)
 
 
+def start_export(config: Config, folder: Path) -> dict:
+    from cogvx.export.exporter import export_result
+
+    export_result(config, config.task)
+    return {}
+
+
 def start_report(config: Config, folder: Path) -> dict:
     from cogvx.files import shown
     from cogvx.records import comparison, record, report, sweep
@@ -112,6 +119,7 @@ STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.EncodeTask: start_encoding,
     tasks.NanoVaeTask: start_nano_vae,
     tasks.EvaluateTask: start_evaluation,
+    tasks.ExportTask: start_export,
     tasks.ReportTask: start_report,
     tasks.CompareTask: start_comparison,
     tasks.ListTask: start_list,

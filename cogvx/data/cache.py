@@ -142,6 +142,8 @@ def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def fill_under_another_name(folder: Path, fill: Callable[[Path], None]) -> None:
+    from safetensors import SafetensorError
+
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         # A killed process of the same number may have left it.
@@ -149,15 +151,16 @@ def fill_under_another_name(folder: Path, fill: Callable[[Path], None]) -> None:
         partial.mkdir(parents=True)
         fill(partial)
         partial.rename(folder)
-    # safetensors reports a full disk as an error of its own, not as OSError.
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
+    # safetensors reports a full disk as an error of its own.
+    except (OSError, SafetensorError) as error:
         # If the folder exists now, another process was faster, on a disk without locks.
         if not folder.is_dir():
             raise UserError(
-                f"cannot write {folder}: {error}. If the disk is full, free some space there "
-                f"or set data.cache_dir to another"
+                f"cannot write {folder}: {error}. If the disk is full, free some space there, "
+                f"or choose another disk: data.cache_dir for the cache, task.to for an export"
             ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def content_key(*parts: object) -> str:

@@ -14,6 +14,7 @@ from cogvx.model.trained_weights import FullWeights, LoraWeights
 from cogvx.records.usage import INFERENCE_SETTINGS, snippet
 
 IMAGE = "first_frame.png"
+AVERAGED = "averaged"  # a checkpoint's folder of the averaged weights, if these are delivered
 
 
 def deliver(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import ClassVar
 
 from cogvx.errors import did_you_mean
 from cogvx.files import absolute
 from cogvx.options.cards import CARDS
+from cogvx.options.train import Precision
 
 
 @dataclass
@@ -91,6 +93,50 @@ class EvaluateTask(Task):
                 f"The base model (strength 0) is always judged too"
             )
         return found
+
+
+class Format(Enum):
+    """What task=export writes. Each is explained in conf/task/export.yaml."""
+
+    diffusers = "diffusers"
+    folded = "folded"
+    comfyui = "comfyui"
+    comfyui_wrapper = "comfyui_wrapper"
+    merged = "merged"
+
+
+@dataclass
+class ExportTask(Task):
+    run: Path  # the folder of a run, or a checkpoint of one
+    format: Format
+    strength: float
+    rank: int | None
+    add: list[Path]  # more LoRAs: runs, checkpoints or files
+    add_strengths: list[float]
+    dtype: Precision | None
+    to: Path | None
+    makes_a_run: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.rank is not None and self.rank < 1:
+            found.append(f"task.rank={self.rank}: must be 1 or more; null: the LoRA's own")
+        if self.strength == 0:
+            found.append("task.strength=0: nothing of the LoRA would be left; 1.0: as trained")
+        if self.add_strengths and len(self.add_strengths) != len(self.add):
+            found.append(
+                f"task.add_strengths has {len(self.add_strengths)} numbers and task.add has "
+                f"{len(self.add)} LoRAs: give one number for each; []: 1.0 for all"
+            )
+        if self.rank is not None and self.format is Format.merged:
+            found.append("task.rank is for a LoRA, and task.format=merged writes a whole model")
+        return found
+
+    @property
+    def changes_the_lora(self) -> bool:
+        """Whether the exported LoRA is another one than the one that was trained."""
+        return self.strength != 1 or self.rank is not None or bool(self.add)
 
 
 @dataclass

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from cogvx.errors import UserError, listed
+from cogvx.export.result import AVERAGED
 from cogvx.model.trained_weights import FullWeights, LoraWeights
 from cogvx.options import optimizers
 from cogvx.training.on_cpu import Fp32Weights
 from cogvx.training.torch_optimizer import unwrapped
 
 OPTIMIZER = "optimizer.pt"
-AVERAGED = "averaged"  # the folder of the averaged weights, if an average is delivered
 
 
 @dataclass(frozen=True)

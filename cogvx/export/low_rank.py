@@ -1,0 +1,157 @@
+"""LoRAs as matrices: added up, brought to another rank, taken from a full fine-tuning.
+
+r: rank of a LoRA; out, in: output and input features of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cogvx.errors import UserError
+from cogvx.model import lora
+
+# Of the randomized singular value decomposition: columns beyond the wanted rank, and passes over
+# the matrix (Halko, Martinsson and Tropp 2011, Finding Structure with Randomness).
+MORE_COLUMNS, PASSES = 16, 6
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a LoRA adds to the weight [out, in] of one layer: up @ down. The strength is in it.
+
+    A convolution's weight [out, in, h, w] counts as a matrix [out, in * h * w].
+    """
+
+    down: Tensor  # [r, in] in fp32, or [r, in, h, w]
+    up: Tensor  # [out, r] in fp32, or [out, r, 1, 1]
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """up [out, r] and down [r, in]."""
+        return self.up.flatten(1), self.down.flatten(1)
+
+    def delta(self) -> Tensor:
+        """[out, in], or [out, in, h, w]."""
+        up, down = self.matrices()
+        return (up @ down).reshape(len(up), *self.down.shape[1:])
+
+
+# A LoRA: the update of each layer, by the layer's name in the diffusers transformer.
+Updates = dict[str, Update]
+
+
+def read_updates(path: Path, strength: float = 1.0) -> Updates:
+    """The LoRA of a file or folder, as strong as it was trained, times `strength`.
+
+    UserError if it is none, or if it is a DoRA, which is not the product of two matrices.
+    """
+    tensors, settings = lora.read_adapter(path)
+    if any("lora_magnitude" in name for name in tensors):
+        raise UserError(
+            f"{path} is a DoRA, and a DoRA is not the product of two matrices: it cannot be added "
+            f"up, brought to another rank or renamed. What works: task.format=diffusers or "
+            f"task.format=merged, alone"
+        )
+    found = {}
+    for name in sorted(name for name in tensors if ".lora_A." in name):
+        module = name.partition(".lora_A.")[0]
+        down, up = tensors[name].float(), tensors[name.replace(".lora_A.", ".lora_B.")].float()
+        found[module] = Update(down, up * (strength * lora.scale_of(settings, len(down))))
+    if not found:
+        raise UserError(f"{path} holds no LoRA for a CogVideoX transformer")
+    return found
+
+
+def added(adapters: list[Updates]) -> Updates:
+    """Their sum, exactly: the ranks add up."""
+    found: Updates = {}
+    for updates in adapters:
+        for module, update in updates.items():
+            found[module] = (
+                update if module not in found else with_more_rank(module, found[module], update)
+            )
+    return found
+
+
+def with_more_rank(module: str, one: Update, other: Update) -> Update:
+    if (one.down.shape[1:], len(one.up)) != (other.down.shape[1:], len(other.up)):
+        raise UserError(
+            f"these LoRAs are for different models: {module} has {list(one.down.shape[1:])} inputs "
+            f"and {len(one.up)} outputs in one, {list(other.down.shape[1:])} and {len(other.up)} "
+            f"in the other"
+        )
+    return Update(torch.cat([one.down, other.down]), torch.cat([one.up, other.up], dim=1))
+
+
+def of_one_rank(updates: Updates) -> Updates:
+    """Every layer at the highest rank, filled up with zeros.
+
+    diffusers reads one rank for a whole file, and a strength for it.
+    """
+    rank = max(update.rank for update in updates.values())
+    return {module: filled_with_zeros(update, rank) for module, update in updates.items()}
+
+
+def filled_with_zeros(update: Update, rank: int) -> Update:
+    missing = rank - update.rank
+    if missing == 0:
+        return update
+    down = torch.cat([update.down, update.down.new_zeros(missing, *update.down.shape[1:])])
+    up_zeros = update.up.new_zeros(len(update.up), missing, *update.up.shape[2:])
+    return Update(down, torch.cat([update.up, up_zeros], dim=1))
+
+
+def at_rank(update: Update, rank: int) -> tuple[Update, float, float]:
+    """The nearest update of at most this rank, and the squared norm after and before.
+
+    By a singular value decomposition (Eckart and Young 1936). Two thin QR decompositions make it
+    one of an r x r matrix.
+    """
+    up, down = update.matrices()
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, sizes, v = torch.linalg.svd(r_up @ r_down.T)
+    up, down = halves(q_up @ u, sizes, (q_down @ v.T).T, rank)
+    shorter = Update(
+        down.reshape(len(down), *update.down.shape[1:]),
+        up.reshape(*up.shape, *update.up.shape[2:]),
+    )
+    return shorter, float(sizes[:rank].square().sum()), float(sizes.square().sum())
+
+
+def nearest_update(delta: Tensor, rank: int) -> tuple[Update, float, float]:
+    """The nearest update of this rank to a change [out, in] or [out, in, h, w] of a weight.
+
+    And the squared norm of the update and of the change.
+    """
+    matrix = delta.flatten(1).float()
+    rank = min(rank, *matrix.shape)
+    columns = min(rank + MORE_COLUMNS, *matrix.shape)
+    # It draws random columns. The same change gives the same update.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, sizes, v = torch.svd_lowrank(matrix, q=columns, niter=PASSES)
+    up, down = halves(u, sizes, v.T, rank)
+    ones = [1] * (delta.ndim - 2)
+    update = Update(down.reshape(rank, *delta.shape[1:]), up.reshape(*up.shape, *ones))
+    return update, float(sizes[:rank].square().sum()), float(matrix.square().sum())
+
+
+def halves(u: Tensor, sizes: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """up and down of the largest singular values. Each gets the square root of the values."""
+    root = sizes[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+def share_kept(pairs: Iterable[tuple[float, float]]) -> float:
+    """The share of the squared norm that is kept, from pairs of kept and former norms."""
+    kept, before = (sum(values) for values in zip(*pairs, strict=True))
+    return kept / before if before else 1.0
