@@ -56,6 +56,9 @@ def start_evaluation(config: Config, folder: Path) -> dict:
 
 
 def start_export(config: Config, folder: Path) -> dict:
+    from cogvx.progress import quiet_libraries
+
+    quiet_libraries()
     from cogvx.export.exporter import export_result
 
     export_result(config, config.task)

@@ -38,9 +38,9 @@ ABOUT = "export.json"
 HOW_TO = {
     Format.diffusers: "in diffusers:  pipe.load_lora_weights({folder!r})",
     Format.folded: "in diffusers:  pipe.load_lora_weights({folder!r})",
-    Format.comfyui: "copy the file to ComfyUI/models/loras; node Load LoRA, strength_model 1.0",
+    Format.comfyui: "copy {file} to ComfyUI/models/loras; node Load LoRA, strength_model 1.0",
     Format.comfyui_wrapper: (
-        "copy the file to ComfyUI/models/CogVideo/loras; node CogVideo LoRA Select, strength 1.0"
+        "copy {file} to ComfyUI/models/CogVideo/loras; node CogVideo LoRA Select, strength 1.0"
     ),
     Format.merged: "in diffusers:  pipe = {pipeline}.from_pretrained({folder!r})",
 }
@@ -69,7 +69,8 @@ def export_result(config: Config, task: ExportTask) -> Path:
     whole = is_full(config) and task.format is Format.diffusers and task.rank is None
     pipeline = read_json(run / INFERENCE_SETTINGS).get("pipeline", "CogVideoXPipeline")
     how = HOW_TO_TRANSFORMER if whole else HOW_TO[task.format]
-    print(f"use     {how.format(folder=str(folder), pipeline=pipeline)}")
+    file = lora_file(task)
+    print(f"use     {how.format(folder=str(folder), pipeline=pipeline, file=file)}")
     return folder
 
 
@@ -211,9 +212,14 @@ def write_lora(updates: Updates, task: ExportTask, folder: Path) -> None:
     from safetensors.torch import save_file
 
     tensors = renamed(updates, task.format)
-    path = folder / f"{run_of(task.run).name}_{task.format.name}.safetensors"
+    path = folder / lora_file(task)
     save_file(in_dtype(tensors, dtype), path, metadata={"format": "pt"})
     path.chmod(folder.stat().st_mode & 0o666)
+
+
+def lora_file(task: ExportTask) -> str:
+    """The name that ComfyUI shows."""
+    return f"{run_of(task.run).name}_{task.format.name}.safetensors"
 
 
 def save_for_diffusers(updates: Updates, folder: Path, dtype: torch.dtype | None) -> None:
