@@ -119,8 +119,11 @@ def counts(entries: list, states: dict[str, str], rows: list[Row], plans: dict) 
 
 
 def page(entries: list, states: dict, rows: list[Row], plans: dict, about: dict) -> str:
-    machine = [f"{row.what}: {row.value}" for row in rows if row.entry == "machine"]
-    machine = [text for row, text in zip_machine(rows) if row.status == "info"]
+    machine = [
+        f"{row.what} {row.value}"
+        for row in rows
+        if row.entry == "machine" and row.what in ("card", "python", "torch", "diffusers", "RAM")
+    ]
     parts = ["# GPU battery", "", "; ".join(machine) or "The machine is not known yet.", ""]
     parts += [
         f"{about['seconds']:.0f} s of {about['budget']:.0f}; device {about['device']}, "
@@ -128,7 +131,7 @@ def page(entries: list, states: dict, rows: list[Row], plans: dict, about: dict)
         "",
     ]
     mend = to_mend(entries, rows, plans)
-    parts += ["## To mend", "", *(mend or ["Nothing that was reached."]), ""]
+    parts += ["## To mend", "", *(mend or ["Nothing that was reached."]), "", *modes(rows, plans)]
     parts += [
         "One entry again: `python tests/gpu/battery.py --only NAME`. Output: battery.log.",
         "",
@@ -138,8 +141,28 @@ def page(entries: list, states: dict, rows: list[Row], plans: dict, about: dict)
     return "\n".join(parts) + "\n"
 
 
-def zip_machine(rows: list[Row]) -> list[tuple[Row, str]]:
-    return [(row, f"{row.what} {row.value}") for row in rows if row.entry == "machine"]
+def modes(rows: list[Row], plans: dict[str, dict]) -> list[str]:
+    """A line for each model and memory mode: its highest memory, and its seconds per step."""
+    lines = []
+    for name in dict.fromkeys(row.plan[0] for row in rows if row.plan is not None):
+        own = [row for row in rows if row.plan and row.plan[0] == name and "mode" in row.entry]
+        memory = [row for row in own if row.plan[1] == "phases"]
+        if not memory:
+            continue
+        highest = max(memory, key=lambda row: row.value)
+        cells = [f"{name} ({highest.what.split(':')[0]})", *compared(highest, plans)]
+        seconds = [row for row in own if row.plan[1] == "seconds_per_step"]
+        cells += compared(seconds[0], plans) if seconds else ["", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = "| (phase of the peak) | GiB reserved | planned | | seconds per step | planned | |"
+    return ["## Memory modes", "", head, "|---" * 7 + "|", *lines, ""]
+
+
+def compared(row: Row, plans: dict[str, dict]) -> list[str]:
+    expected, error = planned(row, plans), expectation(row, plans)[1]
+    return [number(row.value), "no plan" if expected is None else number(expected), error]
 
 
 def section(entry, state: str, rows: list[Row], plans: dict) -> list[str]:
