@@ -1,7 +1,9 @@
 """Shared by all tests: a nano checkpoint, small clips, runs here and runs by launch.py."""
 
 import functools
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +42,36 @@ def pytest_collection_finish(session) -> None:
     asked = any(running & {*item.fixturenames, *vars(item.module)} for item in session.items)
     if asked and not session.config.option.collectonly:
         warm.serve()
+
+
+# Packages of single settings. Without one of them, the tests that need it are skipped.
+MISSING = re.compile(r"needs the package (\w+), which is not|No module named '(\w+)")
+MAY_BE_MISSING = {
+    *("bitsandbytes", "datasets", "optuna", "prodigyopt", "schedulefree", "torchao", "wandb"),
+    *("matplotlib", "tensorboard"),
+}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from skipping())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from skipping())
+
+
+def skipping():
+    """Skips a test that fails because a package of a single setting is not installed."""
+    try:
+        return (yield)
+    except Exception as error:
+        found = MISSING.search(str(error))
+        name = found and (found[1] or found[2])
+        if name not in MAY_BE_MISSING or importlib.util.find_spec(name) is not None:
+            raise
+        pytest.skip(f"needs {name}")
 
 
 @pytest.fixture(scope="session")

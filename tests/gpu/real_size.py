@@ -192,8 +192,25 @@ def random_metering(device: torch.device) -> Iterator[Meter]:
 
     A card multiplies equal numbers faster than random ones.
     """
-    with patched(torch.nn.init, **dict.fromkeys(INITS, fill)):
+    with random_weights():
         yield Meter(device)
+
+
+@contextlib.contextmanager
+def random_weights() -> Iterator[None]:
+    """New models get random weights, as fast as memory can be written."""
+    from transformers import initialization
+
+    # transformers has the original functions in a dict.
+    fills = dict.fromkeys(INITS, fill)
+    theirs = getattr(initialization, "TORCH_INIT_FUNCTIONS", {})
+    before = dict(theirs)
+    theirs.update(fills)
+    try:
+        with patched(torch.nn.init, **fills):
+            yield
+    finally:
+        theirs.update(before)
 
 
 def fill(tensor: torch.Tensor, *others: object, **more: object) -> torch.Tensor:
@@ -305,7 +322,9 @@ def compiled(here: Here) -> None:
     """With and without: seconds per step, and how long the first step takes."""
     measured = {}
     for compile in ("false", "true"):
-        config = configuration(here, "2b", "balanced", f"train.compile={compile}")
+        config = configuration(
+            here, "2b", "balanced", f"train.compile={compile}", "memory.recompute=full"
+        )
         began = time.monotonic()
         laps = measure(here, config, ["load", "train"], steps=4, plan="2b balanced")
         seconds = time.monotonic() - began

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import re
 import statistics
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from battery import Here, told
 from entries import GIB
-from real_size import configuration, fill
+from real_size import configuration, random_weights
 
 from cogvx.compose import compose_config
 from cogvx.data.encode import Encoder, latent_moments
@@ -24,7 +25,6 @@ from cogvx.model.released import TRANSFORMER_5B
 from cogvx.options.memory import Recompute, Storage
 from cogvx.options.train import Attention
 from cogvx.plan.phases import PlannedModel, configs_of
-from cogvx.plan.trace import INITS, patched
 
 # 13 latent frames of 30 x 45 patches, and 226 text tokens.
 TOKENS, HEADS, WIDTH = 17776, 48, 64
@@ -33,6 +33,8 @@ KERNEL_BOUND = 0.02
 # docs/my_card.md
 STORAGE_BOUNDS = {"own": 0.0, "fp8": 0.03, "int8": 0.01, "nf4": 0.10}
 REPEATED = 5
+# What torch and cogvx say of a kernel that is not here. Any other error is one to mend.
+LACKING = ["No viable backend", "No available kernel", "no such kernel", "not installed", "needs"]
 
 
 def seconds_of(here: Here, run) -> float:
@@ -69,7 +71,9 @@ def attention(here: Here) -> None:
         try:
             one_kernel(here, kind)
         except Exception as error:
-            here.line(f"{kind.name}", status="skipped", note=told(error))
+            lacking = re.search("|".join(LACKING), str(error)) or isinstance(error, ImportError)
+            status = "skipped" if lacking else "failed"
+            here.line(f"{kind.name}", status=status, note=told(error))
     torch_takes = attention_kernels.in_use(HEADS, WIDTH, torch.device(here.device), torch.bfloat16)
     here.line("auto takes", torch_takes.name)
 
@@ -184,7 +188,7 @@ def stored_output(here: Here, form: Storage, layers: int) -> tuple[torch.Tensor,
     from diffusers import CogVideoXTransformer3DModel
 
     shape = NANO.transformer if here.small else TRANSFORMER_5B
-    with patched(torch.nn.init, **dict.fromkeys(INITS, fill)):
+    with random_weights():
         transformer = CogVideoXTransformer3DModel(**shape | {"num_layers": layers})
     transformer = transformer.to(torch.bfloat16).eval().requires_grad_(False)
     memory = compose_config(["memory=balanced", f"memory.base_storage={form.name}"]).memory
@@ -228,7 +232,7 @@ def text_encoder(here: Here) -> None:
 @torch.no_grad()
 def encoded_prompts(here: Here, pretrained: PlannedModel, *, streamed: bool) -> torch.Tensor:
     where, tokens = "streamed" if streamed else "on the card", pretrained.geometry().text_tokens
-    with patched(torch.nn.init, **dict.fromkeys(INITS, fill)):
+    with random_weights():
         _, encoder = pretrained.text_encoder(streamed=streamed)
     reset_peak(here)
     ids = torch.arange(2, 2 + tokens, device=here.device)[None] % 250
@@ -254,7 +258,7 @@ def vae(here: Here) -> None:
 def encoded_clip(
     here: Here, pretrained: PlannedModel, frames: torch.Tensor, *, tiling: bool
 ) -> None:
-    with patched(torch.nn.init, **dict.fromkeys(INITS, fill)):
+    with random_weights():
         model = pretrained.vae(tiling=tiling)
     reset_peak(here)
     encoder = Encoder(None, "", pretrained.dtype, pretrained.device)
