@@ -8,6 +8,7 @@ import gc
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -90,7 +91,8 @@ def mode(here: Here, model: str, memory: str) -> None:
         if total < 120e9 and not here.small:
             raise Skipped("5b under fast needs about 114 GB")
     plan, config = f"{model} {memory}", configuration(here, model, memory)
-    laps = measure(here, config, PHASES, steps=4, plan=plan, goal=reserved_goal(here, plan))
+    with watching_ram() as fallen:
+        laps = measure(here, config, PHASES, steps=4, plan=plan, goal=reserved_goal(here, plan))
     if laps:
         # The first steps choose kernels and fill the allocator.
         goal = SECONDS_GOAL if plan == "5b balanced" and is_hopper(here) else None
@@ -103,7 +105,7 @@ def mode(here: Here, model: str, memory: str) -> None:
             most=goal,
             note=f"first step {laps[0]:.2f}; then {', '.join(f'{lap:.2f}' for lap in laps[1:])}",
         )
-    tell_ram(here, plan)
+    tell_ram(here, plan, max(fallen))
 
 
 def configuration(here: Here, model: str, memory: str, *more: str) -> Config:
@@ -230,8 +232,31 @@ def tile(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return numbers.to(device, dtype)
 
 
-def tell_ram(here: Here, plan: str) -> None:
-    """What this process really took of the machine's memory, pinned memory by itself."""
+@contextlib.contextmanager
+def watching_ram() -> Iterator[list[float]]:
+    """GiB by which the machine's available memory has fallen, five times a second."""
+    before, fallen, done = meminfo()["MemAvailable"], [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            fallen.append((before - meminfo()["MemAvailable"]) / GIB)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield fallen
+    finally:
+        done.set()
+        watcher.join()
+
+
+def tell_ram(here: Here, plan: str, fallen: float) -> None:
+    """What this process really took of the machine's memory, pinned memory by itself.
+
+    Pinned memory is not in every count: torch knows what its own allocator pinned, the kernel may
+    leave it out of the process's size, and the machine's available memory has all in it, but that
+    of the plans beside this too.
+    """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     highest = int(status["VmHWM"].split()[0]) * 1024 / GIB
     pinned = pinned_gib()
@@ -241,7 +266,8 @@ def tell_ram(here: Here, plan: str) -> None:
         round(highest, 2),
         "GiB",
         plan=[plan, "host_gib"] if here.device == "cuda" else None,
-        note=f"pinned {pinned}; the plan leaves out about 2 GiB for Python and CUDA",
+        note=f"pinned by torch {pinned}; available memory of the machine fell by {fallen:.2f}; "
+        "the plan leaves out about 2 GiB for Python and CUDA",
     )
 
 

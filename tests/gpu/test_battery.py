@@ -133,6 +133,34 @@ def test_what_is_planned_is_what_the_chosen_entries_run(tmp_path):
     assert "task.card=h100_80gb" in found["5b low"] and "model=5b" in found["5b low"]
 
 
+def test_idle_time_is_what_no_kernel_covers():
+    import real_size
+
+    assert real_size.covered([(0, 10, "a"), (5, 12, "b"), (20, 30, "a")]) == 22
+    assert real_size.covered([]) == 0
+
+
+def test_weights_are_random_and_the_same_for_both_libraries():
+    import real_size
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    settings = T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, vocab_size=40)
+    with real_size.random_weights():
+        weights = [T5EncoderModel(settings).shared.weight for _ in range(2)]
+        layer = torch.nn.Linear(16, 40, bias=False)
+    assert torch.equal(*weights) and torch.equal(weights[0], layer.weight)
+    assert 0.01 < float(layer.weight.detach().std()) < 0.03
+    assert not torch.equal(T5EncoderModel(settings).shared.weight, weights[0])
+
+
+def test_an_error_of_a_command_is_its_first_and_its_last_line():
+    import launched
+
+    lines = ["run  outputs/x", "Traceback (most recent call last):", "ValueError: no", "the end"]
+    assert launched.complaint(lines, 1) == "exit code 1: ValueError: no\nthe end"
+
+
 def test_a_checkpoint_is_written_in_files_that_load(tmp_path, monkeypatch):
     import checkpoint_files
     import torch
