@@ -28,6 +28,7 @@ from cogvx.model.trained_weights import weights_of
 from cogvx.progress import bar, counted
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.heldout import heldout_loss
+from cogvx.training.kernel import chosen_attention
 from cogvx.training.prepare import Prepared, first_frame, prepare, start_processes
 from cogvx.training.ranks import Ranks
 from cogvx.training.videos import VideoGenerator
@@ -69,6 +70,7 @@ def evaluate(config: Config, task: EvaluateTask, folder: Path) -> dict:
     Writes evaluation.json, evaluation.csv, evaluation.png and videos/ into the folder.
     """
     started, ranks = time.monotonic(), start_processes(config)
+    attention.require(config.train.attention, ranks.accelerator.device)
     variants = variants_of(config, task)
     data, prompts = prepare_prompts(config, task, folder, ranks)
     asked = scores.video_requests(prompts, task.seed)
@@ -135,7 +137,7 @@ def measure_variants(
     ranks: Ranks,
 ) -> Measured:
     measured = Measured()
-    with attention.using(config.train.attention):
+    with chosen_attention(config, data.pretrained, folder, ranks, [config.task.run]):
         for variant, model in models(config, data, variants, ranks):
             loss = heldout_loss(
                 model, len(data.held_out), data.held_out_batch, config.validation, ranks
@@ -143,10 +145,12 @@ def measure_variants(
             measured.heldout_loss[variant.name] = None if loss is None else loss.mean
             videos = make_videos(config, data, model, variant, asked, folder)
             measured.videos[variant.name] = videos
-            measured.video_scores[variant.name] = [
-                all_scores(request, frames, measures)
-                for request, frames in zip(asked, videos, strict=True)
-            ]
+    # Not by the transformer's kernel: a CLIP model may have attention of another kind.
+    for name, videos in measured.videos.items():
+        measured.video_scores[name] = [
+            all_scores(request, frames, measures)
+            for request, frames in zip(asked, videos, strict=True)
+        ]
     return measured
 
 

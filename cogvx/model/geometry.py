@@ -22,6 +22,7 @@ class Geometry:
     sample_height: int  # latent pixels the positions were trained for; the most there can be (1.5)
     sample_width: int
     sample_frames: int  # frames of the clip, not of its latents
+    heads: int  # of attention
     head_dim: int
     rotary: bool  # positions rotate queries and keys (5B), or a sine table is added (2B)
     learned_positions: bool  # besides, a learned table is added (5B-I2V)
@@ -44,6 +45,7 @@ class Geometry:
             sample_height=transformer["sample_height"],
             sample_width=transformer["sample_width"],
             sample_frames=transformer["sample_frames"],
+            heads=transformer["num_attention_heads"],
             head_dim=transformer["attention_head_dim"],
             rotary=transformer["use_rotary_positional_embeddings"],
             learned_positions=transformer.get("use_learned_positional_embeddings", False),
@@ -70,6 +72,13 @@ class Geometry:
     def padding(self, latent_frames: int) -> int:
         """Latent frames that 1.5 needs in front of a clip, to fill whole tokens."""
         return -latent_frames % (self.patch_size_t or 1)
+
+    def tokens(self, *, frames: int, height: int, width: int) -> int:
+        """How many tokens a clip of this size and its prompt are together. Sizes in pixels."""
+        latent_frames = (frames - 1) // self.temporal_stride + 1
+        in_time = (latent_frames + self.padding(latent_frames)) // (self.patch_size_t or 1)
+        rows, columns = (side // self.pixel_multiple for side in (height, width))
+        return self.text_tokens + in_time * rows * columns
 
     def problems(
         self, *, frames: int, height: int, width: int, image_to_video: bool, precision: str

@@ -39,13 +39,22 @@ class TimestepSampling:
 
 
 class Attention(Enum):
-    """torch's kernels for scaled_dot_product_attention."""
+    """Kernels for scaled_dot_product_attention: torch's own, and two that need a package.
+
+    auto: the fastest of those that the card runs, measured when the run starts.
+    """
 
     auto = "auto"
-    flash = "flash"
+    flash = "flash"  # FlashAttention-2
     efficient = "efficient"
     cudnn = "cudnn"
     math = "math"
+    fa3 = "fa3"  # FlashAttention-3
+    fa4 = "fa4"  # FlashAttention-4
+
+    @property
+    def needs_16_bits(self) -> bool:
+        return self in (Attention.fa3, Attention.fa4)
 
 
 # Steps before the profile: they compile, choose kernels and fill the allocator.
@@ -106,6 +115,11 @@ class Train:
         for name in ("min_snr_gamma", "logit_std"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 found.append(f"train.{name}={getattr(self, name)}: must be above 0")
+        if self.attention.needs_16_bits and self.mixed_precision is Precision.no:
+            found.append(
+                f"train.attention={self.attention.name} computes in 16 bits: "
+                f"train.mixed_precision=bf16, or train.attention=auto"
+            )
         if self.profile_steps < 0:
             found.append(
                 f"train.profile_steps={self.profile_steps}: must be 0 (no profile) or more"

@@ -17,6 +17,7 @@ from cogvx.errors import UserError, lacking
 from cogvx.files import replacing, shown, write_json
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.cards import CARDS, Card
+from cogvx.options.train import Attention, Precision
 from cogvx.plan.allocator import GIB, gib, replay
 from cogvx.plan.phases import PHASES, PlannedModel, configs_of, run_phases
 from cogvx.plan.smaller import suggest
@@ -36,6 +37,8 @@ def plan(config: Config, folder: Path) -> dict:
     found, necessary, few = trace_run(config, card)
     result = result_of(config, card, found, necessary)
     print_plan(config, card, found, result)
+    if config.train.mixed_precision is Precision.bf16 and not card.generation.bf16:
+        print(f"warning {config.task.card} has no bf16: 2B trains in fp16, 5B needs another card")
     if not result["fits"]:
         result["suggestions"] = suggest(config, card, found, few)
     # The plan is safe before anything really runs, which may run out of memory.
@@ -81,10 +84,16 @@ def result_of(config: Config, card: Card, found: Outcome, necessary: float) -> d
         "tflop_per_step": train.flops / 1e12,
         "necessary_tflop_per_step": necessary / 1e12,
         "seconds_per_step": round(train.seconds, 2),
+        "attention": planned_kernel(config, card).name,
         "host_gib": gib(found.host),
         "cache_mib_per_clip": round(cache_bytes(config) / 2**20, 2),
         "checkpoint_gib": gib(found.trained + found.optimizer),
     }
+
+
+def planned_kernel(config: Config, card: Card) -> Attention:
+    wanted = config.train.attention
+    return wanted if wanted is Attention.math else card.generation.kernel(wanted)
 
 
 def measure_phases(config: Config, found: Outcome) -> dict:
@@ -189,7 +198,8 @@ def print_plan(config: Config, card: Card, found: Outcome, result: dict) -> None
         f"{config.task.card} has {card.usable / GIB:.1f} GiB free: {verdict}\n"
         f"compute {executed:.0f} TFLOP a step; {necessary:.0f} if nothing is computed twice "
         f"({executed / necessary:.2f} times)\n"
-        f"time    about {seconds:.1f} s a step on {config.task.card}, +-{UNCERTAIN:.0%}{whole}\n"
+        f"time    about {seconds:.1f} s a step on {config.task.card}, +-{UNCERTAIN:.0%}{whole}; "
+        f"attention by {result['attention']}\n"
         f"RAM     at most {result['host_gib']:.1f} GiB of weights and activations, "
         f"plus about 2 GiB for Python\n"
         f"disk    {result['cache_mib_per_clip']:.1f} MiB of cache for each clip; "

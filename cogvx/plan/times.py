@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cogvx.options.cards import Card
+from cogvx.options.train import Attention
 from cogvx.plan.trace import Work
 
 # How far the time of a step may be off, as a share.
@@ -13,22 +14,28 @@ UNCERTAIN = 0.35
 KERNEL_SECONDS = 4e-6  # to start one kernel
 
 
-def kind_of(op: str) -> str:
-    """The key of Card.shares."""
+def share_of(op: str, card: Card, kernel: Attention) -> float:
+    """The share of the card's peak rate that the operation's arithmetic reaches."""
+    shares = card.generation
     if "attention" in op:
-        return "attention backward" if "backward" in op else "attention"
-    return "convolution" if "conv" in op else "matrix"
+        # What the other kernels cannot do: 32 bits, or a mask.
+        kernel = Attention.efficient if "efficient" in op else kernel
+        forward, backward = shares.attention[kernel]
+        return backward if "backward" in op else forward
+    return shares.convolution if "conv" in op else shares.matrix
 
 
-def seconds_on(card: Card, work: dict[tuple[str, torch.dtype | None], Work]) -> float:
+def seconds_on(
+    card: Card, work: dict[tuple[str, torch.dtype | None], Work], wanted: Attention
+) -> float:
     """The time of an operation is that of its arithmetic or of its memory traffic.
 
-    The longer one counts, at the rates that the card really reaches (Card.shares).
+    The longer one counts, at the rates that the card really reaches. wanted: train.attention.
     """
-    total = 0.0
+    total, kernel = 0.0, card.generation.kernel(wanted)
     for (op, dtype), w in work.items():
-        rate = card.tflops * 1e12 * (1 if dtype in (torch.bfloat16, torch.float16) else 0.5)
-        arithmetic = w.flops / (rate * card.shares[kind_of(op)])
-        traffic = w.bytes / (card.gb_per_second * 1e9 * card.shares["memory"])
+        peak = card.tflops if dtype in (torch.bfloat16, torch.float16) else card.fp32_tflops
+        arithmetic = w.flops / (peak * 1e12 * share_of(op, card, kernel))
+        traffic = w.bytes / (card.gb_per_second * 1e9 * card.generation.memory)
         total += max(arithmetic, traffic) + w.count * KERNEL_SECONDS
     return total

@@ -13,6 +13,7 @@ import torch
 
 from cogvx.config import Config
 from cogvx.options.cards import Card
+from cogvx.options.train import Attention
 from cogvx.plan.allocator import Peak, replay
 from cogvx.plan.phases import PHASES, configs_of, run_phases
 from cogvx.plan.times import seconds_on
@@ -44,7 +45,8 @@ class Outcome:
         return next(phase for phase in self.phases if phase.name == name)
 
 
-def outcome_of(recorder: Recorder, card: Card | None) -> Outcome:
+def outcome_of(recorder: Recorder, card: Card | None, wanted: Attention) -> Outcome:
+    """wanted: train.attention."""
     peaks = replay(recorder.events)
     found = []
     for name in PHASES:
@@ -53,7 +55,7 @@ def outcome_of(recorder: Recorder, card: Card | None) -> Outcome:
                 (op, dtype): w for (phase, op, dtype), w in recorder.work.items() if phase == name
             }
             flops = sum(w.flops for w in work.values())
-            seconds = None if card is None else seconds_on(card, work)
+            seconds = None if card is None else seconds_on(card, work, wanted)
             found.append(
                 Phase(name, peaks[name], parts_of(recorder.at_peak.get(name, [])), flops, seconds)
             )
@@ -83,7 +85,8 @@ def part_of(what: str) -> str:
 def trace(arguments: tuple[Config, list[str], int | None, Card | None]) -> Outcome:
     config, phases, layers, card = arguments
     torch.set_num_threads(1)
-    return outcome_of(run_phases(config, phases, layers=layers), card)
+    recorder = run_phases(config, phases, layers=layers)
+    return outcome_of(recorder, card, config.train.attention)
 
 
 def traces(jobs: list[tuple]) -> list[Outcome]:

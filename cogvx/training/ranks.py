@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 # Of a message between processes that is late because one of them downloads, encodes or makes
 # videos.
@@ -53,6 +54,12 @@ class Ranks:
     def wait(self) -> None:
         """Returns when every process has come here."""
         self.accelerator.wait_for_everyone()
+
+    def of_first(self, value: object) -> object:
+        """The first process's value, in every process."""
+        if self.count == 1:
+            return value
+        return broadcast_object_list([value])[0]
 
     def highest(self, number: int) -> int:
         """The highest of all processes' numbers. The hosts wait for each other, not for a GPU."""

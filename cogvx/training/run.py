@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cogvx.config import Config
+from cogvx.files import read_json
 from cogvx.inference import scores
 from cogvx.model import attention
 from cogvx.model.trained_weights import weights_of
+from cogvx.records import record
 from cogvx.training import checkpoint as checkpoints
+from cogvx.training.kernel import chosen_attention
 from cogvx.training.metrics import peak_memory_gib
 from cogvx.training.prepare import prepare, start_processes
 from cogvx.training.setup import build_trainer
@@ -37,13 +40,16 @@ def train_model(
     """
     started, ranks = time.monotonic(), start_processes(config)
     # A resumed run has its own weights to start from.
-    if checkpoints.resume_source(config.train.resume, folder) is None:
+    source = checkpoints.resume_source(config.train.resume, folder)
+    if source is None:
         weights_of(config.lora).require_start()
     config.tracking.require_login()
+    attention.require(config.train.attention, ranks.accelerator.device)
     prompts = scores.scored_prompts_of(config, config.validation.scored_prompts)
     scored = scores.video_requests(prompts, seed=0)
     data = prepare(config, folder, ranks, [request.prompt for request in scored])
-    with attention.using(config.train.attention):
+    earlier = earlier_runs(folder, source)
+    with chosen_attention(config, data.pretrained, folder, ranks, earlier):
         trainer = build_trainer(config, folder, ranks, data, scored=scored, expected=expected)
         summary = run_and_tell_tracker(trainer)
     return {
@@ -51,6 +57,13 @@ def train_model(
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_gib": peak_memory_gib(ranks.accelerator.device),
     }
+
+
+def earlier_runs(folder: Path, source: Path | None) -> list[Path]:
+    """The runs that this one goes on with or repeats. source: the checkpoint to resume from."""
+    found = [] if source is None else [source.parent.parent]
+    repeated = read_json(folder / record.ENVIRONMENT).get("rerun_of")
+    return found if repeated is None else [*found, Path(repeated)]
 
 
 def run_and_tell_tracker(trainer: Trainer) -> dict:

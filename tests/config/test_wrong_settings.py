@@ -40,7 +40,7 @@ def test_everything_wrong_is_reported_at_once(door):
         ("memory.base_storage=int8", "without memory.gradient_checkpointing=true saves nothing"),
         ("memory.feed_forward_chunks=0", "must be 1 (whole) or more"),
         ("train.ema_decay=1", "0.999 is usual"),
-        ("train.attention=fast", "must be one of auto, flash, efficient, cudnn, math"),
+        ("train.attention=fast", "must be one of auto, flash, efficient, cudnn, math, fa3, fa4"),
         ("train.profile_steps=-1", "must be 0 (no profile) or more"),
         ("train.timestep_sampling=normal", "must be one of uniform, stratified, logit_normal"),
         ("lora.rank=0", "must be 1 or more"),
