@@ -61,7 +61,9 @@ def decide(
             continue
         problem = attention.unusable(choice.kernel, device)
         if problem is None:
-            return [f"speed   attention by {choice.kernel.name}, as recorded"], choice
+            return [
+                f"speed   attention: {choice.kernel.name} is recorded, nothing is measured"
+            ], choice
         said = [
             f"speed   attention: {choice.kernel.name} was recorded, but {problem}. "
             f"Another kernel rounds differently"

@@ -99,7 +99,7 @@ def demo(here: Here) -> None:
     first = next((at for at, text in lines if text.startswith("train ")), None)
     here.line("from the command to the first step", first, "s")
     speed = [text for _, text in lines if text.startswith("speed")]
-    here.line("what it says of attention", *speed[:1])
+    here.line("what it says of attention", *speed[-1:], note="; ".join(speed[:-1]))
 
 
 # -- tiny checkpoints ------------------------------------------------------------------------------

@@ -75,7 +75,20 @@ def attention(here: Here) -> None:
             status = "skipped" if lacking else "failed"
             here.line(f"{kind.name}", status=status, note=told(error))
     torch_takes = attention_kernels.in_use(HEADS, WIDTH, torch.device(here.device), torch.bfloat16)
-    here.line("auto takes", torch_takes.name)
+    here.line("torch takes", torch_takes.name)
+    if not here.small:
+        fastest(here)
+
+
+def fastest(here: Here) -> None:
+    """What train.attention=auto takes at this size, and the time of each kernel."""
+    shape, device = (1, HEADS, TOKENS, WIDTH), torch.device(here.device)
+    choice = attention_kernels.choose(shape, device, torch.bfloat16)
+    here.line("auto takes", choice.kernel.name)
+    for name, milliseconds in choice.milliseconds.items():
+        here.line(f"auto: {name}, forward and backward", milliseconds, "ms")
+    for name, reason in choice.left_out.items():
+        here.line(f"auto: {name}", status="skipped", note=reason)
 
 
 def one_kernel(here: Here, kind: Attention) -> None:

@@ -397,7 +397,7 @@ def test_the_fastest_kernel_is_said_recorded_and_taken_again(choosing, tmp_path)
     }
     again = choosing(tmp_path)
     assert (again.used, again.asked) == (first.used, [])
-    assert again.lines == ["speed   attention by cudnn, as recorded"]
+    assert again.lines == ["speed   attention: cudnn is recorded, nothing is measured"]
 
 
 def test_a_run_takes_the_kernel_of_the_run_that_it_goes_on_with(choosing, tmp_path):
