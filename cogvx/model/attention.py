@@ -138,7 +138,7 @@ def require(wanted: Attention, device: torch.device) -> None:
 
 def unusable(kernel: Attention, device: torch.device) -> str | None:
     """Why a package's kernel cannot be used here, and what helps; None if it can."""
-    reason = lacking(kernel, device)
+    reason = missing_for(kernel, device)
     if reason is not None:
         return reason
     try:
@@ -150,7 +150,7 @@ def unusable(kernel: Attention, device: torch.device) -> str | None:
         return f"its package cannot be loaded ({first_line(error)}). Install it anew: {install}"
 
 
-def lacking(kernel: Attention, device: torch.device) -> str | None:
+def missing_for(kernel: Attention, device: torch.device) -> str | None:
     """What a package's kernel lacks here, and what helps; None if nothing is missing."""
     package = PACKAGES.get(kernel)
     if package is None:
@@ -193,7 +193,7 @@ MOST_DIFFERENCE = 0.05
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """A kernel, and why it was chosen."""
 
     kernel: Attention
@@ -202,25 +202,27 @@ class Choice:
     left_out: dict[str, str] = field(default_factory=dict)  # a kernel's name -> the reason
 
 
-def choose(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> Choice:
+def choose(
+    shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype
+) -> KernelChoice:
     """The fastest kernel for training on tensors of this shape, [B, H, S, D].
 
     `auto`, torch's own choice, if this is no GPU whose kernels are known, or if none of them works.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return Choice(Attention.auto)
+        return KernelChoice(Attention.auto)
     generation = generation_of(torch.cuda.get_device_capability(device)[0])
     known = [] if generation is None else generation.attention
-    left_out = {kernel.name: reason for kernel in known if (reason := lacking(kernel, device))}
+    left_out = {kernel.name: reason for kernel in known if (reason := missing_for(kernel, device))}
     # efficient attention is slower than all others.
     candidates = [k for k in known if k.name not in left_out and k is not Attention.efficient]
     if len(candidates) < 2:
-        return Choice(*candidates or [Attention.auto], left_out=left_out)
+        return KernelChoice(*candidates or [Attention.auto], left_out=left_out)
     times, failed = measure_all(candidates, shape, device, dtype)
     torch.cuda.empty_cache()
     fastest = min(times, key=times.get) if times else Attention.auto
     named = {kernel.name: round(time, 2) for kernel, time in times.items()}
-    return Choice(fastest, named, left_out | failed)
+    return KernelChoice(fastest, named, left_out | failed)
 
 
 def measure_all(

@@ -12,7 +12,7 @@ import torch
 from cogvx.config import Config
 from cogvx.files import read_json
 from cogvx.model import attention
-from cogvx.model.attention import Choice
+from cogvx.model.attention import KernelChoice
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.train import Attention
 from cogvx.records import record
@@ -52,11 +52,11 @@ def chosen_attention(
 
 def decide(
     config: Config, pretrained: PretrainedModel, places: list[Path]
-) -> tuple[list[str], Choice]:
+) -> tuple[list[str], KernelChoice]:
     """The choice, and what is said about it."""
     device, said = pretrained.device, []
     for place in places:
-        choice = recorded(place, device)
+        choice = recorded_choice(place, device)
         if choice is None:
             continue
         problem = attention.unusable(choice.kernel, device)
@@ -75,7 +75,7 @@ def decide(
     return said + lines_about(choice, tokens), choice
 
 
-def lines_about(choice: Choice, tokens: int) -> list[str]:
+def lines_about(choice: KernelChoice, tokens: int) -> list[str]:
     times = sorted(choice.milliseconds.items(), key=lambda pair: pair[1])
     found = ", ".join(f"{name} {time:.1f} ms" for name, time in times)
     lines = (
@@ -90,15 +90,15 @@ def lines_about(choice: Choice, tokens: int) -> list[str]:
 # -- the record ----------------------------------------------------------------------------------
 
 
-def note_choice(folder: Path, choice: Choice, device: torch.device) -> None:
+def note_choice(folder: Path, choice: KernelChoice, device: torch.device) -> None:
     about = asdict(choice) | {"kernel": choice.kernel.name, "device": device_name(device)}
     record.note(folder, attention=about)
 
 
-def recorded(folder: Path, device: torch.device) -> Choice | None:
+def recorded_choice(folder: Path, device: torch.device) -> KernelChoice | None:
     """The choice among several kernels that a run has recorded, if it was made on such a card."""
     about = read_json(folder / record.ENVIRONMENT).get("attention", {})
     if about.get("device") != device_name(device) or not about["milliseconds"]:
         return None
     kernel = Attention[about["kernel"]]
-    return Choice(kernel, about["milliseconds"], about["left_out"])
+    return KernelChoice(kernel, about["milliseconds"], about["left_out"])

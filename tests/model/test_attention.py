@@ -16,7 +16,7 @@ from torch.nn.attention import _registry
 from cogvx.errors import UserError
 from cogvx.files import read_json
 from cogvx.model import attention, blocks
-from cogvx.model.attention import Choice
+from cogvx.model.attention import KernelChoice
 from cogvx.options.cards import AMPERE, CARDS, GENERATIONS, generation_of
 from cogvx.options.memory import Recompute
 from cogvx.options.train import Attention
@@ -63,7 +63,7 @@ def fake(monkeypatch):
     """FA3 as this process could use it."""
     made = FakeKernel()
     monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", made.register)
-    monkeypatch.setattr(attention, "lacking", lambda kernel, device: None)
+    monkeypatch.setattr(attention, "missing_for", lambda kernel, device: None)
     yield made
     assert torch_attention.current_flash_attention_impl() is None
 
@@ -290,8 +290,8 @@ def test_the_kernels_that_come_into_question(timed, gpu, installed, capability, 
 
 
 def test_a_cpu_and_32_bits_are_left_to_torch(gpu):
-    assert attention.choose(SHAPE, CPU, torch.bfloat16) == Choice(Attention.auto)
-    assert attention.choose(SHAPE, CUDA, torch.float32) == Choice(Attention.auto)
+    assert attention.choose(SHAPE, CPU, torch.bfloat16) == KernelChoice(Attention.auto)
+    assert attention.choose(SHAPE, CUDA, torch.float32) == KernelChoice(Attention.auto)
 
 
 def test_what_is_measured_is_a_forward_and_a_backward_pass_as_in_a_block():
@@ -376,7 +376,7 @@ def choosing(monkeypatch, gpu, installed, compose):
         return SimpleNamespace(lines=ranks.lines, used=used, asked=asked)
 
     choosing_result = [
-        Choice(Attention.cudnn, {"flash": 56.0, "cudnn": 43.0}, {"fa4": "not installed"})
+        KernelChoice(Attention.cudnn, {"flash": 56.0, "cudnn": 43.0}, {"fa4": "not installed"})
     ]
     choose.result = choosing_result
     return choose
@@ -418,9 +418,9 @@ def test_another_card_is_measured_anew(choosing, gpu, tmp_path):
 
 
 def test_a_recorded_kernel_that_is_gone_is_named_and_another_one_chosen(choosing, tmp_path):
-    choosing.result[0] = Choice(Attention.fa4, {"cudnn": 43.0, "fa4": 35.0})
+    choosing.result[0] = KernelChoice(Attention.fa4, {"cudnn": 43.0, "fa4": 35.0})
     choosing(tmp_path)
-    choosing.result[0] = Choice(Attention.cudnn, {"cudnn": 43.0, "flash": 56.0})
+    choosing.result[0] = KernelChoice(Attention.cudnn, {"cudnn": 43.0, "flash": 56.0})
     found = choosing(tmp_path)
     assert found.lines[0].startswith("speed   attention: fa4 was recorded, but its package is not")
     assert found.used[0] == (Attention.cudnn, True) and len(found.asked) == 1
@@ -428,7 +428,7 @@ def test_a_recorded_kernel_that_is_gone_is_named_and_another_one_chosen(choosing
 
 
 def test_a_single_kernel_is_taken_without_a_word(choosing, tmp_path):
-    choosing.result[0] = Choice(Attention.flash)
+    choosing.result[0] = KernelChoice(Attention.flash)
     for _ in range(2):
         found = choosing(tmp_path)
         assert found.lines == [] and found.used[0] == (Attention.flash, True)
@@ -447,7 +447,7 @@ def test_the_other_processes_follow_the_first(choosing, tmp_path):
 
         def of_first(self, value):
             assert value is None, "only the first one measures"
-            return (["said"], Choice(Attention.fa4, {"fa4": 1.0}))
+            return (["said"], KernelChoice(Attention.fa4, {"fa4": 1.0}))
 
     found = choosing(tmp_path, ranks=Second())
     assert found.used[0] == (Attention.fa4, True) and found.asked == []
