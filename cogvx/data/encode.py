@@ -385,14 +385,15 @@ def row_by_row(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     A larger batch may be rounded otherwise. What surrounds a module's forward(), such as the copy
     of its weights to the device, still happens once for all rows.
     """
-    before = {module: module.forward for module in modules}
-    for module, forward in before.items():
-        module.forward = functools.partial(forward_rows, forward)
+    modules = list(modules)
+    for module in modules:
+        # In place of the method of its class, until it is deleted.
+        module.forward = functools.partial(forward_rows, module.forward)
     try:
         yield
     finally:
-        for module, forward in before.items():
-            module.forward = forward
+        for module in modules:
+            del module.forward
 
 
 def forward_rows(forward: Callable, hidden: Tensor, *others: object, **settings: object):

@@ -43,7 +43,9 @@ DIFFUSERS: dict[str, OtherName] = {
     "caption_column": OtherName("data.caption_column"),
     "id_token": OtherName("data.id_token", "here a space follows it"),
     "dataloader_num_workers": OtherName(
-        None, "Clips are decoded and encoded once, before training, which then reads the cache."
+        None,
+        "Clips are decoded and encoded once, before training, which then reads the cache. "
+        "Two threads decode the next clips while the VAE encodes one.",
     ),
     "validation_prompt": OtherName("validation.validation_prompt"),
     "validation_prompt_separator": OtherName("validation.validation_prompt_separator"),

@@ -47,7 +47,7 @@ class Outcome:
 
 def outcome_of(recorder: Recorder, card: Card | None, wanted: Attention) -> Outcome:
     """wanted: train.attention."""
-    peaks = replay(recorder.events)
+    peaks = replay(recorder.events, expandable=True)
     found = []
     for name in PHASES:
         if name in peaks:

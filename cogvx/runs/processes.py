@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -23,7 +24,12 @@ GRACE = 15  # seconds
 # torch's own error for the GPU's memory has this type. What cuBLAS and cuDNN cannot allocate, and
 # pinned memory, comes as a RuntimeError with one of these texts.
 OUT_OF_MEMORY_ERROR = "OutOfMemoryError"
-OUT_OF_GPU_TEXTS = ("CUDA out of memory", "CUDA error: out of memory", "_ALLOC_FAILED")
+OUT_OF_GPU_TEXTS = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "_ALLOC_FAILED",
+)
 OUT_OF_RAM_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough")
 OUT_OF_MEMORY = (
     "the GPU's memory is too small for this. What helps, the cheapest first: memory=balanced, "
@@ -36,6 +42,15 @@ OUT_OF_RAM = (
     "memory=minimal and memory=low_full."
 )
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# How torch's allocator for GPUs is set up. torch >= 2.11 reads the first of them.
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+EXPANDABLE = "expandable_segments:True"
+# A Tegra board has this file. There torch accepts the setting and then fails to allocate.
+TEGRA = Path("/etc/nv_tegra_release")
+NOT_EXPANDABLE = (
+    "this GPU or its driver has no virtual memory management, which torch's allocator uses here. "
+    "Set PYTORCH_ALLOC_CONF=expandable_segments:False in front of the command."
+)
 FAILED = 2  # exit code of errors that the user can mend; their message is printed
 KILLED = 128 + signal.SIGKILL
 KILLED_BY = "by someone or because the machine's memory ran out"
@@ -151,7 +166,11 @@ def run_here(folder: Path) -> int:
     """
     config = configuration.read(folder / record.CONFIG)
     quiet_libraries()
+    prefer_expandable_segments()
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
+        if is_main:
+            record.note(folder, allocator=allocator_settings())
         summary = start_task(config, folder)
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
@@ -163,9 +182,25 @@ def run_here(folder: Path) -> int:
             raise
         print(f"\n{'stopped' if code == 130 else 'error'}: {message}", file=sys.stderr, flush=True)
     finally:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main:
             conclude_run(folder, summary)
     return code
+
+
+def prefer_expandable_segments() -> None:
+    """Lets torch's memory segments grow, unless the user has set up its allocator otherwise.
+
+    Then what it reserves is little more than what tensors take: memory that is free joins other
+    free memory, whatever it was used for. Comes before torch allocates anything. Not where it
+    does not work: on Windows, also below WSL, and on Tegra boards.
+    """
+    linux = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if linux and not TEGRA.exists() and not allocator_settings():
+        os.environ[ALLOCATOR_SETTINGS[0]] = EXPANDABLE
+
+
+def allocator_settings() -> dict[str, str]:
+    return {name: os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ}
 
 
 def explained(error: BaseException) -> tuple[str, int]:
@@ -183,6 +218,8 @@ def explained(error: BaseException) -> tuple[str, int]:
     advice = memory_advice(error)
     if advice is not None:
         return f"{advice} torch says: {first_line(error)}", FAILED
+    if "CUDA driver error: operation not supported" in str(error):
+        return f"{NOT_EXPANDABLE} torch says: {first_line(error)}", FAILED
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return (
             f"torch cannot compile here: {first_line(error)}. "

@@ -1,7 +1,9 @@
 """Each content is encoded once. The cache is shared, and never holds half a file."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -210,6 +212,31 @@ def test_a_streamed_block_is_fetched_once_for_many_prompts_with_the_same_bits(
         ids = tokenizer(prompt, padding="max_length", max_length=32, return_tensors="pt").input_ids
         with torch.no_grad():
             assert torch.equal(model(ids)[0][0].to(dtype), embeds)
+
+
+def test_an_encoder_is_gone_when_its_work_is_done(compose, clips, nano_folder, tmp_path):
+    """Its memory is free at once: no circle of references keeps it until a collection."""
+    data, cache, alive = compose(f"data.instance_data_root={clips}").data, Cache(tmp_path), []
+    pretrained = PretrainedModel(nano_folder, CPU, torch.float32)
+
+    def load_vae():
+        alive.append(weakref.ref(vae := pretrained.vae(tiling=False)))
+        return vae
+
+    def load_text():
+        tokenizer, model = pretrained.text_encoder()
+        alive.append(weakref.ref(model))
+        return tokenizer, model
+
+    gc.collect()
+    gc.disable()
+    try:
+        vae, text = (Encoder(load, "nano", torch.float32, CPU) for load in (load_vae, load_text))
+        encode_clips(data.read(), data, cache, vae, lambda text: None)
+        encode_prompts(["one", "two"], cache, text, nano.TEXT_TOKENS, lambda text: None)
+        assert [model() for model in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_the_next_clips_are_read_while_one_is_encoded(tmp_path):

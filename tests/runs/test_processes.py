@@ -1,7 +1,10 @@
 """What a run's process tells of errors."""
 
+import os
+
 import pytest
 
+from cogvx.files import read_json
 from cogvx.runs import processes
 
 
@@ -10,6 +13,7 @@ from cogvx.runs import processes
     [
         (RuntimeError("CUDA error: out of memory"), "the GPU's memory is too small"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "the GPU's memory"),
+        (RuntimeError("CUDA driver error: out of memory"), "the GPU's memory is too small"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the GPU's memory is too small"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), "the GPU's memory"),
         (MemoryError(), "this machine's memory (RAM) is too small"),
@@ -25,3 +29,55 @@ def test_every_lack_of_memory_is_said_with_what_helps(error, said):
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), TypeError("out of memory")])
 def test_other_errors_keep_their_traceback(error):
     assert processes.explained(error)[1] == 1
+
+
+# -- torch's allocator ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start_here(monkeypatch, tmp_path):
+    """start_here(SETTING="..."): what PYTORCH_ALLOC_CONF is when a run's task starts."""
+
+    def start(platform: str = "linux", release: str = "6.8.0", **environment: str) -> str | None:
+        found = []
+        for name in processes.ALLOCATOR_SETTINGS:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(processes.sys, "platform", platform)
+        monkeypatch.setattr(processes.platform, "release", lambda: release)
+        monkeypatch.setattr(processes.configuration, "read", lambda path: None)
+
+        def start_task(config, folder):
+            found.append(os.environ.get("PYTORCH_ALLOC_CONF"))
+            return {"status": "done"}
+
+        monkeypatch.setattr(processes, "start_task", start_task)
+        monkeypatch.setattr(processes, "conclude_run", lambda *given: None)
+        assert processes.run_here(tmp_path) == 0
+        return found[0]
+
+    yield start
+    monkeypatch.undo()
+
+
+def test_a_runs_memory_segments_grow_unless_the_user_says_otherwise(
+    start_here, monkeypatch, tmp_path
+):
+    assert start_here() == "expandable_segments:True"
+    recorded = read_json(tmp_path / "environment.json")["allocator"]
+    assert recorded == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert start_here(PYTORCH_ALLOC_CONF="max_split_size_mb:64") == "max_split_size_mb:64"
+    assert start_here(PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64") is None
+    assert start_here(platform="win32") is None
+    assert start_here(release="5.15.167.4-microsoft-standard-WSL2") is None
+    (tmp_path / "nv_tegra_release").touch()
+    monkeypatch.setattr(processes, "TEGRA", tmp_path / "nv_tegra_release")
+    assert start_here() is None
+
+
+def test_a_driver_without_virtual_memory_is_said_with_what_helps():
+    error = RuntimeError("CUDA driver error: operation not supported")
+    message, code = processes.explained(error)
+    assert code == processes.FAILED
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:False in front of the command" in message
