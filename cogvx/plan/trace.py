@@ -1,9 +1,6 @@
 """Runs real code on tensors without contents, and logs what a GPU would allocate and compute.
 
-The tensors are fake CPU tensors that stand for those of a GPU: fake CUDA tensors cannot run
-backward without a driver. Where CUDA works differently, this is imitated: fused attention, the
-operations that autocast runs in fp32, workspaces. Tensors that our own code puts into the CPU's
-memory are logged separately. Only model/transfer.py puts them there.
+The tensors are on the CPU or on the device of plan/second_device.py, and are logged apart.
 """
 
 from __future__ import annotations
@@ -14,18 +11,17 @@ import math
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cogvx.model import transfer
+from cogvx.plan import second_device
 from cogvx.plan.allocator import Event, Peak
 
 aten = torch.ops.aten
@@ -84,8 +80,10 @@ class TracedStorage:
 class Recorder(TorchDispatchMode):
     """Logs every allocation and release, and the work of every operation, by phase."""
 
-    def __init__(self):
+    def __init__(self, host: str | None = "cpu"):
+        """host: the type of the device that counts as the host. None: all tensors count alike."""
         super().__init__()
+        self.host = host
         self.events: list[Event] = []
         self.storages: dict[int, TracedStorage] = {}
         self.born = 0
@@ -97,8 +95,6 @@ class Recorder(TorchDispatchMode):
         # What was on the device at each phase's peak.
         self.at_peak: dict[str, list[TracedStorage]] = {}
         self.peak_of_phase: dict[str, int] = defaultdict(int)
-        # Where new storages are. True: the host; False: the device; None: where their operands are.
-        self.place: bool | None = None
 
     def begin(self, phase: str) -> None:
         self.phase = phase
@@ -111,13 +107,13 @@ class Recorder(TorchDispatchMode):
     def lap(self) -> None:
         """Nothing: tracing measures no time."""
 
-    def born_now(self, tensor: Tensor, what: str, on_host: bool = False) -> None:
+    def born_now(self, tensor: Tensor, what: str) -> None:
         storage = tensor.untyped_storage()
         name = storage._cdata
         if name in self.storages:
             return
         self.born += 1
-        about = TracedStorage(self.born, storage.nbytes(), on_host, what)
+        about = TracedStorage(self.born, storage.nbytes(), self.is_on_host(tensor), what)
         about.alive = weakref.ref(storage, lambda _: self.died(name))
         self.storages[name] = about
         self.count(about, about.size)
@@ -148,17 +144,8 @@ class Recorder(TorchDispatchMode):
                 about for about in self.storages.values() if not about.on_host
             ]
 
-    @contextlib.contextmanager
-    def putting(self, *, on_host: bool) -> Iterator[None]:
-        before, self.place = self.place, on_host
-        try:
-            yield
-        finally:
-            self.place = before
-
     def is_on_host(self, tensor: Tensor) -> bool:
-        about = self.storages.get(tensor.untyped_storage()._cdata)
-        return about is not None and about.on_host
+        return tensor.device.type == self.host
 
     def call(self, tensors: Iterator[Tensor], what: str) -> None:
         """Names what these tensors hold."""
@@ -166,7 +153,15 @@ class Recorder(TorchDispatchMode):
             self.born_now(tensor, what)
             self.storages[tensor.untyped_storage()._cdata].what = what
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here. torch's wrapper would cost a tenth of the time.
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Half of the calls only ask where a tensor is.
+        if func is torch.ops.prim.device.default:
+            return args[0].device
         kwargs = kwargs or {}
         packet = func._overloadpacket
         # .item(): any finite value will do.
@@ -175,18 +170,17 @@ class Recorder(TorchDispatchMode):
             return 1.0 if tensor.is_floating_point() else tensor.dtype is torch.bool or 1
         if packet in (aten.equal, aten.is_nonzero):
             return True
+        if packet is aten._to_copy:
+            # A fake tensor made from numbers still has them. They would be moved for real.
+            args[0].constant = None
         result = func(*args, **kwargs)
         if func.namespace == "prim":
             return result
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = tensors_in(result)
         name, workspace = packet.__name__, workspace_of(packet, args)
-        on_host = self.place
-        if on_host is None:
-            operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            on_host = bool(operands) and all(map(self.is_on_host, operands))
         for tensor in outputs:
-            self.born_now(tensor, f"{self.phase}: {name}", on_host)
-        if on_host:
+            self.born_now(tensor, f"{self.phase}: {name}")
+        if all(map(self.is_on_host, outputs or tensors_in((args, kwargs)))):
             return result
         if workspace:
             self.born += 1
@@ -198,7 +192,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def note_work(self, packet, name: str, args, kwargs, result, outputs: list[Tensor]) -> None:
-        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)] + outputs
+        tensors = tensors_in(args) + outputs
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
         work = self.work[self.phase, name, dtype]
         work.count += 1
@@ -238,11 +232,12 @@ class Meter:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def putting(self, *, on_host: bool):
-        return contextlib.nullcontext()
-
     def call(self, tensors: Iterator[Tensor], what: str) -> None:
         """Nothing: CUDA's allocator does not tell what its memory holds."""
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def workspace_of(packet, args) -> int:
@@ -255,70 +250,6 @@ def workspace_of(packet, args) -> int:
         rows, columns = math.ceil(tokens / 128) * 128, math.ceil(width / 32) * 32
         return 4 * batch * heads * rows * (columns + 1)
     return 0
-
-
-# -- what CUDA does differently ----------------------------------------------------------------
-
-
-def fused_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
-    """The kernel that CUDA chooses, in 16 bits under autocast.
-
-    Flash attention in 16 bits without a mask, else memory-efficient attention.
-    """
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (
-            tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value)
-        )
-    if query.dtype in (torch.float16, torch.bfloat16) and attn_mask is None:
-        return aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
-    for_backward = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (query, key, value)
-    )
-    return aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, for_backward, dropout_p, is_causal, scale=scale
-    )[0]
-
-
-def in_fp32_under_autocast(function: Callable) -> Callable:
-    """CUDA's autocast runs the norms in fp32; the CPU's does not."""
-
-    def run(*args, **kwargs):
-        if not torch.is_autocast_enabled("cpu"):
-            return function(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            args = [
-                a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-            ]
-            return function(
-                *args, **{n: v.float() if isinstance(v, Tensor) else v for n, v in kwargs.items()}
-            )
-
-    return run
-
-
-def apply_in_place(
-    self: torch.nn.Module, function: Callable, recurse: bool = True
-) -> torch.nn.Module:
-    """nn.Module._apply for fake parameters: torch's own swaps them, which fake tensors refuse."""
-    for child in self.children() if recurse else ():
-        child._apply(function)
-    for name, parameter in self._parameters.items():
-        if parameter is not None:
-            changed = function(parameter.detach())
-            if changed.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
-                self._parameters[name] = torch.nn.Parameter(
-                    changed, requires_grad=parameter.requires_grad
-                )
-    for name, buffer in self._buffers.items():
-        if buffer is not None:
-            self._buffers[name] = function(buffer)
-    return self
 
 
 @contextlib.contextmanager
@@ -346,45 +277,18 @@ INITS = [
 
 
 @contextlib.contextmanager
-def tracing(*, as_cuda: bool = True, fake: bool = True) -> Iterator[Recorder]:
-    """Logs everything that runs inside.
-
-    as_cuda=False: what the CPU does, to compare with real runs. fake=False: on real tensors.
-    """
-    recorder = Recorder()
-
-    def to_cpu(tensor: Tensor) -> Tensor:
-        with recorder.putting(on_host=True):
-            return tensor.detach().clone()
-
-    def host_memory(size: int, device: torch.device) -> Tensor:
-        with recorder.putting(on_host=True):
-            return torch.empty(size, dtype=torch.uint8)
-
-    def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-        if not recorder.is_on_host(tensor):
-            return tensor
-        with recorder.putting(on_host=False):
-            return tensor.clone()
-
-    def bring(module: torch.nn.Module, device: torch.device) -> None:
-        module._apply(lambda tensor: to_device(tensor, device))
-
+def tracing(*, fake: bool = True, host: str | None = "cpu") -> Iterator[Recorder]:
+    """Logs everything that runs inside. fake=False: on real tensors. host: as for Recorder."""
+    recorder = Recorder(host)
     with contextlib.ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            stack.enter_context(patched(torch.nn.Module, _apply=apply_in_place))
+            stack.enter_context(patched(torch.utils, swap_tensors=second_device.swap))
+            moving_data = property(second_device.data.__get__, second_device.set_data)
+            stack.enter_context(patched(FakeTensor, data=moving_data))
             stack.enter_context(
                 patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor for name in INITS})
             )
-        places = {"to_cpu": to_cpu, "host_memory": host_memory}
-        stack.enter_context(patched(transfer, to_device=to_device, bring=bring, **places))
-        if as_cuda:
-            norms = {
-                name: in_fp32_under_autocast(getattr(F, name))
-                for name in ("layer_norm", "group_norm")
-            }
-            stack.enter_context(patched(F, scaled_dot_product_attention=fused_attention, **norms))
         stack.enter_context(recorder)
         yield recorder
 
