@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -198,12 +199,13 @@ def run_phases(
     dtype = getattr(torch, precision.value)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     on_gpu = device.type != "cpu"
+    host = None
     if as_cuda and fake and not on_gpu:
-        device = second_device.device()
+        device, host = second_device.device(), "cpu"
     with (
         tempfile.TemporaryDirectory() as scratch,
         accelerated(device, precision) as accelerator,
-        metering(device) if on_gpu else tracing(fake=fake, host="cpu" if as_cuda else None) as recorder,
+        metering(device) if on_gpu else tracing(fake=fake, host=host) as recorder,
         patched(Draw, normal=no_noise),
         contextlib.nullcontext() if on_gpu else eight_bits_without_kernels(),
     ):
@@ -268,7 +270,7 @@ def encode_clip(config: Config, pretrained: PlannedModel, recorder: Recorder) ->
     clips = [torch.zeros(shape) for _ in range(READ_AHEAD + 1)]
     latent_moments(vae, clips[0], Encoder(None, "", pretrained.dtype, pretrained.device))
     del vae, clips
-    recorder.empty_cache()
+    give_back(recorder)
 
 
 def encode_prompt(config: Config, pretrained: PlannedModel, recorder: Recorder) -> None:
@@ -280,6 +282,12 @@ def encode_prompt(config: Config, pretrained: PlannedModel, recorder: Recorder) 
     shape = (prompts_at_once(model, encoder, tokens), tokens)
     hidden_states(model, torch.zeros(shape, dtype=torch.int64, device=pretrained.device))
     del model
+    give_back(recorder)
+
+
+def give_back(recorder: Recorder | Meter) -> None:
+    """What nothing refers to is freed, as accelerate's clear_device_cache() does it."""
+    gc.collect()
     recorder.empty_cache()
 
 

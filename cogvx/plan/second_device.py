@@ -29,9 +29,10 @@ IN_16_BITS = (
     "scaled_dot_product_attention",
 )
 IN_FP32 = (
-    *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "softmax.int", "log_softmax.int"),
-    *("exp", "log", "rsqrt", "reciprocal", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
-    *("norm.Scalar", "cumsum", "prod", "sum", "sum.dim_IntList", "mse_loss", "l1_loss"),
+    *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "softmax.int"),
+    *("log_softmax.int", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "norm.Scalar"),
+    *("exp", "log", "rsqrt", "reciprocal", "cumsum", "prod", "sum", "sum.dim_IntList"),
+    *("mse_loss", "l1_loss"),
 )
 IN_THE_WIDEST = ("cat", "stack", "addcmul", "addcdiv")
 
@@ -189,18 +190,3 @@ def swap(one: Tensor, other: Tensor) -> None:
     one.__class__, other.__class__ = other.__class__, one.__class__
     one.__dict__, other.__dict__ = other.__dict__, one.__dict__
     torch._C._swap_tensor_impl(one, other)
-
-
-data = torch._C.TensorBase.data
-
-
-def set_data(tensor: Tensor, other: Tensor) -> None:
-    """tensor.data = other, also from one device to the other, as CUDA allows it."""
-    if tensor.device.type == other.device.type:
-        data.__set__(tensor, other)
-        return
-    moved = other.detach().requires_grad_(tensor.requires_grad)
-    swap(tensor, moved)
-    tensor.__dict__.update(
-        {name: value for name, value in moved.__dict__.items() if name.startswith("_is_")}
-    )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -281,11 +281,11 @@ def tracing(*, fake: bool = True, host: str | None = "cpu") -> Iterator[Recorder
     """Logs everything that runs inside. fake=False: on real tensors. host: as for Recorder."""
     recorder = Recorder(host)
     with contextlib.ExitStack() as stack:
+        # torch starts its threads for devices once, perhaps before there was this device.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(patched(torch.utils, swap_tensors=second_device.swap))
-            moving_data = property(second_device.data.__get__, second_device.set_data)
-            stack.enter_context(patched(FakeTensor, data=moving_data))
             stack.enter_context(
                 patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor for name in INITS})
             )
