@@ -97,15 +97,15 @@ def autocasting(run: Callable, dtype_of: Callable[[list[Tensor]], torch.dtype]) 
     without_autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
     def call(*args, **kwargs):
-        dtype = dtype_of([each for each in flat(args) if is_cast(each)])
+        dtype = dtype_of([each for each in values_of(args) if is_cast(each)])
         with torch._C._ExcludeDispatchKeyGuard(without_autocast):
-            args = [in_dtype(each, dtype) for each in args]
-            return run(*args, **{key: in_dtype(each, dtype) for key, each in kwargs.items()})
+            args = [autocast_to(each, dtype) for each in args]
+            return run(*args, **{key: autocast_to(each, dtype) for key, each in kwargs.items()})
 
     return call
 
 
-def flat(args: tuple) -> list:
+def values_of(args: tuple) -> list:
     return [each for arg in args for each in (arg if isinstance(arg, list | tuple) else [arg])]
 
 
@@ -118,9 +118,9 @@ def is_cast(value: object) -> bool:
     )
 
 
-def in_dtype(value: object, dtype: torch.dtype) -> object:
+def autocast_to(value: object, dtype: torch.dtype) -> object:
     if isinstance(value, list | tuple):
-        return [in_dtype(each, dtype) for each in value]
+        return [autocast_to(each, dtype) for each in value]
     if not is_cast(value) or value.dtype is dtype:
         return value
     if not is_kept(value, dtype):
