@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import faulthandler
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,6 +85,8 @@ def append(path: Path, row: Row) -> None:
 
 def run_entry(here: Here, entries: Path) -> int:
     """Waits for its turn, runs the entry and reports its error as a line."""
+    # The first process asks with this signal where a hanging entry is.
+    faulthandler.register(signal.SIGUSR1)
     module = module_of(entries)
     if next(each for each in module.ENTRIES if each.name == here.entry).imports_torch:
         module.import_torch()
@@ -234,8 +238,10 @@ class Battery:
             if code is None and not late:
                 continue
             if code is None:
+                last, where = last_line(child.log), hanging_at(child)
                 kill_tree(child.process.pid)
-                self.complain(child, f"stopped after {child.limit:.0f} s, its limit")
+                what = f"stopped after {child.limit:.0f} s, its limit, {where}"
+                self.complain(child, what, last)
             elif code < 0:
                 self.complain(child, f"ended by {signal.Signals(-code).name}")
             elif code > 0 and not self.has_said(name):
@@ -251,8 +257,8 @@ class Battery:
         self.read_rows()
         return any(row.entry == name and row.status == "failed" for row in self.rows)
 
-    def complain(self, child: Child, what: str) -> None:
-        last = last_line(child.log)
+    def complain(self, child: Child, what: str, last: str | None = None) -> None:
+        last = last_line(child.log) if last is None else last
         note = f"{what}; its last line: {last}" if last else what
         append(self.scratch / "rows.jsonl", Row(child.name, "error", status="failed", note=note))
 
@@ -361,6 +367,20 @@ def environment(device: str) -> dict[str, str]:
 def last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
+
+
+def hanging_at(child: Child) -> str:
+    """Where the process is; of its innermost lines the one that is ours."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child.process.pid, signal.SIGUSR1)
+    time.sleep(0.3)
+    text = child.log.read_text(encoding="utf-8", errors="replace")
+    stack = re.findall(r'File "(.+?)", line (\d+) in', text.rpartition("most recent call first")[2])
+    ours = [place for place in stack if place[0].startswith(str(PROJECT / "cogvx"))]
+    if not stack:
+        return "in no line of Python"
+    name, line = (ours or stack)[0]
+    return f"at {name.removeprefix(f'{PROJECT}/')}:{line}"
 
 
 def kill_tree(number: int) -> None:

@@ -52,7 +52,8 @@ def test_an_entry_that_fails_costs_its_own_lines_only(whole):
     [crash] = rows_of(found, "crashes")
     assert crash["note"] == "ended by SIGSEGV; its last line: the last words"
     child, hang = rows_of(found, "hangs")
-    assert hang["note"].startswith("stopped after 2 s, its limit")
+    line = 1 + (HERE / "planted.py").read_text().splitlines().index("    time.sleep(600)")
+    assert hang["note"] == f"stopped after 2 s, its limit, at tests/gpu/planted.py:{line}"
     assert not Path(f"/proc/{child['value']}").exists(), "what it started is ended too"
     assert rows_of(found, "last")[0]["verdict"] == "ok"
 
