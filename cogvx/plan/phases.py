@@ -42,10 +42,11 @@ from cogvx.options.tracking import Tracking
 from cogvx.options.train import Precision
 from cogvx.plan import second_device
 from cogvx.plan.trace import Meter, Recorder, metering, patched, tracing
+from cogvx.training import prepare
 from cogvx.training.prepare import Prepared
 from cogvx.training.ranks import Ranks
 from cogvx.training.setup import build_trainer
-from cogvx.training.step import Batch, Draw, on_device
+from cogvx.training.step import Draw, on_device
 from cogvx.training.trainer import Trainer
 from cogvx.training.videos import VideoGenerator
 
@@ -63,6 +64,8 @@ class PlannedModel(PretrainedModel):
     configs: dict[str, dict] = dataclasses.field(default_factory=dict)
     # How many of the transformer's layers to build. None: all.
     layers: int | None = None
+    # Whether the run is in fp16, which is planned as bf16.
+    fp16: bool = False
 
     def geometry(self) -> Geometry:
         return Geometry.from_configs(self.configs["transformer"], self.configs["vae"], None)
@@ -93,6 +96,11 @@ class PlannedModel(PretrainedModel):
 
         settings = T5Config(**self.configs["text_encoder"])
         encoder = self.built(lambda: T5EncoderModel(settings), self.dtype)
+        if self.fp16:
+            # transformers leaves these in fp32 when it loads a model in fp16.
+            for name, module in encoder.named_modules():
+                if name.rpartition(".")[2] in T5EncoderModel._keep_in_fp32_modules:
+                    module.float()
         # Loading the weights does the same.
         encoder.encoder.embed_tokens = encoder.shared
         return None, placed(encoder, self.device, streamed)
@@ -156,25 +164,6 @@ class Adam8bitMemory(torch.optim.Optimizer):
                     state[moment] = torch.zeros(size, dtype=torch.uint8), torch.zeros(blocks)
 
 
-@dataclass
-class PlannedData(Prepared):
-    """Its batches have the right shapes, but no contents."""
-
-    config: Config
-
-    def load_batch(self, clips: list[EncodedClip], prompts: list[str], images: list[int]) -> Batch:
-        data, pretrained, geometry = self.config.data, self.pretrained, self.pretrained.geometry()
-        frames = (data.max_num_frames - 1) // geometry.temporal_stride + 1
-        size = (data.height // geometry.spatial_stride, data.width // geometry.spatial_stride)
-        channels, count = 2 * geometry.latent_channels, len(clips)
-        width = pretrained.configs["transformer"]["text_embed_dim"]
-        zeros = functools.partial(torch.zeros, dtype=pretrained.dtype, device=pretrained.device)
-        first = zeros(count, channels, 1, *size) if geometry.image_to_video else None
-        return Batch(
-            zeros(count, channels, frames, *size), zeros(count, geometry.text_tokens, width), first
-        )
-
-
 def run_phases(
     config: Config,
     phases: list[str],
@@ -192,10 +181,47 @@ def run_phases(
     states already. steps: of training. as_cuda, fake: see tracing(). device: if it is a GPU, the
     phases really run on it, and a Meter is returned.
     """
+    with planned_run(config, layers, as_cuda=as_cuda, fake=fake, device=device) as run:
+        if "encode clips" in phases:
+            encode_clip(run.config, run.pretrained, run.recorder)
+        if "encode prompts" in phases:
+            encode_prompt(run.config, run.pretrained, run.recorder)
+        if set(phases) & {"load", "held-out loss", "train", "video"}:
+            run_training(run, phases, begun, steps)
+        run.recorder.begin("end")
+    return run.recorder
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run without weights, and what logs its memory."""
+
+    config: Config
+    pretrained: PlannedModel
+    accelerator: Accelerator
+    recorder: Recorder | Meter
+    folder: Path
+
+    def trainer(self) -> Trainer:
+        prepared = planned_data(self.config, self.pretrained)
+        return build_trainer(self.config, self.folder, Ranks(self.accelerator), prepared)
+
+
+@contextlib.contextmanager
+def planned_run(
+    config: Config,
+    layers: int | None = None,
+    *,
+    as_cuda: bool = True,
+    fake: bool = True,
+    device: torch.device = CPU,
+) -> Iterator[PlannedRun]:
+    """The arguments are those of run_phases()."""
     # Nothing is sent to a tracker.
     config = dataclasses.replace(config, tracking=Tracking())
     # fp16 is planned as bf16: its tensors are as large.
-    precision = Precision.no if config.train.mixed_precision is Precision.no else Precision.bf16
+    asked = config.train.mixed_precision
+    precision = Precision.no if asked is Precision.no else Precision.bf16
     dtype = getattr(torch, precision.value)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     on_gpu = device.type != "cpu"
@@ -207,20 +233,15 @@ def run_phases(
         accelerated(device, precision) as accelerator,
         metering(device) if on_gpu else tracing(fake=fake, host=host) as recorder,
         patched(Draw, normal=no_noise),
+        patched(accelerator, print=lambda *texts: None),
         contextlib.nullcontext() if on_gpu else eight_bits_without_kernels(),
     ):
-        pretrained = PlannedModel(Path(), device, dtype, configs_of(config), layers)
-        if "encode clips" in phases:
-            encode_clip(config, pretrained, recorder)
-        if "encode prompts" in phases:
-            encode_prompt(config, pretrained, recorder)
-        if set(phases) & {"load", "held-out loss", "train", "video"}:
-            with patched(accelerator, print=lambda *texts: None):
-                run_training(
-                    config, pretrained, accelerator, recorder, Path(scratch), phases, begun, steps
-                )
-        recorder.begin("end")
-    return recorder
+        pretrained = PlannedModel(
+            Path(), device, dtype, configs_of(config), layers, fp16=asked is Precision.fp16
+        )
+        read = functools.partial(read_nothing, config, pretrained)
+        with patched(prepare, read_tensor=read):
+            yield PlannedRun(config, pretrained, accelerator, recorder, Path(scratch))
 
 
 @contextlib.contextmanager
@@ -291,19 +312,10 @@ def give_back(recorder: Recorder | Meter) -> None:
     recorder.empty_cache()
 
 
-def run_training(
-    config: Config,
-    pretrained: PlannedModel,
-    accelerator: Accelerator,
-    recorder: Recorder | Meter,
-    folder: Path,
-    phases: list[str],
-    begun: bool,
-    steps: int,
-) -> None:
-    prepared = planned_data(config, pretrained)
+def run_training(run: PlannedRun, phases: list[str], begun: bool, steps: int) -> None:
+    config, recorder = run.config, run.recorder
     recorder.begin("load")
-    trainer = build_trainer(config, folder, Ranks(accelerator), prepared)
+    trainer = run.trainer()
     name_weights(trainer, recorder)
     if config.parallel.num_processes > 1:
         # DistributedDataParallel's buckets. It is not built, because its peers are not there.
@@ -329,18 +341,35 @@ def run_training(
     if "video" in phases:
         recorder.empty_cache()
         recorder.begin("video")
-        generate_video(config, pretrained, trainer.state.transformer, prepared.images, recorder)
+        generate_video(run, trainer)
 
 
-def planned_data(config: Config, pretrained: PlannedModel) -> PlannedData:
+def planned_data(config: Config, pretrained: PlannedModel) -> Prepared:
     """As many clips as one optimizer step needs, and a held-out clip."""
     data, train = config.data, config.train
+    pictured = pretrained.geometry().image_to_video
     example = Example("prompt", Path("clip.mp4"), "plan")
-    clip = EncodedClip(example, Path(), {"frames": data.max_num_frames})
+    image = Path("image_moments") if pictured else None
+    clip = EncodedClip(example, Path("latent_moments"), {"frames": data.max_num_frames}, image)
     clips = [clip] * (train.train_batch_size * train.gradient_accumulation_steps)
     picture = numpy.zeros((data.height, data.width, 3), numpy.uint8)
-    images = {"prompt": picture} if pretrained.geometry().image_to_video else {}
-    return PlannedData(pretrained, clips, [clip], {}, ["prompt"], "prompt", images, config)
+    images = {"prompt": picture} if pictured else {}
+    prompts = {"prompt": Path("prompt_embeds"), "": Path("prompt_embeds")}
+    return Prepared(pretrained, clips, [clip], prompts, ["prompt"], "prompt", images)
+
+
+def read_nothing(
+    config: Config, pretrained: PlannedModel, path: Path, name: str, row: int | None = None
+) -> torch.Tensor:
+    """As prepare.read_tensor() reads it from the cache, but without contents."""
+    data, geometry = config.data, pretrained.geometry()
+    if name == "prompt_embeds":
+        shape = (geometry.text_tokens, pretrained.configs["transformer"]["text_embed_dim"])
+        return torch.zeros(shape, dtype=pretrained.dtype)
+    frames = (data.max_num_frames - 1) // geometry.temporal_stride + 1
+    size = (data.height // geometry.spatial_stride, data.width // geometry.spatial_stride)
+    shape = (2 * geometry.latent_channels, 1 if name == "image_moments" else frames, *size)
+    return torch.zeros(shape, dtype=pretrained.dtype)
 
 
 def name_weights(trainer: Trainer, recorder: Recorder | Meter) -> None:
@@ -356,16 +385,9 @@ def name_weights(trainer: Trainer, recorder: Recorder | Meter) -> None:
         parameter.register_post_accumulate_grad_hook(functools.partial(name_gradient, recorder))
 
 
-def generate_video(
-    config: Config,
-    pretrained: PlannedModel,
-    transformer: torch.nn.Module,
-    images: dict[str, numpy.ndarray],
-    recorder: Recorder | Meter,
-) -> None:
-    shape = (pretrained.geometry().text_tokens, pretrained.configs["transformer"]["text_embed_dim"])
-    embeds = torch.zeros(shape, dtype=pretrained.dtype, device=pretrained.device)
-    generator = VideoGenerator(config, pretrained, lambda prompt: embeds, images)
+def generate_video(run: PlannedRun, trainer: Trainer) -> None:
+    config, recorder, data = run.config, run.recorder, trainer.data
+    generator = VideoGenerator(config, run.pretrained, data.embeds, data.images)
     vae = generator.vae()
     recorder.call(vae.parameters(), "VAE weights")
     nothing = [numpy.zeros((1, 1, 1, 3))]
@@ -374,7 +396,7 @@ def generate_video(
         patched(VideoProcessor, postprocess_video=lambda self, **given: nothing),
         patched(config.validation, num_inference_steps=STEPS_OF_VIDEO),
     ):
-        generator.generate(transformer, vae, "prompt", 0, "")
+        generator.generate(trainer.state.transformer, vae, "prompt", 0, "")
 
 
 def name_gradient(recorder: Recorder | Meter, parameter: torch.nn.Parameter) -> None:

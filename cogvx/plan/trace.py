@@ -74,6 +74,7 @@ class TracedStorage:
     on_host: bool
     # What it holds, as named by call(). Else the phase and the operation that made it.
     what: str
+    dtype: torch.dtype | None = None  # of its first tensor
     alive: weakref.ref | None = None
 
 
@@ -113,7 +114,9 @@ class Recorder(TorchDispatchMode):
         if name in self.storages:
             return
         self.born += 1
-        about = TracedStorage(self.born, storage.nbytes(), self.is_on_host(tensor), what)
+        about = TracedStorage(
+            self.born, storage.nbytes(), self.is_on_host(tensor), what, tensor.dtype
+        )
         about.alive = weakref.ref(storage, lambda _: self.died(name))
         self.storages[name] = about
         self.count(about, about.size)
