@@ -4,6 +4,9 @@ Hydra composes the settings. cogvx.config checks them. The run's folder gets the
 and the task runs from that file. Nothing here imports torch: a mistake costs a second.
 """
 
+# First: what is registered first runs last at exit.
+from cogvx import leaving  # isort: split
+
 import os
 import sys
 import tempfile
@@ -173,6 +176,6 @@ def make_folder(folder: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(entry(sys.argv[1:]))
+        leaving.leave(entry(sys.argv[1:]))
     except KeyboardInterrupt:  # a second one, while the first was handled
-        sys.exit(STOPPED)
+        leaving.leave(STOPPED)

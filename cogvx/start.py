@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError
+from cogvx.libraries import load_libraries
 from cogvx.options import tasks
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def start_task(config: Config, folder: Path) -> dict:
 
 
 def start_training(config: Config, folder: Path) -> dict:
+    load_libraries()
     from cogvx.plan.clock import Expectation, present_card
     from cogvx.training.run import train_model
 
@@ -32,24 +34,28 @@ def start_training(config: Config, folder: Path) -> dict:
 
 
 def start_plan(config: Config, folder: Path) -> dict:
+    load_libraries()
     from cogvx.plan.planner import plan
 
     return plan(config, folder)
 
 
 def start_encoding(config: Config, folder: Path) -> dict:
+    load_libraries()
     from cogvx.training.run import encode_data
 
     return encode_data(config, folder)
 
 
 def start_nano_vae(config: Config, folder: Path) -> dict:
+    load_libraries()
     from cogvx.training.autoencoder import train_vae
 
     return train_vae(config, config.task, folder)
 
 
 def start_evaluation(config: Config, folder: Path) -> dict:
+    load_libraries()
     from cogvx.evaluation.evaluate import evaluate
 
     return evaluate(config, config.task, folder)

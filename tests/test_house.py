@@ -26,10 +26,12 @@ ROOMS = [
     "files",
     "errors",
     "progress",
+    "libraries",
+    "leaving",
 ]
 WITHOUT_TORCH = {
     *("records", "command_line", "compose", "config", "wording", "rules", "groups", "options"),
-    *("files", "errors", "start"),
+    *("files", "errors", "start", "libraries", "leaving"),
 }
 KNOW_HYDRA = {"compose", "config", "runs.grid", "runs.engines"}
 FILES = {

@@ -65,10 +65,13 @@ def present_card() -> str | None:
 
 
 def main(folder: Path, card: str) -> None:
-    from cogvx.plan.traces import step_seconds
+    from cogvx.libraries import load_libraries
     from cogvx.progress import quiet_libraries
 
     quiet_libraries()
+    load_libraries()
+    from cogvx.plan.traces import step_seconds
+
     print(step_seconds(configuration.read(folder / record.CONFIG), CARDS[card]))
 
 

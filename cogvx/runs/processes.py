@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# First: what is registered first runs last at exit.
+from cogvx import leaving  # isort: split
+
 import errno
 import os
 import platform
@@ -271,4 +274,4 @@ def stop_with_parent() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=stop_with_parent, daemon=True).start()
-    sys.exit(run_here(Path(sys.argv[1])))
+    leaving.leave(run_here(Path(sys.argv[1])))

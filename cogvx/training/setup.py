@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers.training_utils import EMAModel
 
 from cogvx.config import Config, as_dict, flat
 from cogvx.errors import UserError
@@ -116,7 +115,7 @@ def training_state(
     fp32_weights: Fp32Weights | None,
     ranks: Ranks,
 ) -> TrainingState:
-    on_cpu, decay = fp32_weights is not None, config.train.ema_decay
+    on_cpu = fp32_weights is not None
     parameters = fp32_weights.weights if on_cpu else lora.trainable(transformer)
     optimizer = ranks.accelerator.prepare(
         config.optimizer.build(parameters), device_placement=[not on_cpu]
@@ -130,9 +129,18 @@ def training_state(
         optimizer,
         config.optimizer,
         scaler=ranks.accelerator.scaler,
-        average=None if decay is None else EMAModel(parameters, decay=decay),
+        average=average_of(parameters, config.train.ema_decay),
         fp32_weights=fp32_weights,
     )
+
+
+def average_of(parameters: list[torch.Tensor], decay: float | None):
+    """diffusers' EMAModel of the trained weights, or None."""
+    if decay is None:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(parameters, decay=decay)
 
 
 def in_backward_of(config: Config, state: TrainingState) -> SteppingInBackward | None:
