@@ -34,7 +34,6 @@ def start_training(config: Config, folder: Path) -> dict:
 
 
 def start_plan(config: Config, folder: Path) -> dict:
-    load_libraries()
     from cogvx.plan.planner import plan
 
     return plan(config, folder)

@@ -65,13 +65,10 @@ def present_card() -> str | None:
 
 
 def main(folder: Path, card: str) -> None:
-    from cogvx.libraries import load_libraries
+    from cogvx.plan.traces import step_seconds
     from cogvx.progress import quiet_libraries
 
     quiet_libraries()
-    load_libraries()
-    from cogvx.plan.traces import step_seconds
-
     print(step_seconds(configuration.read(folder / record.CONFIG), CARDS[card]))
 
 

@@ -34,13 +34,14 @@ from cogvx.data.encode import (
 from cogvx.data.sharing import READ_AHEAD
 from cogvx.data.sources import Example
 from cogvx.inference import generate
-from cogvx.model.geometry import Geometry, read_config
+from cogvx.model.geometry import Geometry
 from cogvx.model.pretrained import PretrainedModel, placed
-from cogvx.model.released import NAMES, RELEASED, SCHEDULER, T5_XXL
+from cogvx.model.released import SCHEDULER
 from cogvx.options import optimizers
 from cogvx.options.tracking import Tracking
 from cogvx.options.train import Precision
 from cogvx.plan import second_device
+from cogvx.plan.configs import configs_of
 from cogvx.plan.trace import Meter, Recorder, metering, patched, tracing
 from cogvx.training import prepare
 from cogvx.training.prepare import Prepared
@@ -51,7 +52,6 @@ from cogvx.training.trainer import Trainer
 from cogvx.training.videos import VideoGenerator
 
 CPU = torch.device("cpu")
-PHASES = ["encode clips", "encode prompts", "load", "held-out loss", "train", "video"]
 # One of validation.num_inference_steps is traced: all are alike.
 STEPS_OF_VIDEO = 1
 
@@ -118,27 +118,6 @@ class PlannedModel(PretrainedModel):
             return torch.nn.Module.to(build(), dtype).eval().requires_grad_(False)
         finally:
             torch.set_default_dtype(before)
-
-
-def configs_of(config: Config) -> dict[str, dict]:
-    """The model's configurations, from a local folder or by the name of a released checkpoint.
-
-    Keys: transformer, vae, text_encoder. KeyError if model.path is neither.
-    """
-    folder = Path(config.model.path)
-    if (folder / "transformer" / "config.json").is_file():
-        return {
-            part: part_settings(folder, part) for part in ("transformer", "vae", "text_encoder")
-        }
-    transformer, vae, _, _ = RELEASED[NAMES[config.model.path.split("/")[-1]]]
-    return {"transformer": transformer, "vae": vae, "text_encoder": T5_XXL}
-
-
-def part_settings(folder: Path, part: str) -> dict:
-    """A part's configuration, without diffusers' own entries, such as _class_name."""
-    return {
-        key: value for key, value in read_config(folder, part).items() if not key.startswith("_")
-    }
 
 
 class Adam8bitMemory(torch.optim.Optimizer):

@@ -9,24 +9,26 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-
 from cogvx.compose import compose_config
 from cogvx.config import Config
 from cogvx.errors import UserError, lacking
 from cogvx.files import replacing, shown, write_json
+from cogvx.libraries import load_libraries
+from cogvx.model.geometry import Geometry
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.cards import CARDS, Card
 from cogvx.options.train import Attention, Precision
 from cogvx.plan.allocator import GIB, gib, replay
-from cogvx.plan.phases import PHASES, PlannedModel, configs_of, run_phases
+from cogvx.plan.configs import configs_of, layers_of
+from cogvx.plan.found import MEMORY_PARTS, PHASES, Outcome, Phase, at_layers
 from cogvx.plan.smaller import suggest
-from cogvx.plan.times import UNCERTAIN
-from cogvx.plan.traces import MEMORY_PARTS, Outcome, Phase, at_layers, layers_of, traces
+from cogvx.plan.times import UNCERTAIN, seconds_on
+from cogvx.plan.traces import Asked, traces
+from cogvx.progress import heartbeat
 
 PART_COLOURS = ["#4c72b0", "#c44e52", "#8172b3", "#55a868", "#ccb974"]
 
-IN_TWO_PROCESSES = [["encode clips", "encode prompts", "video"], ["load", "held-out loss", "train"]]
+IN_TWO_PROCESSES = [["load", "held-out loss", "train"], ["encode clips", "encode prompts", "video"]]
 
 
 def plan(config: Config, folder: Path) -> dict:
@@ -34,13 +36,13 @@ def plan(config: Config, folder: Path) -> dict:
     require_known(config)
     card = CARDS[config.task.card]
     print_headline(config)
-    found, necessary, few = trace_run(config, card)
+    found, necessary = trace_run(config)
     result = result_of(config, card, found, necessary)
     print_plan(config, card, found, result)
     if config.train.mixed_precision is Precision.bf16 and not card.generation.bf16:
         print(f"warning {config.task.card} has no bf16: 2B trains in fp16, 5B needs another card")
     if not result["fits"]:
-        result["suggestions"] = suggest(config, card, found, few)
+        result["suggestions"] = suggest(config, card, found)
     # The plan is safe before anything really runs, which may run out of memory.
     write_json(folder / "plan.json", result)
     if missing := lacking("matplotlib", "plan.png"):
@@ -54,19 +56,28 @@ def plan(config: Config, folder: Path) -> dict:
     return result
 
 
-def trace_run(config: Config, card: Card) -> tuple[Outcome, float, tuple[Outcome, Outcome]]:
-    """All phases, the FLOPs that a step needs at least, and a step of two and of three layers."""
+def trace_run(config: Config) -> tuple[Outcome, float]:
+    """All phases, and the FLOPs that a step needs at least."""
     plain = plainly(config)
-    jobs = [(config, phases, None, card) for phases in IN_TWO_PROCESSES]
-    jobs += [(changed, ["train"], layers, card) for changed in (config, plain) for layers in (2, 3)]
-    first, second, two, three, plain_two, plain_three = traces(jobs)
+    jobs = [(config, phases, None) for phases in IN_TWO_PROCESSES]
+    jobs += [(plain, ["train"], layers) for layers in (2, 3)]
+    with heartbeat("plan    still running the phases"):
+        first, second, plain_two, plain_three = traces(jobs, say_planned)
+    print()
     # Making videos loads the model too: "load" comes twice.
-    phases = [phase for phase in first.phases if phase.name != "load"] + second.phases
+    phases = first.phases + [phase for phase in second.phases if phase.name != "load"]
     phases.sort(key=lambda phase: PHASES.index(phase.name))
     host = max(first.host, second.host)
     layers = layers_of(config)
     necessary = at_layers(layers, plain_two.phase("train").flops, plain_three.phase("train").flops)
-    return Outcome(phases, host, second.optimizer, second.trained), necessary, (two, three)
+    return Outcome(phases, host, first.optimizer, first.trained), necessary
+
+
+def say_planned(job: Asked, left: int) -> None:
+    _, phases, layers = job
+    what = ", ".join(phases) if layers is None else f"{phases[0]} with {layers} layers"
+    rest = "nothing is left" if left == 0 else f"{left} more to go"
+    print(f"        planned {what}; {rest}", flush=True)
 
 
 def result_of(config: Config, card: Card, found: Outcome, necessary: float) -> dict:
@@ -83,7 +94,7 @@ def result_of(config: Config, card: Card, found: Outcome, necessary: float) -> d
         "phases": {phase.name: phase_facts(phase) for phase in found.phases},
         "tflop_per_step": train.flops / 1e12,
         "necessary_tflop_per_step": necessary / 1e12,
-        "seconds_per_step": round(train.seconds, 2),
+        "seconds_per_step": round(seconds_on(card, train.work, config.train.attention), 2),
         "attention": planned_kernel(config, card).name,
         "host_gib": gib(found.host),
         "cache_mib_per_clip": round(cache_bytes(config) / 2**20, 2),
@@ -102,6 +113,11 @@ def measure_phases(config: Config, found: Outcome) -> dict:
     On a GPU: what CUDA's allocator and the clock say. On a CPU: what was really allocated,
     compared with a plan for the CPU, which has neither CUDA's kernels nor its allocator.
     """
+    load_libraries()
+    import torch
+
+    from cogvx.plan.phases import run_phases
+
     print("\nmeasure runs every phase for real, with weights that mean nothing ...", flush=True)
     if torch.cuda.is_available():
         meter = run_phases(config, PHASES, steps=2, device=torch.device("cuda"))
@@ -122,7 +138,9 @@ def measure_phases(config: Config, found: Outcome) -> dict:
         }
         for name in PHASES
     }
-    print_measured(where, rows, found.phase("train").seconds, seconds)
+    card, train = CARDS[config.task.card], found.phase("train")
+    planned_seconds = seconds_on(card, train.work, config.train.attention)
+    print_measured(where, rows, planned_seconds, seconds)
     return {"where": where, "seconds_per_step": seconds, "phases": rows}
 
 
@@ -155,13 +173,13 @@ def phase_facts(phase: Phase) -> dict:
 
 def cache_bytes(config: Config) -> int:
     """The cache's size for one clip: its latents, its encoded images and its prompt."""
-    pretrained = PlannedModel(Path(), torch.device("cpu"), torch.float32, configs_of(config))
-    geometry, data = pretrained.geometry(), config.data
-    size = getattr(torch, config.train.mixed_precision.value).itemsize
+    configs, data = configs_of(config), config.data
+    geometry = Geometry.from_configs(configs["transformer"], configs["vae"], None)
+    size = 4 if config.train.mixed_precision is Precision.no else 2  # bytes of a number
     pixels = data.height // geometry.spatial_stride * (data.width // geometry.spatial_stride)
     frames = (data.max_num_frames - 1) // geometry.temporal_stride + 1
     frames += (1 + data.image_noise_variants) if geometry.image_to_video else 0
-    prompt = geometry.text_tokens * pretrained.configs["transformer"]["text_embed_dim"]
+    prompt = geometry.text_tokens * configs["transformer"]["text_embed_dim"]
     return size * (2 * geometry.latent_channels * frames * pixels + prompt)
 
 
@@ -179,7 +197,9 @@ def print_headline(config: Config) -> None:
             f"        for each of {config.parallel.num_processes} processes, "
             f"with the copy of the gradients that ddp makes"
         )
-    print("        runs the code of every phase without weights: about a minute ...\n", flush=True)
+    print(
+        "        runs the code of every phase without weights: about half a minute ...", flush=True
+    )
 
 
 def print_plan(config: Config, card: Card, found: Outcome, result: dict) -> None:

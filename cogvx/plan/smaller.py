@@ -9,13 +9,16 @@ from cogvx.config import Config
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.cards import Card
 from cogvx.plan.allocator import gib
-from cogvx.plan.traces import Outcome, at_layers, layers_of, traces
-from cogvx.progress import counted
+from cogvx.plan.configs import layers_of
+from cogvx.plan.found import Outcome, Phase, at_layers
+from cogvx.plan.times import seconds_on
+from cogvx.plan.traces import traces
+from cogvx.progress import bar, counted, heartbeat
 
 ENCODE = ["encode clips", "encode prompts"]
 
 
-def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outcome]) -> list[dict]:
+def suggest(config: Config, card: Card, found: Outcome) -> list[dict]:
     """Memory modes and shorter clips, with their peaks and whether they fit. Prints those that do.
 
     A peak is computed from two and three layers, with this configuration's ratio of reserved to
@@ -24,11 +27,16 @@ def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outc
     changes = [change for change in changes_of(config) if with_changes(config, change) != config]
     print(f"\ntrying  {counted(len(changes), 'change')} that need less memory ...", flush=True)
     jobs = [
-        (with_changes(config, change), phases, layers, card)
+        (with_changes(config, change), phases, layers)
         for change in changes
         for phases, layers in ((["train"], 2), (["train"], 3), (ENCODE, 1))
     ]
-    outcomes = traces(jobs)
+    with heartbeat("trying  still at work on them"), bar(total=len(jobs), leave=False) as tried:
+        outcomes = traces(jobs, lambda job, left: tried.update())
+
+    def time_of(phase: Phase) -> float:
+        return seconds_on(card, phase.work, config.train.attention)
+
     reserved_ratio = found.phase("train").peak.reserved / found.phase("train").peak.allocated
     suggestions = []
     for number, change in enumerate(changes):
@@ -42,11 +50,11 @@ def suggest(config: Config, card: Card, found: Outcome, few: tuple[Outcome, Outc
             {
                 "change": " ".join(change),
                 "peak_gib": gib(peak),
-                "seconds": round(at_layers(layers, two.seconds, three.seconds), 1),
+                "seconds": round(at_layers(layers, *(time_of(few) for few in (two, three))), 1),
                 "fits": peak <= card.usable,
             }
         )
-    print_suggestions(suggestions, found.phase("train").seconds)
+    print_suggestions(suggestions, time_of(found.phase("train")))
     return suggestions
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cogvx.plan import second_device
 from cogvx.plan.allocator import Event, Peak
+from cogvx.plan.found import Work
 
 aten = torch.ops.aten
 # Operations that read and write no memory.
@@ -56,15 +57,6 @@ MOVES_NOTHING = {
     aten.unsqueeze,
     aten.view,
 }
-
-
-@dataclass
-class Work:
-    """The sums over all operations of one kind in one phase."""
-
-    flops: int = 0
-    bytes: int = 0  # read and written
-    count: int = 0
 
 
 @dataclass

@@ -1,64 +1,45 @@
-"""Traces phases in processes of their own, and says what each phase takes."""
+"""Traces phases in processes of their own, and says what each phase takes.   [no torch until then]
+
+What was traced once is remembered.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
 import os
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from cogvx.config import Config
+from cogvx.data.cache import claimed
+from cogvx.libraries import load_libraries
 from cogvx.options.cards import Card
-from cogvx.options.train import Attention
-from cogvx.plan.allocator import Peak, replay
-from cogvx.plan.phases import PHASES, configs_of, run_phases
+from cogvx.plan import remembered
+from cogvx.plan.allocator import replay
+from cogvx.plan.configs import layers_of
+from cogvx.plan.found import MEMORY_PARTS, PHASES, Outcome, Phase, at_layers
 from cogvx.plan.times import seconds_on
-from cogvx.plan.trace import Recorder
 from cogvx.progress import quiet_libraries
 
-MEMORY_PARTS = ["weights", "gradients", "optimizer", "activations", "workspace"]
+if TYPE_CHECKING:
+    from cogvx.plan.trace import Recorder
+
+# What to trace: the settings, the phases, and how many layers of the transformer. None: all.
+Asked = tuple[Config, list[str], int | None]
 
 
-@dataclass(frozen=True)
-class Phase:
-    name: str
-    peak: Peak  # bytes
-    parts: dict[str, int]  # MEMORY_PARTS -> bytes, at the allocated peak
-    flops: int
-    seconds: float | None  # on the card that is planned for
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was found by tracing some phases. Sizes in bytes."""
-
-    phases: list[Phase]
-    host: int  # at most, in the CPU's memory
-    optimizer: int  # the optimizer's states
-    trained: int  # the trained weights
-
-    def phase(self, name: str) -> Phase:
-        return next(phase for phase in self.phases if phase.name == name)
-
-
-def outcome_of(recorder: Recorder, card: Card | None, wanted: Attention) -> Outcome:
-    """wanted: train.attention."""
-    peaks = replay(recorder.events, expandable=True)
-    found = []
-    for name in PHASES:
-        if name in peaks:
-            work = {
-                (op, dtype): w for (phase, op, dtype), w in recorder.work.items() if phase == name
-            }
-            flops = sum(w.flops for w in work.values())
-            seconds = None if card is None else seconds_on(card, work, wanted)
-            found.append(
-                Phase(name, peaks[name], parts_of(recorder.at_peak.get(name, [])), flops, seconds)
-            )
+def outcome_of(recorder: Recorder) -> Outcome:
+    peaks, work = replay(recorder.events, expandable=True), defaultdict(dict)
+    for (phase, op, dtype), done in recorder.work.items():
+        kind = (op, None if dtype is None else str(dtype).removeprefix("torch."))
+        work[phase][kind] = done
+    found = [
+        Phase(name, peaks[name], parts_of(recorder.at_peak.get(name, [])), work[name])
+        for name in PHASES
+        if name in peaks
+    ]
     sizes = Counter()
     for storage in recorder.storages.values():
         sizes[storage.what] += storage.size
@@ -82,23 +63,61 @@ def part_of(what: str) -> str:
     return {"optimizer states": "optimizer", "gradients": "gradients"}.get(what, "activations")
 
 
-def trace(arguments: tuple[Config, list[str], int | None, Card | None]) -> Outcome:
-    config, phases, layers, card = arguments
+def trace(job: Asked) -> Outcome:
+    """What is remembered of it, or traced now. Several processes do not trace the same."""
+    path = remembered.place(*job)
+    with claimed(path, wait=True):
+        found = remembered.recall(path)
+        if found is None:
+            found = traced_now(*job)
+            remembered.keep(path, found)
+    return found
+
+
+def traced_now(config: Config, phases: list[str], layers: int | None) -> Outcome:
+    load_libraries()
+    import torch
+
+    from cogvx.plan.phases import run_phases
+
     torch.set_num_threads(1)
-    recorder = run_phases(config, phases, layers=layers)
-    return outcome_of(recorder, card, config.train.attention)
+    return outcome_of(run_phases(config, phases, layers=layers))
 
 
-def traces(jobs: list[tuple]) -> list[Outcome]:
-    """Runs the jobs in two processes, which see no GPU.
+def numbered_trace(numbered: tuple[int, Asked]) -> tuple[int, Outcome]:
+    number, job = numbered
+    return number, trace(job)
 
-    Forked processes have everything imported already. With a GPU they must not be forked: the
-    libraries have asked for the GPU, and CUDA cannot be used in a fork after that.
+
+def traces(jobs: list[Asked], done: Callable[[Asked, int], None] = lambda job, left: None) -> list:
+    """The outcome of each job. done(job, left) is called when one is; `left` are not done yet.
+
+    What is not remembered is traced in two processes, which see no GPU.
     """
+    found = [remembered.recall(remembered.place(*job)) for job in jobs]
+    missing = [(number, job) for number, job in enumerate(jobs) if found[number] is None]
+    left = len(missing)
+    with pool_of_two() if missing else contextlib.nullcontext() as pool:
+        for number, outcome in pool.imap_unordered(numbered_trace, missing) if missing else ():
+            found[number] = outcome
+            left -= 1
+            done(jobs[number], left)
+    return found
+
+
+@contextlib.contextmanager
+def pool_of_two() -> Iterator:
+    """Forked processes have everything imported already. With a GPU they must not be forked: the
+    libraries have asked for the GPU, and CUDA cannot be used in a fork after that."""
+    load_libraries()
+    import torch
+
     method = "spawn" if torch.cuda.is_available() else "fork"
+    if method == "fork":
+        import cogvx.plan.phases  # noqa: F401
     start_pool = multiprocessing.get_context(method).Pool
     with no_visible_gpu(), start_pool(2, initializer=quiet_libraries) as pool:
-        return pool.map(trace, jobs, chunksize=1)
+        yield pool
 
 
 @contextlib.contextmanager
@@ -117,14 +136,6 @@ def no_visible_gpu() -> Iterator[None]:
 
 def step_seconds(config: Config, card: Card) -> float:
     """The time of an optimizer step, from two and from three layers: all layers are alike."""
-    two, three = (trace((config, ["train"], n, card)).phase("train").seconds for n in (2, 3))
-    return at_layers(layers_of(config), two, three)
-
-
-def layers_of(config: Config) -> int:
-    return configs_of(config)["transformer"]["num_layers"]
-
-
-def at_layers(layers: int, two: float, three: float) -> float:
-    """A quantity that grows equally with every layer, from its values at two and three layers."""
-    return two + (layers - 2) * (three - two)
+    two, three = (trace((config, ["train"], n)).phase("train") for n in (2, 3))
+    seconds = (seconds_on(card, phase.work, config.train.attention) for phase in (two, three))
+    return at_layers(layers_of(config), *seconds)

@@ -15,10 +15,12 @@ sys.path[:0] = [str(PROJECT)]
 
 from cogvx.compose import compose_config  # noqa: E402
 from cogvx.options.cards import CARDS  # noqa: E402
+from cogvx.options.train import Attention  # noqa: E402
 from cogvx.plan.allocator import GIB  # noqa: E402
-from cogvx.plan.phases import PHASES, configs_of  # noqa: E402
-from cogvx.plan.planner import IN_TWO_PROCESSES, plainly  # noqa: E402
-from cogvx.plan.traces import at_layers, traces  # noqa: E402
+from cogvx.plan.found import PHASES  # noqa: E402
+from cogvx.plan.planner import trace_run  # noqa: E402
+from cogvx.plan.times import seconds_on  # noqa: E402
+from cogvx.plan.traces import traces  # noqa: E402
 from cogvx.progress import quiet_libraries  # noqa: E402
 
 TABLE = PROJECT / "tests" / "golden" / "modes.md"
@@ -63,23 +65,10 @@ OPTIONS = [
 
 def row(overrides: str) -> str:
     config = compose_config([*overrides.split(), "train.mixed_precision=bf16"])
-    plain = plainly(config)
-    first, second, two, three = traces(
-        [
-            *((config, phases, None, CARD) for phases in IN_TWO_PROCESSES),
-            *((plain, ["train"], n, CARD) for n in (2, 3)),
-        ]
-    )
-    found = {
-        p.name: p
-        for outcome in (first, second)
-        for p in outcome.phases
-        if outcome is second or p.name != "load"
-    }
-    layers = configs_of(config)["transformer"]["num_layers"]
-    necessary = at_layers(layers, two.phase("train").flops, three.phase("train").flops)
+    outcome, necessary = trace_run(config)
+    found = {phase.name: phase for phase in outcome.phases}
     sizes = " | ".join(f"{found[name].peak.reserved / GIB:.1f}" for name in PHASES)
-    ratio, host = found["train"].flops / necessary, max(first.host, second.host) / GIB
+    ratio, host = found["train"].flops / necessary, outcome.host / GIB
     most = max(phase.peak.reserved for phase in found.values()) / 1e9
     return f"| {overrides} | {sizes} | **{most:.1f}** | {ratio:.2f} | {host:.0f} |"
 
@@ -90,14 +79,15 @@ def option_rows() -> list[str]:
     for option, base, phase, _ in OPTIONS:
         for overrides in (base, f"{base} {option}"):
             settings = ["model=5b", *overrides.split(), "train.mixed_precision=bf16"]
-            jobs.append((compose_config(settings), [phase], None, CARD))
+            jobs.append((compose_config(settings), [phase], None))
     outcomes, rows = traces(jobs), []
     for (option, base, phase, found), without, added in zip(
         OPTIONS, outcomes[::2], outcomes[1::2], strict=True
     ):
         before, after = without.phase(phase), added.phase(phase)
         sizes = f"{before.peak.reserved / GIB:.1f} | {after.peak.reserved / GIB:.1f}"
-        times = f"{after.seconds / before.seconds:.2f}"
+        took = [seconds_on(CARD, each.work, Attention.auto) for each in (before, after)]
+        times = f"{took[1] / took[0]:.2f}"
         rows.append(f"| {option} | {base or 'fast'} | {phase} | {sizes} | {times} | {found} |")
     return rows
 

@@ -15,8 +15,10 @@ import torch
 
 from cogvx.errors import UserError
 from cogvx.files import read_json
-from cogvx.plan import phases, planner, traces
+from cogvx.plan import phases, planner, remembered, traces
 from cogvx.plan.allocator import GIB, replay
+from cogvx.plan.configs import configs_of
+from cogvx.plan.found import PHASES
 
 PROJECT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(PROJECT / "tests" / "benchmarks"))
@@ -139,7 +141,7 @@ def test_a_plan_prints_what_is_asked_and_leaves_it_in_the_folder(run, nano_folde
     )
     said = capfd.readouterr().out
     assert said.index("runs the code of every phase") < said.index("allocated")
-    for phase in phases.PHASES:
+    for phase in PHASES:
         assert said.count(f"\n{phase}") == 1
     assert "rtx3060_12gb has 11.1 GiB free: it fits" in said and "TFLOP a step" in said
     result = json.loads((folder / "plan.json").read_text())
@@ -182,7 +184,7 @@ def test_what_is_planned_is_measured_where_it_can_be_counted(run, nano_folder, c
         "task.measure=true",
     )
     rows = json.loads((folder / "plan.json").read_text())["measured"]["phases"]
-    assert list(rows) == phases.PHASES and "this CPU (and planned for it)" in capfd.readouterr().out
+    assert list(rows) == PHASES and "this CPU (and planned for it)" in capfd.readouterr().out
     for name in ("held-out loss", "train", "video"):
         assert rows[name]["planned_gib"] == rows[name]["measured_gib"] > 0, name
 
@@ -205,19 +207,20 @@ def test_several_processes_are_planned_with_their_buckets(compose, nano_folder):
         recorded(compose, nano_folder, settings, ["train"], as_cuda=False)
         for settings in (["lora=null"], ["lora=null", "parallel=ddp"])
     )
-    configs = phases.configs_of(compose(f"model.path='{nano_folder}'"))
+    configs = configs_of(compose(f"model.path='{nano_folder}'"))
     planned = phases.PlannedModel(Path(), phases.CPU, torch.float32, configs).transformer()
     trained = 4 * sum(parameter.numel() for parameter in planned.parameters())
     assert abs(two.most[False] - one.most[False] - trained) < 0.02 * trained
 
 
-def test_a_plan_beside_a_gpu_is_not_forked_and_sees_none(monkeypatch):
+def test_a_plan_beside_a_gpu_is_not_forked_and_sees_none(compose, monkeypatch):
     started = []
 
     class Recorded:
         def Pool(self, count, initializer):
             started.append(os.environ["CUDA_VISIBLE_DEVICES"])
-            return contextlib.nullcontext(SimpleNamespace(map=lambda *given, **more: []))
+            nothing = SimpleNamespace(imap_unordered=lambda function, jobs: [(0, "found")])
+            return contextlib.nullcontext(nothing)
 
     def get_context(method):
         started.append(method)
@@ -226,16 +229,18 @@ def test_a_plan_beside_a_gpu_is_not_forked_and_sees_none(monkeypatch):
     monkeypatch.setattr(traces.multiprocessing, "get_context", get_context)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert traces.traces([]) == []
+    monkeypatch.setattr(remembered, "recall", lambda path: None)
+    assert traces.traces([(compose("model=2b"), ["train"], 2)]) == ["found"]
     assert started == ["spawn", ""] and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 @pytest.mark.slow
 def test_a_new_process_plans_what_a_forked_one_plans(compose, nano_folder, monkeypatch):
     config = compose("model=2b", f"model.path='{nano_folder}'", *SMALL)
-    forked = traces.traces([(config, ["train"], 2, None)])
+    monkeypatch.setattr(remembered, "recall", lambda path: None)
+    forked = traces.traces([(config, ["train"], 2)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert traces.traces([(config, ["train"], 2, None)]) == forked
+    assert traces.traces([(config, ["train"], 2)]) == forked
 
 
 @pytest.mark.slow
