@@ -24,6 +24,11 @@ import gc, sys
 from cogvx.libraries import load_libraries
 load_libraries()
 import cogvx.training.run
+from cogvx.compose import compose_config
+from diffusers import CogVideoXTransformer3DModel
+
+tiny = CogVideoXTransformer3DModel(num_attention_heads=1, num_layers=1)
+compose_config(["lora.rank=2"]).lora.attach(tiny, seed=0)
 assert gc.isenabled() and gc.get_freeze_count() > 100_000
 assert "torch" in sys.modules and None not in sys.modules.values()
 late = ("bitsandbytes", "scipy", "torchao", "matplotlib", "imageio", "decord", "wandb")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogvx.errors import UserError, first_line, listed
+from cogvx.libraries import unseen
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
@@ -93,7 +94,8 @@ class Lora:
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
         )
-        with torch.random.fork_rng(devices=[]):
+        # peft would import bitsandbytes, to ask whether these are layers of it. They are torch's.
+        with torch.random.fork_rng(devices=[]), unseen():
             torch.manual_seed(seed)
             transformer.add_adapter(settings)
         for parameter in trainable(transformer):
