@@ -263,7 +263,8 @@ def encoded_prompts(here: Here, pretrained: PlannedModel, *, streamed: bool) -> 
 def vae(here: Here) -> None:
     data, pretrained = configuration(here, "5b", "low").data, planned_model(here, "5b", "low")
     frames = random(here, data.max_num_frames, 3, data.height, data.width).cpu().float()
-    for tiling in (False, True):
+    # Whole clips need most, so they come last.
+    for tiling in (True, False):
         encoded_clip(here, pretrained, frames.clamp(-1, 1), tiling=tiling)
         empty(here)
 

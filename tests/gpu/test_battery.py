@@ -23,7 +23,9 @@ PLANTED = ["--rehearse", "--entries", str(HERE / "planted.py"), "--beside", "2"]
 
 def started(out: Path, *arguments: str, source: list[str] = PLANTED) -> subprocess.Popen:
     command = [sys.executable, str(HERE / "battery.py"), *source, "--out", str(out), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    # A battery that is killed leaves its scratch folder.
+    scratch = os.environ | {"TMPDIR": str(out)}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=scratch)
 
 
 def found_in(out: Path) -> dict:
