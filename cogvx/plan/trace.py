@@ -11,7 +11,7 @@ import math
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -291,7 +291,24 @@ def tracing(*, fake: bool = True, host: str | None = "cpu") -> Iterator[Recorder
 @contextlib.contextmanager
 def metering(device: torch.device) -> Iterator[Meter]:
     """Everything inside really runs on this GPU. Weights are 0.01: no size depends on them."""
-    with patched(
-        torch.nn.init, **{name: lambda tensor, *a, **k: tensor.data.fill_(0.01) for name in INITS}
-    ):
+    with initialized_by(lambda tensor, *others, **more: tensor.data.fill_(0.01)):
         yield Meter(device)
+
+
+@contextlib.contextmanager
+def initialized_by(fill: Callable[..., Tensor]) -> Iterator[None]:
+    """fill() takes the place of torch's functions for new weights.
+
+    Random numbers for the 4.8 billion weights of T5 would take more than a minute.
+    """
+    from transformers import initialization
+
+    # transformers keeps the original functions in a dict.
+    fills, theirs = dict.fromkeys(INITS, fill), initialization.TORCH_INIT_FUNCTIONS
+    before = dict(theirs)
+    theirs.update(fills)
+    try:
+        with patched(torch.nn.init, **fills):
+            yield
+    finally:
+        theirs.update(before)

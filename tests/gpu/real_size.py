@@ -23,8 +23,9 @@ from cogvx.compose import compose_config
 from cogvx.config import Config
 from cogvx.plan import phases
 from cogvx.plan.allocator import replay
-from cogvx.plan.phases import PHASES, run_phases
-from cogvx.plan.trace import INITS, Meter, patched
+from cogvx.plan.found import PHASES
+from cogvx.plan.phases import run_phases
+from cogvx.plan.trace import Meter, initialized_by, patched
 from cogvx.training.trainer import Trainer
 
 MEMORY_BOUND, TIME_BOUND = 0.05, 0.35
@@ -197,25 +198,8 @@ def random_metering(device: torch.device) -> Iterator[Meter]:
 
     A card multiplies equal numbers faster than random ones.
     """
-    with random_weights():
+    with initialized_by(fill):
         yield Meter(device)
-
-
-@contextlib.contextmanager
-def random_weights() -> Iterator[None]:
-    """New models get random weights, as fast as memory can be written."""
-    from transformers import initialization
-
-    # transformers has the original functions in a dict.
-    fills = dict.fromkeys(INITS, fill)
-    theirs = getattr(initialization, "TORCH_INIT_FUNCTIONS", {})
-    before = dict(theirs)
-    theirs.update(fills)
-    try:
-        with patched(torch.nn.init, **fills):
-            yield
-    finally:
-        theirs.update(before)
 
 
 def fill(tensor: torch.Tensor, *others: object, **more: object) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from battery import Here, told
 from entries import GIB
-from real_size import configuration, random_weights
+from real_size import configuration, fill
 
 from cogvx.compose import compose_config
 from cogvx.data.encode import Encoder, latent_moments
@@ -25,6 +25,7 @@ from cogvx.model.released import TRANSFORMER_5B
 from cogvx.options.memory import Recompute, Storage
 from cogvx.options.train import Attention
 from cogvx.plan.phases import PlannedModel, configs_of
+from cogvx.plan.trace import initialized_by
 
 # 13 latent frames of 30 x 45 patches, and 226 text tokens.
 TOKENS, HEADS, WIDTH = 17776, 48, 64
@@ -201,7 +202,7 @@ def stored_output(here: Here, form: Storage, layers: int) -> tuple[torch.Tensor,
     from diffusers import CogVideoXTransformer3DModel
 
     shape = NANO.transformer if here.small else TRANSFORMER_5B
-    with random_weights():
+    with initialized_by(fill):
         transformer = CogVideoXTransformer3DModel(**shape | {"num_layers": layers})
     transformer = transformer.to(torch.bfloat16).eval().requires_grad_(False)
     memory = compose_config(["memory=balanced", f"memory.base_storage={form.name}"]).memory
@@ -245,7 +246,7 @@ def text_encoder(here: Here) -> None:
 @torch.no_grad()
 def encoded_prompts(here: Here, pretrained: PlannedModel, *, streamed: bool) -> torch.Tensor:
     where, tokens = "streamed" if streamed else "on the card", pretrained.geometry().text_tokens
-    with random_weights():
+    with initialized_by(fill):
         _, encoder = pretrained.text_encoder(streamed=streamed)
     reset_peak(here)
     ids = torch.arange(2, 2 + tokens, device=here.device)[None] % 250
@@ -272,7 +273,7 @@ def vae(here: Here) -> None:
 def encoded_clip(
     here: Here, pretrained: PlannedModel, frames: torch.Tensor, *, tiling: bool
 ) -> None:
-    with random_weights():
+    with initialized_by(fill):
         model = pretrained.vae(tiling=tiling)
     reset_peak(here)
     encoder = Encoder(None, "", pretrained.dtype, pretrained.device)

@@ -148,13 +148,19 @@ def test_weights_are_random_and_the_same_for_both_libraries():
     import torch
     from transformers import T5Config, T5EncoderModel
 
+    from cogvx.plan.trace import initialized_by, metering
+
     settings = T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, vocab_size=40)
-    with real_size.random_weights():
+    with initialized_by(real_size.fill):
         weights = [T5EncoderModel(settings).shared.weight for _ in range(2)]
         layer = torch.nn.Linear(16, 40, bias=False)
     assert torch.equal(*weights) and torch.equal(weights[0], layer.weight)
     assert 0.01 < float(layer.weight.detach().std()) < 0.03
     assert not torch.equal(T5EncoderModel(settings).shared.weight, weights[0])
+    with metering(torch.device("cpu")):
+        assert {
+            float(weight) for weight in T5EncoderModel(settings).shared.weight.detach().view(-1)
+        } == {float(torch.tensor(0.01))}
 
 
 def test_an_error_of_a_command_is_its_first_and_its_last_line():
