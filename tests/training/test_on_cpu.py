@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from race import FakeEvent, Races
 
 from cogvx.files import read_json_lines
-from cogvx.model import full, lora
+from cogvx.model import full, lora, transfer
+from cogvx.training.on_cpu import Fp32Weights
 
 SETTINGS = [
     "lora=null",
@@ -65,3 +67,67 @@ def test_small_updates_survive_in_bf16(run):
     assert (late[name].bfloat16() == early[name].bfloat16()).float().mean() > 0.9, (
         "in bf16 hardly any would have moved"
     )
+
+
+# -- how the device may run it -------------------------------------------------------------------
+
+
+def two_layers():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+
+
+def train(model, parameters, before_step=lambda: None, after_step=lambda: None) -> None:
+    """Three steps of two micro-batches."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for step in range(3):
+        for micro_step in range(2):
+            generator = torch.Generator().manual_seed(10 * step + micro_step)
+            given = torch.randn(5, 8, generator=generator).to(model[0].weight.dtype)
+            model(given).float().square().mean().backward()
+        before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+
+
+def on_the_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+def raced(monkeypatch, dtype, model) -> Races:
+    monkeypatch.setattr(transfer, "to_device", on_the_device)
+    with Races(monkeypatch, on_host=list(model.parameters())) as races:
+        weights = Fp32Weights(model, torch.device("cpu"), dtype)
+        train(model, weights.weights, weights.gradients.wait, weights.update_copies)
+        with weights.in_the_model():
+            assert all(p.dtype is torch.float32 for p in model.parameters())
+        assert all(p.dtype is dtype for p in model.parameters())
+        for parameter, weight in zip(model.parameters(), weights.weights, strict=True):
+            assert torch.equal(parameter, weight.to(dtype))
+    return races
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_gradient_or_weight_is_read_before_it_has_arrived(dtype, monkeypatch):
+    plain, model = two_layers(), two_layers()
+    weights = list(model.parameters())
+    races = raced(monkeypatch, dtype, model)
+    assert races.found == [] and races.clocks["copying"]["copying"] > 0
+    if dtype is torch.float32:
+        train(plain, list(plain.parameters()))
+        assert all(map(torch.equal, weights, plain.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (FakeEvent, "synchronize"),
+        (transfer.CopyStream, "wait"),
+        (transfer.CopyStream, "mark"),
+    ],
+)
+def test_such_a_race_would_be_found(owner, method, monkeypatch):
+    monkeypatch.setattr(owner, method, lambda self, *event: None)
+    assert raced(monkeypatch, torch.bfloat16, two_layers()).found

@@ -115,6 +115,7 @@ class Races(TorchDispatchMode):
         """What the computing stream does next may have this memory."""
         memory = self.memories.pop(key)
         if not memory.on_host:
+            join(self.clocks[COMPUTING], self.clocks[HOST])
             self.touch(memory, COMPUTING, "free", writes=True)
 
     def touch(self, memory: Memory, stream: str, what: str, *, writes: bool) -> None:
