@@ -109,6 +109,8 @@ ENTRIES = [
     ),
     MODE_ENTRIES["2b minimal"],
     Entry("compiled", "train.compile=true on 2b", "cogvx/model/blocks.py", 120),
+    MODE_ENTRIES["2b fast"],
+    MODE_ENTRIES["2b low"],
     Entry(
         "loading_2b",
         "2b from files of real size: load, encode, train, video",
@@ -116,8 +118,6 @@ ENTRIES = [
         limit=160,
         imports_torch=False,
     ),
-    MODE_ENTRIES["2b fast"],
-    MODE_ENTRIES["2b low"],
     MODE_ENTRIES["5b fast"],
 ]
 
