@@ -108,7 +108,8 @@ def to_mend(entries: list, rows: list[Row], plans: dict[str, dict]) -> list[str]
 
 def counts(entries: list, states: dict[str, str], rows: list[Row], plans: dict) -> str:
     bad = {row.entry for row in rows if is_bad(row, plans)}
-    skipped = {row.entry for row in rows if row.status == "skipped"}
+    # An entry that skips some of its lines is not skipped.
+    skipped = {row.entry for row in rows if row.what == row.status == "skipped"}
     done = [entry.name for entry in entries if states[entry.name] == "done"]
     good = [name for name in done if name not in bad | skipped]
     missed = [entry.name for entry in entries if states[entry.name] == "not reached"]
