@@ -268,6 +268,7 @@ def numbers(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Training", [*said_of_training(run)]),
         ("Held-out loss", [*said_of_heldout(run)]),
         ("Speed and memory", [*said_of_speed(run)]),
+        ("Peak memory by phase", [*said_of_phases(run.summary)]),
         ("Where it ran", [*said_of_place(run)]),
     ]
 
@@ -346,6 +347,13 @@ def said_of_speed(run: Run):
             yield "Of that, waiting for data", f"{statistics.median(waited) / middle:.0%}"
     if summary.get("peak_memory_gib") is not None:
         yield "Peak memory", f"{summary['peak_memory_gib']:.2f} GiB"
+
+
+def said_of_phases(summary: dict):
+    kinds = {"reserved_gib": "reserved", "allocated_gib": "allocated", "process_gib": "the process"}
+    for phase, peaks in summary.get("memory_by_phase", {}).items():
+        sizes = [f"{peaks[name]:.2f} GiB {kind}" for name, kind in kinds.items() if name in peaks]
+        yield phase.capitalize(), joined(sizes)
 
 
 def said_of_place(run: Run):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from cogvx.errors import first_line
@@ -63,12 +60,3 @@ class Metrics:
                     f"the run goes on, and {self.path.name} has all values"
                 )
             self.failed = True
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """On a GPU what torch has reserved at most; otherwise that of the whole process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_reserved(device) / 2**30, 3)
-    # macOS counts bytes here, Linux KiB.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)

@@ -14,7 +14,6 @@ import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils.memory import clear_device_cache
 from safetensors import safe_open
 
 from cogvx.config import Config
@@ -33,12 +32,12 @@ from cogvx.data.sources import Data, Example
 from cogvx.data.video import BadClip, read_clip, to_bytes
 from cogvx.errors import UserError
 from cogvx.files import shown
-from cogvx.model import transfer
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.memory import Memory
 from cogvx.options.train import Precision, Train
 from cogvx.progress import counted
 from cogvx.records import record
+from cogvx.training.peaks import give_memory_back
 from cogvx.training.ranks import LONGEST_WAIT, Ranks, host_group
 from cogvx.training.step import Batch, on_device
 from cogvx.training.videos import RealClip, validation_images, validation_prompts
@@ -154,7 +153,10 @@ def prepare(
     pretrained, examples = fetch(config, ranks)
     cache = Cache(data.cache_dir)
     vae, text_encoder = encoders(pretrained, cache, config.memory)
-    clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)
+    with ranks.peaks.phase("encode clips"):
+        clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)
+        # Nothing refers to the VAE any more. The text encoder gets its memory.
+        give_memory_back()
     train, held_out, uses = split(clips, data)
     if ranks.logs:
         report(folder, clips, uses, rejected)
@@ -179,10 +181,10 @@ def prepare(
     captions = [clip.example.prompt for clip in clips]
     needed = ["", *captions, *prompts, *more_prompts]
     text_tokens = pretrained.geometry().text_tokens
-    embeds = encode_prompts(needed, cache, text_encoder, text_tokens, ranks.say)
-    # Nothing refers to the two encoders any more: their memory is given back.
-    clear_device_cache(garbage_collection=True)
-    transfer.empty_host_cache()
+    with ranks.peaks.phase("encode prompts"):
+        embeds = encode_prompts(needed, cache, text_encoder, text_tokens, ranks.say)
+        # Nor to the text encoder.
+        give_memory_back()
     return Prepared(pretrained, train, held_out, embeds, prompts, example_prompt, pictures)
 
 

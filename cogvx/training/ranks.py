@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+
+from cogvx.training.peaks import MemoryPeaks
 
 # Of a message between processes that is late because one of them downloads, encodes or makes
 # videos.
@@ -23,6 +25,8 @@ class Ranks:
     accelerator: Accelerator
     # The group for numbers that are on the hosts; None: the default group. See host_group().
     hosts: dist.ProcessGroup | None = None
+    # Of this process's memory.
+    peaks: MemoryPeaks = field(default_factory=MemoryPeaks)
 
     @property
     def saves(self) -> bool:

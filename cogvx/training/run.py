@@ -14,7 +14,6 @@ from cogvx.model.trained_weights import weights_of
 from cogvx.records import record
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.kernel import chosen_attention
-from cogvx.training.metrics import peak_memory_gib
 from cogvx.training.prepare import prepare, start_processes
 from cogvx.training.setup import build_trainer
 from cogvx.training.trainer import Trainer
@@ -24,10 +23,13 @@ def encode_data(config: Config, folder: Path) -> dict:
     """task=encode: fills the cache and reports on every clip. Returns the run's summary."""
     started, ranks = time.monotonic(), start_processes(config)
     data = prepare(config, folder, ranks)
+    for line in ranks.peaks.lines():
+        ranks.say(line)
     return {
         "status": "done",
         "clips": len(data.train) + len(data.held_out),
         "seconds": round(time.monotonic() - started, 1),
+        **ranks.peaks.summary(),
     }
 
 
@@ -50,12 +52,13 @@ def train_model(
     data = prepare(config, folder, ranks, [request.prompt for request in scored])
     earlier = earlier_runs(folder, source)
     with chosen_attention(config, data.pretrained, folder, ranks, earlier):
-        trainer = build_trainer(config, folder, ranks, data, scored=scored, expected=expected)
+        with ranks.peaks.phase("load"):
+            trainer = build_trainer(config, folder, ranks, data, scored=scored, expected=expected)
         summary = run_and_tell_tracker(trainer)
     return {
         **summary,
         "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_gib": peak_memory_gib(ranks.accelerator.device),
+        **ranks.peaks.summary(),
     }
 
 

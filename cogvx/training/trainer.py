@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 
 from cogvx.config import Config
@@ -22,8 +21,9 @@ from cogvx.training.batches import Batches
 from cogvx.training.heldout import HeldOutLoss, heldout_loss, require_finite
 from cogvx.training.in_backward import SteppingInBackward
 from cogvx.training.loss_log import LossLog
-from cogvx.training.metrics import Metrics, peak_memory_gib
+from cogvx.training.metrics import Metrics
 from cogvx.training.outcome import RunOutcome, deliver_result
+from cogvx.training.peaks import give_memory_back
 from cogvx.training.prepare import Prepared
 from cogvx.training.profiler import profiler
 from cogvx.training.ranks import Ranks
@@ -65,7 +65,10 @@ class Trainer:
         """Trains until the last step, or until a stop signal. Returns the run's summary."""
         train, validation = self.config.train, self.config.validation
         before, latest = self.begin()
-        with self.stop, self.progress_bar() as progress, self.profiler() as profile:
+        # The first step does not begin with what the base model's loss has left reserved.
+        give_memory_back()
+        phase = self.ranks.peaks.phase("train")
+        with phase, self.stop, self.progress_bar() as progress, self.profiler() as profile:
             self.timer.start(progress)
             while self.step < self.steps and not self.stop.requested(self.ranks):
                 rate = self.optimizer_step()
@@ -122,7 +125,7 @@ class Trainer:
         videos, compared = self.write_videos(), self.compare()
         outcome = RunOutcome(self.step, before, after, videos, compared)
         if self.ranks.logs:
-            for line in outcome.lines(self.folder, self.state):
+            for line in (*outcome.lines(self.folder, self.state), *self.ranks.peaks.lines()):
                 self.ranks.say(line)
             self.ranks.say(f"\nUse it in plain diffusers:\n\n{usage}\n")
         return outcome.summary(self.folder)
@@ -220,7 +223,7 @@ class Trainer:
                 **(estimated_rate(self.state.optimizer) if finds_rate else {}),
                 seconds=round(seconds, 4),
                 data_seconds=round(waited, 4),
-                peak_memory_gib=peak_memory_gib(self.ranks.accelerator.device),
+                peak_memory_gib=self.ranks.peaks.of_line("train"),
             )
 
     def evaluate(self, *, base: bool = False) -> HeldOutLoss | None:
@@ -230,7 +233,8 @@ class Trainer:
         heldout_loss_trained is the loss of the trained weights themselves.
         """
         step, more = 0 if base else self.step, {}
-        with self.timer.paused():
+        peaks = self.ranks.peaks
+        with self.timer.paused(), peaks.phase("held-out loss"):
             if self.state.average is not None and not base:
                 trained = self.heldout_loss()
                 more["heldout_loss_trained"] = trained and trained.mean
@@ -239,7 +243,8 @@ class Trainer:
         if not base:
             self.latest = (step, found)
         if self.metrics and found and not self.metrics.has("heldout_loss", step):
-            self.metrics.log(step, **found.for_metrics(), **more)
+            peak = peaks.of_line("held-out loss")
+            self.metrics.log(step, **found.for_metrics(), **more, peak_memory_gib=peak)
         return found
 
     def heldout_loss(self, *, base: bool = False) -> HeldOutLoss | None:
@@ -275,9 +280,10 @@ class Trainer:
     def generating(self, *, base: bool = False):
         with self.timer.paused(), self.state.base_model() if base else self.state.averaged():
             # What training keeps for its next step leaves no room for the VAE, and the reverse.
-            clear_device_cache(garbage_collection=True)
-            yield
-            clear_device_cache(garbage_collection=True)
+            give_memory_back()
+            with self.ranks.peaks.phase("video"):
+                yield
+                give_memory_back()
 
     def compare(self) -> list[scores.Comparison]:
         """The base model's and the result's scores; evaluation.json and evaluation.csv."""

@@ -471,9 +471,21 @@ def test_the_encoders_are_gone_before_the_first_step(run, clips, monkeypatch):
     from diffusers import AutoencoderKLCogVideoX
     from transformers import T5EncoderModel
 
-    from cogvx.training import trainer
+    from cogvx.model.pretrained import PretrainedModel
+    from cogvx.training import peaks, trainer
 
-    loss, alive = trainer.training_losses, []
+    loss, alive, emptied = trainer.training_losses, [], []
+    load, empty = PretrainedModel.text_encoder, peaks.clear_device_cache
+
+    def load_text_encoder(*arguments, **settings):
+        vaes = sum(isinstance(thing, AutoencoderKLCogVideoX) for thing in gc.get_objects())
+        alive.append(("VAE", vaes, len(emptied)))
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(PretrainedModel, "text_encoder", load_text_encoder)
+    monkeypatch.setattr(
+        peaks, "clear_device_cache", lambda **how: (emptied.append(how), empty(**how))
+    )
 
     def look_around(*arguments):
         alive.append(
@@ -488,7 +500,7 @@ def test_the_encoders_are_gone_before_the_first_step(run, clips, monkeypatch):
     monkeypatch.setattr(trainer, "training_losses", look_around)
     # Clips and prompts that are not in the cache: both encoders work.
     run("a", "train.max_train_steps=3", f"data.instance_data_root={clips}", "data.fps=7")
-    assert alive == [0, 0, 0]
+    assert alive == [("VAE", 0, 1), 0, 0, 0], "the VAE's memory is given back before T5 is loaded"
 
 
 def test_a_full_disk_is_said_in_words(run, monkeypatch, capfd):

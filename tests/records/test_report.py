@@ -33,7 +33,10 @@ def folder(tmp_path, compose):
     found = [scores | {"measure": "colour"}, scores | {"measure": "motion"}]
     (run / "evaluation.json").write_text(json.dumps({"comparisons": {"result": found}}))
     summary = {"status": "done", "step": 20, "objective": 0.06, "heldout_standard_error": 0.01}
-    record.finish(run, summary | {"seconds": 75.0, "peak_memory_gib": 0.5})
+    phases = {"train": {"reserved_gib": 0.5, "allocated_gib": 0.375}}
+    record.finish(
+        run, summary | {"seconds": 75.0, "peak_memory_gib": 0.5, "memory_by_phase": phases}
+    )
     return run
 
 
@@ -62,6 +65,7 @@ def test_the_page_loads_nothing_from_elsewhere(folder):
 def test_numbers_are_in_words_with_units_and_no_key_of_the_record(folder):
     text = read_page(folder).partition("<details>")[0]
     visible = re.sub(r"<style>.*?</style>|<script>.*?</script>|<[^>]+>", " ", text, flags=re.DOTALL)
+    assert "0.50 GiB reserved and 0.38 GiB allocated" in visible
     for key in ("heldout_standard_error", "peak_memory_gib", "objective", "git_commit"):
         assert key not in visible
     assert "0.5 s" in visible and "0.50 GiB" in visible and "1 min 15 s" in visible
