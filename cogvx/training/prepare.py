@@ -35,7 +35,7 @@ from cogvx.files import shown
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.memory import Memory
 from cogvx.options.train import Precision, Train
-from cogvx.progress import counted
+from cogvx.progress import counted, heartbeat
 from cogvx.records import record
 from cogvx.training.peaks import give_memory_back
 from cogvx.training.ranks import LONGEST_WAIT, Ranks, host_group
@@ -184,7 +184,7 @@ def prepare(
     with ranks.peaks.phase("encode prompts"):
         embeds = encode_prompts(needed, cache, text_encoder, text_tokens, ranks.say)
         # Nor to the text encoder.
-        give_memory_back()
+        give_memory_back(collect=True)
     return Prepared(pretrained, train, held_out, embeds, prompts, example_prompt, pictures)
 
 
@@ -207,9 +207,9 @@ def fetch(config: Config, ranks: Ranks) -> tuple[PretrainedModel, list[Example]]
 
 def encoders(pretrained: PretrainedModel, cache: Cache, memory: Memory) -> tuple[Encoder, Encoder]:
     """The VAE and the text encoder. Each is loaded when there is something to encode."""
-    vae, text, tokenizer = (
-        cache.fingerprint(pretrained.folder / part) for part in ("vae", "text_encoder", "tokenizer")
-    )
+    parts = ("vae", "text_encoder", "tokenizer")
+    with heartbeat("encode  still hashing the weights of the encoders"):
+        vae, text, tokenizer = (cache.fingerprint(pretrained.folder / part) for part in parts)
     return (
         Encoder(
             lambda: pretrained.vae(tiling=memory.vae_tiling),
@@ -277,7 +277,8 @@ def note_fingerprints(
     """Records what the result depends on besides the settings; warns if a resumed run differs."""
     commit = pretrained.hub_commit()
     # A hub commit identifies the weights. Only a local folder of up to 20 GB must be read.
-    fingerprint = cache.fingerprint(pretrained.folder) if commit is None else None
+    with heartbeat("model   still hashing its weights"):
+        fingerprint = cache.fingerprint(pretrained.folder) if commit is None else None
     record.note(
         folder,
         device=device_name(pretrained.device),

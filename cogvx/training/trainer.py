@@ -15,7 +15,7 @@ from cogvx.config import Config
 from cogvx.files import shown
 from cogvx.inference import scores
 from cogvx.model.cogvideox import CogVideoX
-from cogvx.progress import bar
+from cogvx.progress import bar, heartbeat
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.batches import Batches
 from cogvx.training.heldout import HeldOutLoss, heldout_loss, require_finite
@@ -234,7 +234,8 @@ class Trainer:
         """
         step, more = 0 if base else self.step, {}
         peaks = self.ranks.peaks
-        with self.timer.paused(), peaks.phase("held-out loss"):
+        doing = heartbeat("train   still computing the held-out loss")
+        with self.timer.paused(), peaks.phase("held-out loss"), doing:
             if self.state.average is not None and not base:
                 trained = self.heldout_loss()
                 more["heldout_loss_trained"] = trained and trained.mean
@@ -280,10 +281,10 @@ class Trainer:
     def generating(self, *, base: bool = False):
         with self.timer.paused(), self.state.base_model() if base else self.state.averaged():
             # What training keeps for its next step leaves no room for the VAE, and the reverse.
-            give_memory_back()
+            give_memory_back(collect=True)
             with self.ranks.peaks.phase("video"):
                 yield
-                give_memory_back()
+                give_memory_back(collect=True)
 
     def compare(self) -> list[scores.Comparison]:
         """The base model's and the result's scores; evaluation.json and evaluation.csv."""
