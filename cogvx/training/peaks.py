@@ -15,8 +15,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from cogvx.model import transfer
+from cogvx.options.cards import GIB
 
-GIB = 2**30
 # Linux: a 5 written there makes the process's peak its present size (man proc_pid_clear_refs).
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 # GiB, by what was measured: "reserved_gib" and "allocated_gib" on a GPU, else "process_gib".
