@@ -373,8 +373,10 @@ def hanging_at(child: Child) -> str:
     """Where the process is; of its innermost lines the one that is ours."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(child.process.pid, signal.SIGUSR1)
-    time.sleep(0.3)
-    text = child.log.read_text(encoding="utf-8", errors="replace")
+    text, ends = "", time.monotonic() + 2
+    while "most recent call first" not in text and time.monotonic() < ends:
+        time.sleep(LOOK_EVERY)
+        text = child.log.read_text(encoding="utf-8", errors="replace")
     stack = re.findall(r'File "(.+?)", line (\d+) in', text.rpartition("most recent call first")[2])
     ours = [place for place in stack if place[0].startswith(str(PROJECT / "cogvx"))]
     if not stack:

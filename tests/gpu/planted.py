@@ -12,7 +12,7 @@ ENTRIES = [
     Entry("good", "measures something", "nowhere", imports_torch=False),
     Entry("raises", "raises an error", "cogvx/model/blocks.py", imports_torch=False),
     Entry("crashes", "ends by a signal", "nowhere", imports_torch=False),
-    Entry("hangs", "never ends, and neither does its child", "nowhere", 2, imports_torch=False),
+    Entry("hangs", "never ends, and neither does its child", "nowhere", 6, imports_torch=False),
     Entry("lacks", "cannot run here", "nowhere", imports_torch=False),
     Entry("beside_1", "waits for the other", "nowhere", 20, alone=False, imports_torch=False),
     Entry("beside_2", "waits for the other", "nowhere", 20, alone=False, imports_torch=False),
