@@ -220,11 +220,20 @@ def print_plan(config: Config, card: Card, found: Outcome, result: dict) -> None
         f"({executed / necessary:.2f} times)\n"
         f"time    about {seconds:.1f} s a step on {config.task.card}, +-{UNCERTAIN:.0%}{whole}; "
         f"attention by {result['attention']}\n"
-        f"RAM     at most {result['host_gib']:.1f} GiB of weights and activations, "
-        f"plus about 2 GiB for Python\n"
+        f"{ram_line(config, result)}\n"
         f"disk    {result['cache_mib_per_clip']:.1f} MiB of cache for each clip; "
         f"{result['checkpoint_gib']:.2f} GiB for each checkpoint"
     )
+
+
+def ram_line(config: Config, result: dict) -> str:
+    """Every process has its own copy of what waits in RAM."""
+    processes, gib_each = config.parallel.num_processes, result["host_gib"]
+    what = f"{gib_each:.1f} GiB of weights and activations, plus about 2 GiB for Python"
+    if processes == 1:
+        return f"RAM     at most {what}"
+    together = processes * (gib_each + 2)
+    return f"RAM     by process at most {what}; {processes} processes: {together:.0f} GiB"
 
 
 def draw_plan(path: Path, config: Config, card: Card, found: Outcome) -> None:

@@ -253,3 +253,21 @@ def test_the_plan_is_written_before_anything_is_measured(run, nano_folder, monke
     small = ["model=2b", f"model.path='{nano_folder}'", *SMALL]
     run("a", "task=plan", *small, "task.measure=true", expect=2)
     assert (tmp_path / "a" / "plan.png").is_file()
+
+
+def test_ram_is_said_by_process_and_together(compose):
+    result = {"host_gib": 15.0}
+    assert planner.ram_line(compose(), result).startswith("RAM     at most 15.0 GiB")
+    several = compose("parallel=ddp", "parallel.num_processes=4")
+    said = planner.ram_line(several, result)
+    assert said.startswith("RAM     by process at most 15.0 GiB") and "4 processes: 68 GiB" in said
+
+
+def test_t5_in_fp16_has_the_layers_in_fp32_that_transformers_leaves_there(compose):
+    """Half of the feed-forward's second matrices: 10.75 GiB instead of 8.87."""
+    sizes = []
+    for precision in ("bf16", "fp16"):
+        config = compose("model=2b", f"train.mixed_precision={precision}")
+        recorder = phases.run_phases(config, ["encode prompts"])
+        sizes.append(recorder.peak_of_phase["encode prompts"] / GIB)
+    assert 8.8 < sizes[0] < 9.0 and 10.7 < sizes[1] < 10.9
