@@ -5,10 +5,12 @@ is in 16 bits, and a weight that stays on the device while weights are streamed.
 """
 
 import contextlib
+import gc
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import torch as safetensors_torch
 
 from cogvx.data import encode
@@ -30,8 +32,6 @@ FULL = ["lora=null", "optimizer.learning_rate=1e-5"]
 # 9 frames are the fewest with two chunks of the VAE.
 SHORT = ["data.max_num_frames=9"]
 TRAIN = ["load", "held-out loss", "train"]
-# In fp32 also in a run in bf16: the embeddings of timesteps, a few thousand numbers.
-LITTLE = 1e-3
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +57,12 @@ def traced(compose):
 
 def require_16_bits(recorder) -> None:
     """AssertionError if a phase computes in fp32 what a run in bf16 computes in 16 bits."""
-    flops, wide = {}, {}
-    for (phase, op, dtype), work in recorder.work.items():
-        flops[phase] = flops.get(phase, 0) + work.flops
-        if dtype is torch.float32 and work.flops:
-            wide.setdefault(phase, {})[op] = work.flops
-    for phase, ops in wide.items():
-        assert sum(ops.values()) <= LITTLE * flops[phase], f"{phase} computes in fp32: {ops}"
+    wide = [
+        f"{phase}: {op}"
+        for (phase, op, dtype), work in recorder.work.items()
+        if dtype is torch.float32 and work.flops
+    ]
+    assert not wide, f"in fp32: {wide}"
 
 
 def weights_in_fp32(recorder, what: str) -> int:
@@ -333,7 +332,7 @@ def test_evaluate_judges_and_makes_videos(compose, disk, tmp_path):
 
 
 def at_least_two_devices():
-    return pytest.raises((RuntimeError, ValueError), match=r"two devices|same device|device")
+    return pytest.raises(RuntimeError, match="at least two devices")
 
 
 def test_found_noise_that_is_left_on_the_cpu(traced, monkeypatch):
@@ -375,7 +374,7 @@ def test_found_a_prompt_that_is_left_on_the_cpu_for_a_video(traced, monkeypatch)
     def left(*given):
         pipeline = made(*given)
         encode_prompt = pipeline.encode_prompt
-        pipeline.encode_prompt = lambda **of: tuple(t.cpu() for t in encode_prompt(**of))
+        pipeline.encode_prompt = lambda *of, **more: [t.cpu() for t in encode_prompt(*of, **more)]
         return pipeline
 
     monkeypatch.setattr(generate, "pipeline_of", left)
@@ -404,17 +403,20 @@ def test_found_a_checkpoint_with_tensors_of_the_device(compose, disk, tmp_path, 
             trainer.state.save(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "phase"),
-    [("vae", "vae", "encode clips"), ("text_encoder", "text_encoder", "encode prompts")],
-)
-def test_found_an_encoder_in_fp32(traced, monkeypatch, owner, name, phase):
+@pytest.mark.parametrize("phase", ["encode clips", "encode prompts"])
+def test_found_an_encoder_in_fp32(traced, monkeypatch, phase):
     built = phases.PlannedModel.built
     monkeypatch.setattr(
         phases.PlannedModel, "built", lambda self, build, dtype: built(self, build, torch.float32)
     )
-    monkeypatch.setattr(Encoder, "dtype", torch.float32, raising=False)
-    with pytest.raises((AssertionError, RuntimeError), match=r"in fp32|dtype|type"):
+    monkeypatch.setattr(
+        phases,
+        "Encoder",
+        lambda load, identity, dtype, device, **more: Encoder(
+            load, identity, torch.float32, device, **more
+        ),
+    )
+    with pytest.raises(AssertionError, match="in fp32"):
         traced("model=2b", *SHORT, wanted=[phase])
 
 
@@ -428,35 +430,38 @@ def test_found_frozen_weights_in_fp32(traced, monkeypatch):
 
 
 @pytest.mark.parametrize("phase", ["held-out loss", "train"])
-def test_found_a_pass_without_autocast(compose, monkeypatch, phase):
-    from accelerate import Accelerator
+def test_found_a_pass_without_autocast(traced, monkeypatch, phase):
+    predict = CogVideoX.predict_velocity
+
+    def wide(self, *given):
+        self.dtype = torch.float32
+        return predict(self, *given)
 
     monkeypatch.setattr(Accelerator, "prepare", lambda self, what, **more: what)
-    config = compose(BF16, "model=2b", *FULL)
-    with pytest.raises((AssertionError, RuntimeError), match=r"in fp32|dtype|type"):
-        require_16_bits(phases.run_phases(config, [phase], layers=1))
+    monkeypatch.setattr(CogVideoX, "predict_velocity", wide)
+    with pytest.raises(AssertionError, match="in fp32"):
+        traced("model=2b", *FULL, wanted=[phase], layers=1)
 
 
 # -- what stays on the device --------------------------------------------------------------------
 
 
+BLOCK = 111_000_000  # bytes of a 2B block's weights in bf16
+
+
 def growth(compose, *overrides: str, phase: str = "train") -> float:
-    """What three more layers leave on the device at the end, in blocks of bf16 weights."""
-    left = []
+    """What each further layer leaves on the device after a phase, in blocks of bf16 weights."""
+    once = ["validation.heldout_timesteps=1", "validation.heldout_draws=1"]
+    config, left = compose(BF16, "model=2b", "lora.rank=1", *once, *overrides), []
     for layers in (3, 6):
-        phases_recorder = phases.run_phases(
-            compose(BF16, "model=2b", "lora.rank=1", *overrides), [phase], layers=layers
-        )
-        end = phases_recorder.events.index(("phase", "end"))
-        sizes = {}
-        for event in phases_recorder.events[:end]:
-            if event[0] == "allocate":
-                sizes[event[1]] = event[2]
-            elif event[0] == "free":
-                sizes.pop(event[1])
-        left.append(sum(sizes.values()))
-    block = 2 * 56_700_000
-    return (left[1] - left[0]) / 3 / block
+        with phases.planned_run(config, layers) as run:
+            trainer = run.trainer()
+            if phase == "train":
+                trainer.optimizer_step()
+            else:
+                trainer.heldout_loss()
+            left.append(run.recorder.now[False])
+    return (left[1] - left[0]) / 3 / BLOCK
 
 
 STREAMED = [AGAIN, "memory.stream_weights=true"]
@@ -484,35 +489,21 @@ def test_found_a_weight_that_is_not_taken_away(compose, monkeypatch):
 
 
 def test_found_gradients_that_stay_on_the_device(compose, monkeypatch):
-    settings = [*FULL, AGAIN, "memory.offload_optimizer=true"]
-    with phases.planned_run(compose(BF16, "model=2b", *settings), 2) as run:
-        trainer = run.trainer()
-        trainer.optimizer_step()
-        held = run.recorder.now[False]
-    fetch = on_cpu.Gradients.fetch
-    kept = []
+    fetch, kept = on_cpu.Gradients.fetch, []
 
     def keep(self, index, copy):
         kept.append(copy.grad)
         fetch(self, index, copy)
 
+    def held() -> int:
+        with phases.planned_run(config, 2) as run:
+            trainer = run.trainer()
+            trainer.optimizer_step()
+            gc.collect()
+            return run.recorder.now[False]
+
+    config = compose(BF16, "model=2b", *FULL, AGAIN, "memory.offload_optimizer=true")
+    before = held()
     monkeypatch.setattr(on_cpu.Gradients, "fetch", keep)
-    with phases.planned_run(compose(BF16, "model=2b", *settings), 2) as run:
-        trainer = run.trainer()
-        trainer.optimizer_step()
-        assert run.recorder.now[False] > 1.5 * held
-
-
-def test_latents_in_fp32_would_be_found(compose, monkeypatch):
-    """A transformer that is given fp32 inputs computes its first layers in fp32."""
-    predict = CogVideoX.predict_velocity
-
-    def wide(self, *given):
-        self.dtype = torch.float32
-        return predict(self, *given)
-
-    monkeypatch.setattr(CogVideoX, "predict_velocity", wide)
-    config = compose(BF16, "model=2b")
-    recorder = phases.run_phases(config, ["train"], layers=1)
-    plain = phases.run_phases(config, ["train"], layers=1)
-    assert recorder.most[False] >= plain.most[False]
+    after = held()
+    assert after - before > 0.9 * sum(gradient.nbytes for gradient in kept) > 0
