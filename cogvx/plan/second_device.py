@@ -185,8 +185,11 @@ def fused_attention(
 def swap(one: Tensor, other: Tensor) -> None:
     """torch.utils.swap_tensors without its refusal of tensors that have weak references.
 
-    Module.to() calls it for fake tensors. FakeTensorMode refers to some of them weakly.
+    Module.to() calls it for fake tensors. FakeTensorMode refers to some of them weakly. A tensor
+    that is in its place already stays as it is, because its hooks would be lost.
     """
+    if one.untyped_storage()._cdata == other.untyped_storage()._cdata:
+        return
     one.__class__, other.__class__ = other.__class__, one.__class__
     one.__dict__, other.__dict__ = other.__dict__, one.__dict__
     torch._C._swap_tensor_impl(one, other)

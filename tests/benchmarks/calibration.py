@@ -104,10 +104,13 @@ def predicted(row: Row) -> float:
     def foreach(self, parameters):
         return torch.optim.AdamW(parameters, lr=self.learning_rate, foreach=True)
 
-    def checkpointed(memory, block, *inputs):
+    def checkpointed(block, *inputs):
         return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
 
-    with patched(optimizers.AdamW, build=foreach), patched(blocks, run_checkpointed=checkpointed):
+    with (
+        patched(optimizers.AdamW, build=foreach),
+        patched(blocks, Checkpointing=lambda *how: checkpointed),
+    ):
         recorder = run_phases(config, ["train"], begun=False, steps=1 if row.rank is None else 2)
     return replay(recorder.events)["train"].reserved / GIB
 
