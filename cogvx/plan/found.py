@@ -19,6 +19,16 @@ class Work:
     count: int = 0
 
 
+@dataclass
+class Moved:
+    """Bytes that one phase copies between the device and the host, and touches on the host."""
+
+    to_device: int = 0  # beside the computation
+    to_host: int = 0
+    waited_for: int = 0  # either way, while the computation waits
+    within_host: int = 0  # read and written by operations of the host
+
+
 @dataclass(frozen=True)
 class Phase:
     name: str
@@ -26,6 +36,7 @@ class Phase:
     parts: dict[str, int]  # MEMORY_PARTS -> bytes, at the allocated peak
     # By operation and dtype, such as ("mm", "bfloat16").
     work: dict[tuple[str, str | None], Work] = field(default_factory=dict)
+    moved: Moved = field(default_factory=Moved)
 
     @property
     def flops(self) -> int:
@@ -50,6 +61,7 @@ class Outcome:
                 "name": phase.name,
                 "peak": asdict(phase.peak),
                 "parts": phase.parts,
+                "moved": asdict(phase.moved),
                 "work": [[*kind, asdict(work)] for kind, work in phase.work.items()],
             }
             for phase in self.phases
@@ -65,6 +77,7 @@ class Outcome:
                 Peak(**phase["peak"]),
                 phase["parts"],
                 {(op, dtype): Work(**work) for op, dtype, work in phase["work"]},
+                Moved(**phase["moved"]),
             )
             for phase in values.pop("phases")
         ]

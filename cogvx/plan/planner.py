@@ -22,7 +22,7 @@ from cogvx.plan.allocator import GIB, gib, replay
 from cogvx.plan.configs import configs_of, layers_of
 from cogvx.plan.found import MEMORY_PARTS, PHASES, Outcome, Phase, at_layers
 from cogvx.plan.smaller import suggest
-from cogvx.plan.times import UNCERTAIN, seconds_on
+from cogvx.plan.times import UNCERTAIN, Times, times_on
 from cogvx.plan.traces import Asked, traces
 from cogvx.progress import heartbeat
 
@@ -84,6 +84,7 @@ def result_of(config: Config, card: Card, found: Outcome, necessary: float) -> d
     """What plan.json holds."""
     highest = max(found.phases, key=lambda phase: phase.peak.reserved)
     train = found.phase("train")
+    times = times_on(card, train, config.train.attention)
     return {
         "status": "done",
         "model": config.model.path,
@@ -94,8 +95,9 @@ def result_of(config: Config, card: Card, found: Outcome, necessary: float) -> d
         "phases": {phase.name: phase_facts(phase) for phase in found.phases},
         "tflop_per_step": train.flops / 1e12,
         "necessary_tflop_per_step": necessary / 1e12,
-        "seconds_per_step": round(seconds_on(card, train.work, config.train.attention), 2),
+        "seconds_per_step": round(times.total, 2),
         "attention": planned_kernel(config, card).name,
+        "seconds": dataclasses.asdict(times),
         "host_gib": gib(found.host),
         "cache_mib_per_clip": round(cache_bytes(config) / 2**20, 2),
         "checkpoint_gib": gib(found.trained + found.optimizer),
@@ -139,7 +141,7 @@ def measure_phases(config: Config, found: Outcome) -> dict:
         for name in PHASES
     }
     card, train = CARDS[config.task.card], found.phase("train")
-    planned_seconds = seconds_on(card, train.work, config.train.attention)
+    planned_seconds = times_on(card, train, config.train.attention).total
     print_measured(where, rows, planned_seconds, seconds)
     return {"where": where, "seconds_per_step": seconds, "phases": rows}
 
@@ -220,6 +222,7 @@ def print_plan(config: Config, card: Card, found: Outcome, result: dict) -> None
         f"({executed / necessary:.2f} times)\n"
         f"time    about {seconds:.1f} s a step on {config.task.card}, +-{UNCERTAIN:.0%}{whole}; "
         f"attention by {result['attention']}\n"
+        f"        {Times(**result['seconds']).in_words()}\n"
         f"{ram_line(config, result)}\n"
         f"disk    {result['cache_mib_per_clip']:.1f} MiB of cache for each clip; "
         f"{result['checkpoint_gib']:.2f} GiB for each checkpoint"

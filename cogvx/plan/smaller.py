@@ -10,8 +10,8 @@ from cogvx.model.trained_weights import weights_of
 from cogvx.options.cards import Card
 from cogvx.plan.allocator import gib
 from cogvx.plan.configs import layers_of
-from cogvx.plan.found import Outcome, Phase, at_layers
-from cogvx.plan.times import seconds_on
+from cogvx.plan.found import Outcome, at_layers
+from cogvx.plan.times import times_on
 from cogvx.plan.traces import traces
 from cogvx.progress import bar, counted, heartbeat
 
@@ -34,14 +34,14 @@ def suggest(config: Config, card: Card, found: Outcome) -> list[dict]:
     with heartbeat("trying  still at work on them"), bar(total=len(jobs), leave=False) as tried:
         outcomes = traces(jobs, lambda job, left: tried.update())
 
-    def time_of(phase: Phase) -> float:
-        return seconds_on(card, phase.work, config.train.attention)
-
     reserved_ratio = found.phase("train").peak.reserved / found.phase("train").peak.allocated
     suggestions = []
     for number, change in enumerate(changes):
         two, three, encoders = outcomes[3 * number : 3 * number + 3]
         two, three = two.phase("train"), three.phase("train")
+        two_times, three_times = (
+            times_on(card, few, config.train.attention) for few in (two, three)
+        )
         layers = layers_of(config)
         allocated = at_layers(layers, two.peak.allocated, three.peak.allocated)
         encode_peaks = [phase.peak.reserved for phase in encoders.phases]
@@ -50,11 +50,12 @@ def suggest(config: Config, card: Card, found: Outcome) -> list[dict]:
             {
                 "change": " ".join(change),
                 "peak_gib": gib(peak),
-                "seconds": round(at_layers(layers, *(time_of(few) for few in (two, three))), 1),
+                "seconds": round(two_times.at_layers(layers, three_times).total, 1),
                 "fits": peak <= card.usable,
             }
         )
-    print_suggestions(suggestions, time_of(found.phase("train")))
+    seconds = times_on(card, found.phase("train"), config.train.attention).total
+    print_suggestions(suggestions, seconds)
     return suggestions
 
 
@@ -73,8 +74,7 @@ def print_suggestions(suggestions: list[dict], seconds: float) -> None:
             f"        {suggestion['change']:40} about {suggestion['peak_gib']:.1f} GiB, "
             f"{slower:.2f} times as long a step"
         )
-    print("        These figures are estimates, without transfers to and from RAM.")
-    print("        Repeat task=plan with the change to be sure.")
+    print("        These figures are estimates. Repeat task=plan with the change to be sure.")
 
 
 def changes_of(config: Config) -> list[list[str]]:

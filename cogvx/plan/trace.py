@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from cogvx.model import transfer
 from cogvx.plan import second_device
 from cogvx.plan.allocator import Event, Peak
-from cogvx.plan.found import Work
+from cogvx.plan.found import Moved, Work
 
 aten = torch.ops.aten
 # Operations that read and write no memory.
@@ -59,6 +60,10 @@ MOVES_NOTHING = {
 }
 
 
+# Operations that copy from one place to another.
+COPIES = {aten._to_copy, aten.clone, aten.copy_}
+
+
 @dataclass
 class TracedStorage:
     key: int
@@ -82,6 +87,8 @@ class Recorder(TorchDispatchMode):
         self.born = 0
         self.phase = ""
         self.work: dict[tuple[str, str, torch.dtype | None], Work] = defaultdict(Work)
+        self.moved: dict[str, Moved] = defaultdict(Moved)
+        self.beside = False  # whether copies run beside the computation
         # Bytes by place. False: the device; True: the host; None: both together.
         self.now: dict[bool | None, int] = defaultdict(int)
         self.most: dict[bool | None, int] = defaultdict(int)
@@ -175,6 +182,8 @@ class Recorder(TorchDispatchMode):
         name, workspace = packet.__name__, workspace_of(packet, args)
         for tensor in outputs:
             self.born_now(tensor, f"{self.phase}: {name}")
+        if packet not in MOVES_NOTHING:
+            self.note_moves(func, args, outputs)
         if all(map(self.is_on_host, outputs or tensors_in((args, kwargs)))):
             return result
         if workspace:
@@ -185,6 +194,28 @@ class Recorder(TorchDispatchMode):
         if packet not in MOVES_NOTHING:
             self.note_work(packet, name, args, kwargs, result, outputs)
         return result
+
+    def note_moves(self, func, args, outputs: list[Tensor]) -> None:
+        places = {self.is_on_host(tensor) for tensor in tensors_in(args) + outputs}
+        moved = self.moved[self.phase]
+        if places == {True}:
+            moved.within_host += bytes_touched(func, args, outputs)
+        elif len(places) == 2 and func._overloadpacket in COPIES:
+            size = outputs[0].numel() * outputs[0].element_size()
+            if not self.beside:
+                moved.waited_for += size
+            elif self.is_on_host(outputs[0]):
+                moved.to_host += size
+            else:
+                moved.to_device += size
+
+    @contextlib.contextmanager
+    def copying_beside(self) -> Iterator[None]:
+        self.beside = True
+        try:
+            yield
+        finally:
+            self.beside = False
 
     def note_work(self, packet, name: str, args, kwargs, result, outputs: list[Tensor]) -> None:
         tensors = tensors_in(args) + outputs
@@ -235,6 +266,16 @@ def tensors_in(tree: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def bytes_touched(func, args, outputs: list[Tensor]) -> int:
+    """Read and written. What returns nothing writes into its arguments, as an optimizer does."""
+    tensors = tensors_in(args) + outputs
+    if not outputs:
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                tensors += tensors_in(given)
+    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
+
+
 def workspace_of(packet, args) -> int:
     """Bytes that a CUDA kernel takes for itself.
 
@@ -275,6 +316,12 @@ INITS = [
 def tracing(*, fake: bool = True, host: str | None = "cpu") -> Iterator[Recorder]:
     """Logs everything that runs inside. fake=False: on real tensors. host: as for Recorder."""
     recorder = Recorder(host)
+    copy_beside = transfer.CopyStream.copy
+
+    def copy(stream: transfer.CopyStream, pairs, *, after):
+        with recorder.copying_beside():
+            return copy_beside(stream, pairs, after=after)
+
     with contextlib.ExitStack() as stack:
         # torch starts its threads for devices once, perhaps before there was this device.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
@@ -284,6 +331,7 @@ def tracing(*, fake: bool = True, host: str | None = "cpu") -> Iterator[Recorder
             stack.enter_context(
                 patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor for name in INITS})
             )
+        stack.enter_context(patched(transfer.CopyStream, copy=copy))
         stack.enter_context(recorder)
         yield recorder
 

@@ -19,8 +19,8 @@ from cogvx.options.cards import Card
 from cogvx.plan import remembered
 from cogvx.plan.allocator import replay
 from cogvx.plan.configs import layers_of
-from cogvx.plan.found import MEMORY_PARTS, PHASES, Outcome, Phase, at_layers
-from cogvx.plan.times import seconds_on
+from cogvx.plan.found import MEMORY_PARTS, PHASES, Outcome, Phase
+from cogvx.plan.times import times_on
 from cogvx.progress import quiet_libraries
 
 if TYPE_CHECKING:
@@ -36,7 +36,13 @@ def outcome_of(recorder: Recorder) -> Outcome:
         kind = (op, None if dtype is None else str(dtype).removeprefix("torch."))
         work[phase][kind] = done
     found = [
-        Phase(name, peaks[name], parts_of(recorder.at_peak.get(name, [])), work[name])
+        Phase(
+            name,
+            peaks[name],
+            parts_of(recorder.at_peak.get(name, [])),
+            work[name],
+            recorder.moved[name],
+        )
         for name in PHASES
         if name in peaks
     ]
@@ -136,6 +142,6 @@ def no_visible_gpu() -> Iterator[None]:
 
 def step_seconds(config: Config, card: Card) -> float:
     """The time of an optimizer step, from two and from three layers: all layers are alike."""
-    two, three = (trace((config, ["train"], n)).phase("train") for n in (2, 3))
-    seconds = (seconds_on(card, phase.work, config.train.attention) for phase in (two, three))
-    return at_layers(layers_of(config), *seconds)
+    phases = [trace((config, ["train"], n)).phase("train") for n in (2, 3)]
+    two, three = (times_on(card, phase, config.train.attention) for phase in phases)
+    return two.at_layers(layers_of(config), three).total

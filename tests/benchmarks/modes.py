@@ -19,7 +19,7 @@ from cogvx.options.train import Attention  # noqa: E402
 from cogvx.plan.allocator import GIB  # noqa: E402
 from cogvx.plan.found import PHASES  # noqa: E402
 from cogvx.plan.planner import trace_run  # noqa: E402
-from cogvx.plan.times import seconds_on  # noqa: E402
+from cogvx.plan.times import times_on  # noqa: E402
 from cogvx.plan.traces import traces  # noqa: E402
 from cogvx.progress import quiet_libraries  # noqa: E402
 
@@ -86,7 +86,7 @@ def option_rows() -> list[str]:
     ):
         before, after = without.phase(phase), added.phase(phase)
         sizes = f"{before.peak.reserved / GIB:.1f} | {after.peak.reserved / GIB:.1f}"
-        took = [seconds_on(CARD, each.work, Attention.auto) for each in (before, after)]
+        took = [times_on(CARD, each, Attention.auto).total for each in (before, after)]
         times = f"{took[1] / took[0]:.2f}"
         rows.append(f"| {option} | {base or 'fast'} | {phase} | {sizes} | {times} | {found} |")
     return rows
