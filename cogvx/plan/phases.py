@@ -34,12 +34,13 @@ from cogvx.data.encode import (
 from cogvx.data.sharing import READ_AHEAD
 from cogvx.data.sources import Example
 from cogvx.inference import generate
+from cogvx.model import attention
 from cogvx.model.geometry import Geometry
 from cogvx.model.pretrained import PretrainedModel, placed
 from cogvx.model.released import SCHEDULER
 from cogvx.options import optimizers
 from cogvx.options.tracking import Tracking
-from cogvx.options.train import Precision
+from cogvx.options.train import Attention, Precision
 from cogvx.plan import second_device
 from cogvx.plan.configs import configs_of
 from cogvx.plan.trace import Meter, Recorder, metering, patched, tracing
@@ -214,6 +215,7 @@ def planned_run(
         patched(Draw, normal=no_noise),
         patched(accelerator, print=lambda *texts: None),
         contextlib.nullcontext() if on_gpu else eight_bits_without_kernels(),
+        attention.using(config.train.attention) if on_gpu else planned_attention(config),
     ):
         pretrained = PlannedModel(
             Path(), device, dtype, configs_of(config), layers, fp16=asked is Precision.fp16
@@ -221,6 +223,12 @@ def planned_run(
         read = functools.partial(read_nothing, config, pretrained)
         with patched(prepare, read_tensor=read):
             yield PlannedRun(config, pretrained, accelerator, recorder, Path(scratch))
+
+
+def planned_attention(config: Config) -> contextlib.AbstractContextManager:
+    """A trace has flash attention for every fused kernel. Only math differs."""
+    wanted = config.train.attention
+    return attention.using(wanted if wanted is Attention.math else Attention.auto)
 
 
 @contextlib.contextmanager

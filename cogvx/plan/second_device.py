@@ -166,8 +166,15 @@ def fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The kernel that CUDA chooses: flash attention in 16 bits without a mask, else efficient."""
+    """The kernel that CUDA chooses: flash attention in 16 bits without a mask, else efficient.
+
+    With train.attention=math all scores are computed and kept, in fp32.
+    """
     aten = torch.ops.aten
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+        )[0]
     if query.dtype in (torch.float16, torch.bfloat16) and attn_mask is None:
         return aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale

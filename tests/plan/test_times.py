@@ -8,13 +8,18 @@ import torch
 from cogvx.options import cards
 from cogvx.options.cards import CARDS, RAM_GB_PER_SECOND
 from cogvx.options.train import Attention
-from cogvx.plan import phases
+from cogvx.plan import phases, traces
+from cogvx.plan.allocator import GIB, Peak
+from cogvx.plan.configs import configs_of, layers_of
+from cogvx.plan.found import Moved, Phase, Work
 from cogvx.plan.phases import run_phases
 from cogvx.plan.times import Times, times_on
-from cogvx.plan.trace import Moved, Work
 
 H100 = CARDS["h100_80gb"]
-NOTHING = Moved()
+
+
+def doing(work: dict | None = None, moved: Moved | None = None) -> Phase:
+    return Phase("train", Peak(0, 0), {}, work or {}, moved or Moved())
 
 
 def times(**seconds) -> Times:
@@ -64,15 +69,15 @@ def test_all_layers_are_alike_but_the_longer_part_may_change():
 def test_attention_runs_at_the_rate_of_the_kernel_that_is_taken(wanted, forward, backward):
     for name, tflops in (("", forward), ("_backward", backward)):
         op = f"_scaled_dot_product_flash_attention{name}"
-        work = {(op, torch.bfloat16): Work(flops=10**15, bytes=1, count=1)}
-        found = times_on(H100, work, NOTHING, Attention[wanted])
+        work = {(op, "bfloat16"): Work(flops=10**15, bytes=1, count=1)}
+        found = times_on(H100, doing(work), Attention[wanted])
         assert found.arithmetic == pytest.approx(1000 / tflops)
 
 
 def test_fp32_runs_without_tf32():
-    work = {("mm", dtype): Work(10**15, 1, 1) for dtype in (torch.float32, torch.bfloat16)}
+    work = {("mm", dtype): Work(10**15, 1, 1) for dtype in ("float32", "bfloat16")}
     fp32, bf16 = (
-        times_on(H100, {key: w}, NOTHING, Attention.auto).arithmetic for key, w in work.items()
+        times_on(H100, doing({key: w}), Attention.auto).arithmetic for key, w in work.items()
     )
     assert fp32 / bf16 == pytest.approx(989 / 67)
 
@@ -85,11 +90,15 @@ def test_copies_take_the_time_of_the_cards_link():
         ("rtx4060_8gb", 12.5),
         ("t4_16gb", 12),
     ):
-        found = times_on(CARDS[name], {}, moved, Attention.auto)
+        found = times_on(CARDS[name], doing(moved=moved), Attention.auto)
         assert found.to_card == pytest.approx(100 / rate)
         assert found.to_ram == pytest.approx(200 / rate)
         assert found.waiting == pytest.approx(10 / rate)
         assert found.in_ram == pytest.approx(40 / RAM_GB_PER_SECOND)
+
+
+def traced(config, phase: str, layers: int) -> Phase:
+    return traces.outcome_of(run_phases(config, [phase], layers=layers)).phase(phase)
 
 
 # -- what is copied ------------------------------------------------------------------------------
@@ -117,7 +126,7 @@ def of_a_layer(moved, *overrides: str) -> Moved:
 
 
 def planned_block(compose, nano_folder):
-    configs = phases.configs_of(compose(f"model.path='{nano_folder}'"))
+    configs = configs_of(compose(f"model.path='{nano_folder}'"))
     model = phases.PlannedModel(phases.CPU, phases.CPU, torch.float32, configs).transformer()
     return model.transformer_blocks[0], configs["transformer"]
 
@@ -150,6 +159,18 @@ def test_an_offloaded_optimizer_copies_gradients_out_and_weights_in(moved, compo
     assert 28 * weights < found.within_host < 60 * weights
 
 
+def test_math_is_as_slow_as_it_is_and_keeps_every_score(compose):
+    """Two layers of 2b at full size: 30 heads of 17,776 x 17,776 scores are 35 GiB in fp32."""
+    found = {}
+    for kernel in ("auto", "math"):
+        config = compose("model=2b", BF16, AGAIN, f"train.attention={kernel}")
+        phase = traced(config, "train", 2)
+        seconds = times_on(H100, phase, config.train.attention).total
+        found[kernel] = seconds, phase.peak.allocated / GIB
+    assert found["math"][0] > 2 * found["auto"][0]
+    assert found["math"][1] > 35 > 7 * found["auto"][1]
+
+
 def test_without_offloading_nothing_is_copied(moved):
     assert of_a_layer(moved, AGAIN) == Moved()
 
@@ -170,15 +191,9 @@ STEPS = {
 }
 
 
-def traced(config, phase: str, layers: int) -> tuple[dict, Moved]:
-    recorder = run_phases(config, [phase], layers=layers)
-    work = {(op, dtype): w for (of, op, dtype), w in recorder.work.items() if of == phase}
-    return work, recorder.moved[phase]
-
-
 def of_whole_model(config, phase: str, card: str, kernel: Attention) -> Times:
-    two, three = (times_on(CARDS[card], *traced(config, phase, n), kernel) for n in (2, 3))
-    return two.at_layers(phases.configs_of(config)["transformer"]["num_layers"], three)
+    two, three = (times_on(CARDS[card], traced(config, phase, n), kernel) for n in (2, 3))
+    return two.at_layers(layers_of(config), three)
 
 
 def in_table(row: str) -> tuple[float, float]:
