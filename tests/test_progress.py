@@ -83,3 +83,25 @@ def test_a_real_thread_looks_at_the_clock_and_ends(capsys, monkeypatch):
         if thread.name.startswith("heartbeat"):
             thread.join(3)
     assert threading.active_count() == threads
+
+
+@pytest.fixture
+def slow_file(monkeypatch, clock):
+    """Hashing a file takes twelve seconds."""
+    import hashlib
+
+    digest = hashlib.file_digest
+
+    def read_slowly(*given):
+        clock(12)
+        return digest(*given)
+
+    monkeypatch.setattr(hashlib, "file_digest", read_slowly)
+
+
+def test_hashing_a_large_file_is_said(slow_file, tmp_path, capsys):
+    from cogvx.data.cache import Cache
+
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    Cache(tmp_path / "cache").fingerprint(tmp_path / "model.safetensors")
+    assert capsys.readouterr().out == "hash    still reading model.safetensors, 10 s\n"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError
 from cogvx.files import replacing, write_text
+from cogvx.progress import heartbeat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,7 @@ class Cache:
         )
         if remembered.is_file() and len(digest := remembered.read_text()) == 64:
             return digest
-        with real.open("rb") as file:
+        with real.open("rb") as file, heartbeat(f"hash    still reading {real.name}"):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         write_text(remembered, digest)
         return digest

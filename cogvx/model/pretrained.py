@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from cogvx.errors import UserError, first_line, listed
 from cogvx.files import absolute
 from cogvx.model.geometry import LAYOUT, Geometry, read_config, read_geometry, released
-from cogvx.progress import library_bars
+from cogvx.progress import heartbeat, library_bars
 
 if TYPE_CHECKING:
     import torch
@@ -281,7 +281,8 @@ class PretrainedModel:
     def loaded(self, model_class, part: str, **dtype):
         size = sum(path.stat().st_size for path in (self.folder / part).iterdir())
         try:
-            with library_bars(shown=size > LONG_TO_LOAD):
+            speaking = heartbeat(f"load    still reading {part}")
+            with library_bars(shown=size > LONG_TO_LOAD), speaking:
                 model = model_class.from_pretrained(self.folder, subfolder=part, **dtype)
         # Damaged files raise errors of many kinds.
         except Exception as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from cogvx import config as configuration
 from cogvx.errors import UserError, first_line
 from cogvx.files import shown
-from cogvx.progress import quiet_libraries
+from cogvx.progress import heartbeat, quiet_libraries
 from cogvx.records import record, report
 from cogvx.start import start_task
 
@@ -254,7 +254,9 @@ def conclude_run(folder: Path, summary: dict) -> None:
     try:
         record.finish(folder, summary)
         if summary["status"] == "done":
-            print(f"report  {shown(report.write_page(folder))}", flush=True)
+            with heartbeat("report  still writing the page"):
+                page = report.write_page(folder)
+            print(f"report  {shown(page)}", flush=True)
     except OSError as error:
         print(
             f"\nwarning summary.json or report.html could not be written: {error}",
