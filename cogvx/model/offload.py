@@ -132,6 +132,14 @@ class WeightSlot:
         self.filled: torch.cuda.Event | None = None  # they have arrived
         self.free = free  # what was issued with the weights before is done
         self.users = 0  # runs of the block that still need its weights
+        # The weights in it, by layout. Most blocks have the same.
+        self.views: dict[tuple, list[StoredWeight]] = {}
+
+    def weights(self, like: list[StoredWeight]) -> list[StoredWeight]:
+        layout = tuple((weight.storage, weight.shape, weight.dtype) for weight in like)
+        if layout not in self.views:
+            self.views[layout] = weights_in(self.memory, like)
+        return self.views[layout]
 
 
 class WeightSlots:
@@ -173,7 +181,7 @@ class WeightSlots:
         upcoming = self.upcoming(index, running)
         if self.slot_of(upcoming) is None and self.idle_slots():
             self.fill(upcoming)
-        return weights_in(slot.memory, self.stored[index])
+        return slot.weights(self.stored[index])
 
     def done(self, index: int) -> None:
         """One user of the block's weights has issued all its work."""

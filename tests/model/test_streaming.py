@@ -67,7 +67,10 @@ def trained(transformer, steps=3, micro_steps=1) -> list[torch.Tensor]:
     return seen + [parameter.detach().clone() for parameter in parameters]
 
 
-@pytest.mark.parametrize("storage", Storage)
+SELDOM = [pytest.param(storage, marks=pytest.mark.slow) for storage in (Storage.fp8, Storage.nf4)]
+
+
+@pytest.mark.parametrize("storage", [Storage.own, Storage.int8, *SELDOM])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_where_weights_and_inputs_wait_changes_no_bit(storage, chunks, compose):
     base = dataclasses.replace(PLAIN, base_storage=storage, feed_forward_chunks=chunks)
