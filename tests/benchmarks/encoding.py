@@ -50,9 +50,10 @@ def one_after_the_other(self: Share, read: Callable) -> Iterator[tuple]:
 
 
 def write_clips(folder: Path) -> None:
-    noise = numpy.random.default_rng(0)
-    scene = noise.integers(0, 255, (HEIGHT // 8, WIDTH // 8 + FRAMES, 3), dtype=numpy.uint8)
+    """Each has content of its own: what is the same is encoded once."""
+    size = (HEIGHT // 8, WIDTH // 8 + FRAMES, 3)
     for number in range(CLIPS):
+        scene = numpy.random.default_rng(number).integers(0, 255, size, dtype=numpy.uint8)
         frames = [
             numpy.kron(scene[:, i : i + WIDTH // 8], numpy.ones((8, 8, 1), numpy.uint8))
             for i in range(FRAMES)
