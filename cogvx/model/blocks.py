@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cogvx.model import transfer
 from cogvx.model.activations import InputStore
+from cogvx.model.kept import storing
 from cogvx.model.offload import Pass, WeightOffloader
+from cogvx.model.unread import read_weights
 from cogvx.options.memory import Memory, Recompute, Storage
 
 # A compiled block has variants: with and without gradients, with and without the LoRA, by length
@@ -36,7 +38,10 @@ def arrange(
     device: torch.device,
     compiled: bool = False,
 ) -> None:
-    """Sets the transformer up as `memory` says, and moves to the device what belongs there."""
+    """Sets the transformer up as `memory` says, and moves to the device what belongs there.
+
+    Weights that are still in their files are read.
+    """
     cache_positions(transformer.patch_embed)
     blocks = transformer.transformer_blocks
     if memory.feed_forward_chunks > 1:
@@ -46,9 +51,13 @@ def arrange(
             )
     offloader = None
     if memory.base_storage is not Storage.own or memory.stream_weights:
-        offloader = transformer.offloader = WeightOffloader(
-            blocks, memory.base_storage, device, streamed=memory.stream_weights
-        )
+        streamed = memory.stream_weights
+        with storing(
+            transformer, len(blocks), memory.base_storage, device, streamed=streamed
+        ) as store:
+            offloader = WeightOffloader(blocks, store, device, streamed=streamed)
+        transformer.offloader = offloader
+    read_weights(transformer, device)
     transfer.bring(transformer, device)
     if compiled:
         # block.forward is compiled, not block(): the offloader's hooks gain nothing in a graph.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cogvx.model import transfer
+from cogvx.model.kept import Store
 from cogvx.model.stored import StoredWeight
-from cogvx.options.memory import Storage
 
 
 class Pass(Enum):
@@ -33,11 +33,12 @@ class WeightOffloader:
     def __init__(
         self,
         blocks: Iterable[torch.nn.Module],
-        storage: Storage,
+        store: Store,
         device: torch.device,
         *,
         streamed: bool,
     ):
+        """store() is called for one block after the other."""
         self.device, self.streamed = device, streamed
         self.running = Pass.forward
         # For each block the module and name of every frozen weight, the weights, and the empty
@@ -48,16 +49,13 @@ class WeightOffloader:
         self.slots = WeightSlots(device) if streamed else None
         self.index = {block: index for index, block in enumerate(blocks)}
         for index, block in enumerate(blocks):
-            self.take_away(index, storage)
+            self.take_away(index, store)
             block.register_forward_pre_hook(functools.partial(self.before, index))
             block.register_forward_hook(functools.partial(self.after, index), always_call=True)
 
-    def take_away(self, index: int, storage: Storage) -> None:
+    def take_away(self, index: int, store: Store) -> None:
         """Stores a block's weights. The modules keep empty parameters in their place."""
-        weights = [
-            StoredWeight.store(owner._parameters[name], storage)
-            for owner, name in self.places[index]
-        ]
+        weights = store([owner._parameters[name] for owner, name in self.places[index]])
         if self.slots is None:
             move = functools.partial(transfer.to_device, device=self.device)
             self.stored.append([weight.moved(move) for weight in weights])

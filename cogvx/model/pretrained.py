@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,6 +18,8 @@ from cogvx.progress import heartbeat, library_bars
 
 if TYPE_CHECKING:
     import torch
+
+    from cogvx.data.cache import Cache
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 # Bytes. A larger part is loaded with a progress bar.
@@ -228,6 +230,8 @@ class PretrainedModel:
     folder: Path
     device: torch.device
     dtype: torch.dtype  # of the frozen weights
+    # Where quantised weights are kept for the next start. None: nowhere.
+    cache: Cache | None = field(default=None, kw_only=True)
 
     def hub_commit(self) -> str | None:
         """The commit of a hub snapshot, which is its folder's name; None for a local folder."""
@@ -238,11 +242,44 @@ class PretrainedModel:
 
     def transformer(self, dtype: torch.dtype | None = None):
         """On the CPU, in `dtype`, else in that of the frozen weights."""
+        import torch
+
+        from cogvx.model.unread import read_weights
+
+        transformer = self.unread_transformer(dtype)
+        read_weights(transformer, torch.device("cpu"))
+        return transformer
+
+    def unread_transformer(self, dtype: torch.dtype | None = None):
+        """As transformer(), with its weights still in their files: blocks.arrange() reads them.
+
+        UserError if the files are damaged, or of another model.
+        """
         from diffusers import CogVideoXTransformer3DModel
 
-        return self.loaded(
-            CogVideoXTransformer3DModel, "transformer", torch_dtype=dtype or self.dtype
-        )
+        from cogvx.model.stored import KeptForms
+        from cogvx.model.unread import UnreadWeights, without_weights
+
+        folder, model_class = self.folder / "transformer", CogVideoXTransformer3DModel
+        try:
+            settings = model_class.load_config(folder)
+            transformer = without_weights(
+                lambda: model_class.from_config(settings), dtype or self.dtype
+            )
+            transformer.register_to_config(_name_or_path=str(self.folder))
+            transformer.unread = UnreadWeights(transformer, folder, "diffusion_pytorch_model")
+        # Damaged files raise errors of many kinds.
+        except Exception as error:
+            raise UserError(
+                f"{folder} cannot be loaded as {model_class.__name__}: {first_line(error)}"
+            ) from error
+        if self.cache is not None:
+            transformer.unread.kept = KeptForms(self.cache, self.transformer_fingerprint)
+        return transformer
+
+    def transformer_fingerprint(self) -> str:
+        """A hub commit identifies the weights. Those of a local folder must be read."""
+        return self.hub_commit() or self.cache.fingerprint(self.folder / "transformer")
 
     def vae(self, *, tiling: bool):
         from diffusers import AutoencoderKLCogVideoX
@@ -296,10 +333,12 @@ class PretrainedModel:
 def placed(text_encoder, device: torch.device, streamed: bool):
     """A T5 encoder on the device; `streamed`: its blocks' weights are stored on the CPU."""
     from cogvx.model import transfer
+    from cogvx.model.kept import BlockStore
     from cogvx.model.offload import WeightOffloader
     from cogvx.options.memory import Storage
 
     if streamed:
-        WeightOffloader(text_encoder.encoder.block, Storage.own, device, streamed=True)
+        store = BlockStore(None, Storage.own, device, streamed=True)
+        WeightOffloader(text_encoder.encoder.block, store, device, streamed=True)
     transfer.bring(text_encoder, device)
     return text_encoder

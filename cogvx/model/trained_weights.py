@@ -46,8 +46,13 @@ class LoraWeights:
         self.settings.require_start()
 
     def attach(self, base: PretrainedModel, seed: int) -> CogVideoXTransformer3DModel:
-        """The base model's transformer with an adapter that does not change its output yet."""
-        transformer = base.transformer()
+        """The base model's transformer with an adapter that does not change its output yet.
+
+        blocks.arrange() reads its frozen weights.
+        """
+        # DoRA starts from the norms of the weights.
+        whole = self.settings.use_dora
+        transformer = base.transformer() if whole else base.unread_transformer()
         self.settings.attach(transformer, seed)
         return transformer
 
@@ -113,7 +118,7 @@ class LoraWeights:
     ) -> Iterator[CogVideoXTransformer3DModel]:
         """For each folder and strength the tuned transformer; for None the base model.
 
-        arrange(transformer) brings it to the device.
+        arrange(transformer) reads its weights to the device.
         """
         transformer = self.attach(base, seed)
         arrange(transformer)
@@ -144,7 +149,7 @@ class FullWeights:
     def attach(self, base: PretrainedModel, seed: int) -> CogVideoXTransformer3DModel:
         import torch
 
-        transformer = base.transformer(torch.float32)
+        transformer = base.unread_transformer(torch.float32)
         full.train_all(transformer)
         return transformer
 
@@ -202,7 +207,7 @@ class FullWeights:
 
         There is one transformer in memory. Each folder's weights replace the earlier ones in it.
         """
-        transformer = base.transformer()
+        transformer = base.unread_transformer()
         arrange(transformer)
         for number, (folder, _) in enumerate(wanted):
             if folder is not None:

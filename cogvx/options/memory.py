@@ -1,5 +1,6 @@
 """What is traded for GPU memory. The values of each mode: conf/memory/. Explained in fast.yaml."""
 
+import importlib.util
 from dataclasses import dataclass
 from enum import Enum
 
@@ -44,4 +45,9 @@ class Memory:
             )
         if self.base_storage is Storage.nf4:
             found += lacking("bitsandbytes", "memory.base_storage=nf4")
+        if self.base_storage is Storage.nf4 and importlib.util.find_spec("bitsandbytes") is None:
+            found.append(
+                "memory.base_storage=nf4 needs the package bitsandbytes, which is not installed: "
+                "pip install bitsandbytes; without it: memory.base_storage=int8"
+            )
         return found

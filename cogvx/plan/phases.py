@@ -78,6 +78,9 @@ class PlannedModel(PretrainedModel):
         settings = settings | {"num_layers": self.layers or settings["num_layers"]}
         return self.built(lambda: CogVideoXTransformer3DModel(**settings), dtype or self.dtype)
 
+    def unread_transformer(self, dtype: torch.dtype | None = None):
+        return self.transformer(dtype)
+
     def vae(self, *, tiling: bool):
         from diffusers import AutoencoderKLCogVideoX
 

@@ -202,7 +202,8 @@ def fetch(config: Config, ranks: Ranks) -> tuple[PretrainedModel, list[Example]]
     device = ranks.accelerator.device
     dtype = getattr(torch, config.train.mixed_precision.value)
     ranks.say(f"model   {shown(Path(config.model.path))}, {dtype} on {device}")
-    return PretrainedModel(model_folder, device, dtype), examples
+    cache = Cache(config.data.cache_dir)
+    return PretrainedModel(model_folder, device, dtype, cache=cache), examples
 
 
 def encoders(pretrained: PretrainedModel, cache: Cache, memory: Memory) -> tuple[Encoder, Encoder]:

@@ -17,6 +17,7 @@ from cogvx.model import attention, blocks, lora
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import FullWeights, LoraWeights, weights_of
+from cogvx.model.unread import read_weights
 from cogvx.records import record
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.batches import Batches
@@ -93,6 +94,7 @@ def load_state(
     lines = [weights.describe(transformer), *([] if resumed else weights.start(transformer))]
     dtypes, fp32_weights = count_dtypes(transformer, pretrained.dtype), None
     if config.memory.offload_optimizer:
+        read_weights(transformer, torch.device("cpu"))
         fp32_weights = Fp32Weights(transformer, pretrained.device, pretrained.dtype)
     blocks.arrange(
         transformer,

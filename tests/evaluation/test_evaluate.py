@@ -13,6 +13,7 @@ from cogvx.evaluation import evaluate
 from cogvx.model import full
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import FullWeights
+from cogvx.model.unread import read_weights
 
 FEW = ["task=evaluate", "task.count=2", "validation.num_inference_steps=2"]
 SHORT = ["train.max_train_steps=6", "train.checkpointing_steps=3"]
@@ -80,9 +81,14 @@ def test_full_weights_are_judged_in_one_transformer(nano_folder, tmp_path):
         changed.proj_out.bias += 1
     full.save_transformer(changed, tmp_path)
     wanted, arranged = [(None, 1.0), (tmp_path, 1.0)], []
+
+    def arrange(transformer):
+        arranged.append(transformer)
+        read_weights(transformer, torch.device("cpu"))
+
     found = [
         (transformer, transformer.proj_out.bias.clone())
-        for transformer in FullWeights().variants(base, 0, wanted, arranged.append)
+        for transformer in FullWeights().variants(base, 0, wanted, arrange)
     ]
     assert found[0][0] is found[1][0] and len(arranged) == 1
     assert torch.equal(found[0][1] + 1, found[1][1])
