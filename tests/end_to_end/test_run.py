@@ -509,8 +509,9 @@ def test_a_full_disk_is_said_in_words(run, monkeypatch, capfd):
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(record, "note", full)
-    folder = run("a", "train.max_train_steps=3", expect=2)
+    with monkeypatch.context() as disk:
+        disk.setattr(record, "note", full)
+        folder = run("a", "train.max_train_steps=3", expect=2)
     assert "No space left on device: free some space" in capfd.readouterr().err
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
     monkeypatch.setattr(cache.Path, "rename", full)
