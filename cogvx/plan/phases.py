@@ -142,9 +142,10 @@ class Adam8bitMemory(torch.optim.Optimizer):
             if not state and size < self.smallest:
                 state.update(first=torch.zeros_like(parameter), second=torch.zeros_like(parameter))
             elif not state:
-                blocks = -(-size // 256)
+                blocks, device = -(-size // 256), parameter.device
                 for moment in ("first", "second"):
-                    state[moment] = torch.zeros(size, dtype=torch.uint8), torch.zeros(blocks)
+                    bytes_each = torch.zeros(size, dtype=torch.uint8, device=device)
+                    state[moment] = bytes_each, torch.zeros(blocks, device=device)
 
 
 def run_phases(

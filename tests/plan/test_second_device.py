@@ -328,6 +328,16 @@ def test_evaluate_judges_and_makes_videos(compose, disk, tmp_path):
     require_16_bits(run.recorder)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_states_of_the_optimizer_are_on_the_device(compose, optimizer):
+    config = compose(BF16, "model=2b", f"optimizer={optimizer}")
+    with phases.planned_run(config, 1) as run:
+        trainer = run.trainer()
+        trainer.optimizer_step()
+        states = list(phases.states_of(trainer.state.optimizer))
+        assert states and {state.device.type for state in states} == {second_device.NAME}
+
+
 # -- planted mistakes ----------------------------------------------------------------------------
 
 
