@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cogvx.errors import listed
 from cogvx.model import transfer
 from cogvx.model.stored import KeptForms
 from cogvx.progress import bar
@@ -77,7 +76,7 @@ class UnreadWeights:
             if list(found[name]) != expected[name]
         ]
         if wrong:
-            raise ValueError(listed("its weights are another model's:", sorted(wrong)))
+            raise ValueError(f"its weights are another model's: {'; '.join(sorted(wrong)[:3])}")
         unused = sorted(found.keys() - expected.keys())
         if unused:
             print(f"warning {path.parent} has weights that are not used: {unused[0]}", flush=True)
