@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable
 
 import torch
-import torch.utils
 from torch import Tensor
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -189,14 +188,23 @@ def fused_attention(
     )[0]
 
 
-def swap(one: Tensor, other: Tensor) -> None:
-    """torch.utils.swap_tensors without its refusal of tensors that have weak references.
+def apply_in_place(
+    self: torch.nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
+) -> torch.nn.Module:
+    """nn.Module._apply for fake parameters: torch's own swaps them, which fake tensors refuse.
 
-    Module.to() calls it for fake tensors. FakeTensorMode refers to some of them weakly. A tensor
-    that is in its place already stays as it is, because its hooks would be lost.
+    A parameter that is in its place already stays as it is, with its hooks.
     """
-    if one.untyped_storage()._cdata == other.untyped_storage()._cdata:
-        return
-    one.__class__, other.__class__ = other.__class__, one.__class__
-    one.__dict__, other.__dict__ = other.__dict__, one.__dict__
-    torch._C._swap_tensor_impl(one, other)
+    for child in self.children() if recurse else ():
+        child._apply(function)
+    for name, parameter in self._parameters.items():
+        if parameter is None:
+            continue
+        changed = function(parameter.detach())
+        if changed.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
+            moved = torch.nn.Parameter(changed, requires_grad=parameter.requires_grad)
+            self._parameters[name] = moved
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = function(buffer)
+    return self

@@ -327,7 +327,7 @@ def tracing(*, fake: bool = True, host: str | None = "cpu") -> Iterator[Recorder
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            stack.enter_context(patched(torch.utils, swap_tensors=second_device.swap))
+            stack.enter_context(patched(torch.nn.Module, _apply=second_device.apply_in_place))
             stack.enter_context(
                 patched(torch.nn.init, **{name: lambda tensor, *a, **k: tensor for name in INITS})
             )
