@@ -58,6 +58,9 @@ class Module:
 @functools.cache
 def device() -> torch.device:
     """The second device, which is set up once in a process."""
+    # autograd starts a thread for each device in the first backward pass, and a process with such
+    # threads must not be forked. Here everything runs in one thread, so none is needed.
+    torch.zeros(1, requires_grad=True).sum().backward()
     _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     libraries.extend([everything, aten])
