@@ -54,7 +54,7 @@ PACKAGES = {
     Attention.fa3: Package(
         "FA3",
         "flash_attn_interface",
-        "pip install --no-deps flash-attn-3 --index-url https://download.pytorch.org/whl/cu128",
+        "pip install --no-deps flash-attn-3 (from PyTorch's own package index for your CUDA)",
         (9,),
     ),
     Attention.fa4: Package("FA4", "flash_attn.cute", "pip install --pre flash-attn-4", (9, 10)),

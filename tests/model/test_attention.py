@@ -162,7 +162,7 @@ def test_a_packages_kernel_is_refused_with_what_to_install(gpu, installed, monke
 
     assert "train.attention=fa4: it needs an NVIDIA GPU" in said(Attention.fa4, CPU)
     assert "pip install --pre flash-attn-4. Otherwise train.attention=auto" in said(Attention.fa4)
-    assert "flash-attn-3 --index-url https://download.pytorch.org" in said(Attention.fa3)
+    assert "flash-attn-3 (from PyTorch's own package index for your CUDA)" in said(Attention.fa3)
     gpu((8, 9), "NVIDIA GeForce RTX 4090")
     assert "of the generation Hopper or Blackwell (B200), and this is NVIDIA GeForce RTX 4090" in (
         said(Attention.fa4)
