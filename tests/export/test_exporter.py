@@ -12,6 +12,7 @@ from cogvx.errors import UserError
 from cogvx.export import exporter, low_rank, naming
 from cogvx.model import full, lora, nano
 from cogvx.model.pretrained import PretrainedModel
+from cogvx.model.unread import read_weights
 
 CPU = torch.device("cpu")
 INPUTS = {
@@ -47,6 +48,7 @@ def a_run(compose, nano_folder, tmp_path_factory):
         base = PretrainedModel(nano_folder, CPU, torch.float32)
         weights = exporter.weights_of(config.lora)
         transformer = weights.attach(base, 0)
+        read_weights(transformer, CPU)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in lora.trainable(transformer):
