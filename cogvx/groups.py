@@ -18,6 +18,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "plan": tasks.PlanTask,
         "nano_vae": tasks.NanoVaeTask,
         "evaluate": tasks.EvaluateTask,
+        "generate": tasks.GenerateTask,
         "export": tasks.ExportTask,
         "report": tasks.ReportTask,
         "compare": tasks.CompareTask,

@@ -178,6 +178,12 @@ def steps_in_backward_are_possible(s: Sections) -> list[str]:
     return [f"memory.step_in_backward needs {', '.join(missing)}"] if missing else []
 
 
+def videos_are_made_in_one_process(s: Sections) -> list[str]:
+    if not isinstance(s.task, tasks.GenerateTask) or s.parallel.num_processes == 1:
+        return []
+    return ["task=generate runs in one process: parallel=single"]
+
+
 RULES = (
     clips_are_given,
     model_takes_the_clips,
@@ -191,6 +197,7 @@ RULES = (
     frozen_weights_are_there,
     steps_in_backward_are_possible,
     optimizer_can_be_offloaded,
+    videos_are_made_in_one_process,
 )
 
 

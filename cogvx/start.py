@@ -60,6 +60,12 @@ def start_evaluation(config: Config, folder: Path) -> dict:
     return evaluate(config, config.task, folder)
 
 
+def start_generating(config: Config, folder: Path) -> dict:
+    from cogvx.evaluation.gallery import generate_videos
+
+    return generate_videos(config, config.task, folder)
+
+
 def start_export(config: Config, folder: Path) -> dict:
     from cogvx.progress import quiet_libraries
 
@@ -127,6 +133,7 @@ STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.EncodeTask: start_encoding,
     tasks.NanoVaeTask: start_nano_vae,
     tasks.EvaluateTask: start_evaluation,
+    tasks.GenerateTask: start_generating,
     tasks.ExportTask: start_export,
     tasks.ReportTask: start_report,
     tasks.CompareTask: start_comparison,

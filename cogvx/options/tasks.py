@@ -95,6 +95,40 @@ class EvaluateTask(Task):
         return found
 
 
+@dataclass
+class GenerateTask(Task):
+    run: Path | None  # the folder of a run, or a checkpoint; None: the base model alone
+    prompt: str | None
+    prompt_separator: str
+    prompts_file: Path | None
+    image: Path | None  # image-to-video: the first frame, where the file of prompts names none
+    seeds: list[int]
+    strengths: list[float]
+    checkpoints: bool
+    base: bool
+    needs_data: ClassVar[bool] = False
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.prompt is not None and self.prompts_file is not None:
+            found.append("task.prompt and task.prompts_file are both set: leave one null")
+        if self.run is None and self.prompt is None and self.prompts_file is None:
+            found.append(
+                "task.prompt must be given, or task.prompts_file, or task.run, whose validation "
+                'prompts are then used: task.prompt="a cat on a beach"'
+            )
+        if not self.prompt_separator:
+            found.append("task.prompt_separator is empty: the usual one is :::")
+        if not self.seeds or min(self.seeds) < 0:
+            found.append(f"task.seeds={self.seeds}: must be whole numbers, 0 or more: [0,1,2]")
+        if any(strength <= 0 for strength in self.strengths) or not self.strengths:
+            found.append(
+                f"task.strengths={self.strengths}: must be numbers above 0. The base model "
+                f"(strength 0) is made with task.base=true"
+            )
+        return found
+
+
 class Format(Enum):
     """What task=export writes. Each is explained in conf/task/export.yaml."""
 

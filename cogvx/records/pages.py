@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 PAGE = "report.html"
+# Of task=generate: a list of {prompt, seed, videos: [[label, path in the folder], ...]}.
+VIDEO_INDEX = "videos.json"
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_EMBEDDED = (
     40 * 2**20
@@ -92,6 +94,17 @@ def newest_videos(folder: Path) -> dict[str, Path]:
     steps = sorted((folder / "validation").glob("step_*"))
     found = sorted(steps[-1].glob("*.mp4")) if steps else []
     return {path.stem: path for path in found if not path.stem.endswith("_before_after")}
+
+
+def generated_videos(folder: Path) -> dict[str, list[tuple[str, Path]]]:
+    """Labels and files of each prompt and seed that task=generate made videos for."""
+    found = {}
+    for row in read_json(folder / VIDEO_INDEX) or []:
+        those = [(label, folder / file) for label, file in row["videos"]]
+        found[f"{row['prompt']} (seed {row['seed']})"] = [
+            each for each in those if each[1].is_file()
+        ]
+    return found
 
 
 def prompt_of_video(folder: Path, name: str) -> str:

@@ -152,13 +152,17 @@ def state_in_words(run: Run) -> str | None:
 
 
 def videos(run: Run) -> list[VideoGroup]:
-    """For each prompt and seed: base model, tuned model and, if there is one, a real clip."""
+    """For each prompt and seed: base model, tuned model and, if there is one, a real clip.
+
+    For task=generate: every variant.
+    """
     tuned = pages.newest_videos(run.folder)
     found = {}
     for name, path in tuned.items():
         base, clip = pages.base_video(run.folder, name), pages.clip_beside(run.folder, name)
         found[name] = [("base model", base)] if base.is_file() else []
         found[name] += [("tuned", path), *([] if clip is None else [clip])]
+    found |= pages.generated_videos(run.folder)
     embed = pages.can_embed([path for those in found.values() for _, path in those])
     return [
         VideoGroup(

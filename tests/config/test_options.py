@@ -33,6 +33,7 @@ NEEDED = {
     "dataset": ["data.dataset_name=a/b"],
     "low_full": ["lora=null"],
     "evaluate": ["task.run=outputs/RUN"],
+    "generate": ["task.prompt=a"],
     "export": ["task.run=outputs/RUN"],
     "report": ["task.run=outputs/RUN"],
     "compare": ["task.runs=[outputs/A,outputs/B]"],

@@ -1,0 +1,153 @@
+"""task=generate makes the videos that training would make, and a page of them."""
+
+import json
+import shutil
+
+import pytest
+
+from cogvx.errors import UserError
+from cogvx.evaluation import gallery
+from cogvx.evaluation.gallery import Wanted
+from cogvx.options import tasks
+
+SHORT = ["train.max_train_steps=4", "train.checkpointing_steps=2"]
+VIDEOS = ["validation.num_validation_videos=1", "validation.num_inference_steps=2"]
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.mp4"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["nano", "nano_i2v"])
+def test_the_videos_of_validation_come_out_again_bit_for_bit(run, trained, model):
+    first = trained(*SHORT, *VIDEOS, f"model={model}")
+    made = run("g", "task=generate", f"task.run={first}", *VIDEOS, f"model={model}")
+    validation = first / "validation"
+    for theirs, ours in (("base", "base"), ("step_000004", "result")):
+        expected = (validation / theirs / "01_seed42.mp4").read_bytes()
+        assert (made / "videos" / ours / "001_seed42.mp4").read_bytes() == expected
+    assert (made / "videos.png").is_file()
+
+
+@pytest.mark.slow
+def test_strengths_checkpoints_and_seeds_stand_beside_each_other(run, trained, monkeypatch):
+    first = trained(*SHORT, *VIDEOS)
+    asked = ["task=generate", f"task.run={first}", *VIDEOS, "task.prompt=one:::two"]
+    asked += ["task.strengths=[0.5,1.0]", "task.checkpoints=true", "task.seeds=[1,2]"]
+    folder = run("g", *asked)
+    names = ["base"]
+    names += [f"{n}{s}" for n in ("step_000002", "step_000004", "result") for s in (" x 0.5", "")]
+    index = json.loads((folder / "videos.json").read_text())
+    assert [(row["prompt"], row["seed"]) for row in index] == [
+        ("one", 1),
+        ("one", 2),
+        ("two", 1),
+        ("two", 2),
+    ]
+    assert [label for label, _ in index[0]["videos"]] == names
+    assert len(files(folder)) == 4 * len(names)
+    result = folder / "videos" / "result"
+    assert len({path.read_bytes() for path in result.glob("*.mp4")}) == 4, "seeds and prompts tell"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<video") == 4 * len(names) and "two (seed 2)" in page
+    # A run that was interrupted makes only what is missing.
+    (folder / "summary.json").unlink()
+    whole = (result / "003_seed1.mp4").read_bytes()
+    (result / "003_seed1.mp4").unlink()
+    made, generate = [], gallery.VideoGenerator.generate
+    monkeypatch.setattr(
+        gallery.VideoGenerator,
+        "generate",
+        lambda self, *given: made.append(given[2:4]) or generate(self, *given),
+    )
+    run("g", *asked)
+    assert made == [("two", 1)] and (result / "003_seed1.mp4").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_the_base_model_alone_and_a_checkpoint_alone(run, trained):
+    first = trained(*SHORT, *VIDEOS)
+    folder = run("g", "task=generate", *VIDEOS, "task.prompt=one")
+    assert files(folder) == ["videos/base/001_seed42.mp4"]
+    checkpoint = first / "checkpoints" / "step_000002"
+    asked = ["task.prompt=one", "task.base=false", f"task.run={checkpoint}"]
+    folder = run("h", "task=generate", *VIDEOS, *asked)
+    assert files(folder) == ["videos/result/001_seed42.mp4"]
+
+
+def task(**given) -> tasks.GenerateTask:
+    usual = dict.fromkeys(tasks.GenerateTask.__dataclass_fields__)
+    return tasks.GenerateTask(**usual | {"prompt_separator": ":::"} | given)
+
+
+def test_prompts_from_files(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat, (sitting)\n\n a dog \na dog\n", encoding="utf-8")
+    found = gallery.wanted_prompts(task(prompts_file=tmp_path / "p.txt"))
+    assert found == [Wanted("a cat, (sitting)"), Wanted("a dog")]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "image": "x.png"}\n\n{"prompt": "b"}\n')
+    assert gallery.wanted_prompts(task(prompts_file=tmp_path / "p.jsonl")) == [
+        Wanted("a", tmp_path / "x.png"),
+        Wanted("b"),
+    ]
+    (tmp_path / "p.csv").write_text('image,prompt\n,"a, b"\ny.png,c\n')
+    assert gallery.wanted_prompts(task(prompts_file=tmp_path / "p.csv")) == [
+        Wanted("a, b"),
+        Wanted("c", tmp_path / "y.png"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.txt", "\n \n", "holds no prompt: give at least one"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', r"p.jsonl:2 is not JSON"),
+        ("p.jsonl", '["a"]', r"p.jsonl:1 has no text called prompt"),
+        ("p.csv", "text\na\n", r"p.csv:2 has no text called prompt"),
+        ("p.csv", "prompt,image\na,x.png\na,y.png\n", "'a' is there with several images"),
+    ],
+)
+def test_files_that_are_no_prompts_are_named(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        gallery.wanted_prompts(task(prompts_file=tmp_path / name))
+
+
+def test_the_prompts_of_a_run(trained, tmp_path):
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "inference.json").write_text('{"call": {"prompt": "the example"}}')
+    assert gallery.wanted_prompts(task(run=tmp_path)) == [Wanted("the example")]
+    names = {"01_seed1": "a", "01_seed2": "a", "02_seed1": "b"}
+    (tmp_path / "validation" / "prompts.json").write_text(json.dumps(names))
+    assert gallery.wanted_prompts(task(run=tmp_path)) == [Wanted("a"), Wanted("b")]
+    shutil.rmtree(tmp_path / "validation")
+    (tmp_path / "inference.json").unlink()
+    with pytest.raises(UserError, match=r"task\.prompt"):
+        gallery.wanted_prompts(task(run=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ([], "task.prompt must be given, or task.prompts_file, or task.run"),
+        (["task.prompt=a", "task.prompts_file=p.txt"], "are both set: leave one null"),
+        (["task.prompt=a", "task.seeds=[]"], "task.seeds"),
+        (["task.prompt=a", "task.strengths=[0]"], "is made with task.base=true"),
+        (["task.prompt=a", "parallel=ddp", "parallel.num_processes=2"], "one process"),
+    ],
+)
+def test_wrong_settings_are_said(compose, asked, said):
+    with pytest.raises(UserError, match=said):
+        compose("task=generate", *asked)
+
+
+@pytest.mark.slow
+def test_images_that_are_missing_or_not_wanted(run, tmp_path, capfd):
+    asked = ["task=generate", "task.prompt=a", *VIDEOS]
+    run("a", *asked, "model=nano_i2v", expect=2)
+    assert "image-to-video needs the first frame of 'a'. Give one" in capfd.readouterr().err
+    run("b", *asked, "model=nano_i2v", f"task.image={tmp_path / 'x.png'}", expect=2)
+    assert "x.png does not exist. Give one: task.image=" in capfd.readouterr().err
+    run("c", *asked, f"task.image={tmp_path / 'x.png'}", expect=2)
+    assert "is for image-to-video, and this is text-to-video" in capfd.readouterr().err
