@@ -61,6 +61,7 @@ def start_evaluation(config: Config, folder: Path) -> dict:
 
 
 def start_generating(config: Config, folder: Path) -> dict:
+    load_libraries()
     from cogvx.evaluation.gallery import generate_videos
 
     return generate_videos(config, config.task, folder)
@@ -70,6 +71,7 @@ def start_export(config: Config, folder: Path) -> dict:
     from cogvx.progress import quiet_libraries
 
     quiet_libraries()
+    load_libraries()
     from cogvx.export.exporter import export_result
 
     export_result(config, config.task)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-import torch
 
 from cogvx.config import Config
 from cogvx.data.cache import Cache
@@ -32,13 +31,20 @@ from cogvx.export.exporter import run_of
 from cogvx.export.result import IMAGE
 from cogvx.files import read_json, shown, write_json
 from cogvx.inference.scores import VideoRequest
-from cogvx.model import attention
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.tasks import GenerateTask
 from cogvx.progress import bar, counted
 from cogvx.records.pages import VIDEO_INDEX
 from cogvx.records.usage import INFERENCE_SETTINGS
-from cogvx.training.prepare import Prepared, encoders, first_frame, start_processes
+from cogvx.training.kernel import chosen_attention
+from cogvx.training.peaks import give_memory_back
+from cogvx.training.prepare import (
+    Prepared,
+    encoders,
+    fetch_model,
+    first_frame,
+    start_processes,
+)
 from cogvx.training.ranks import Ranks
 from cogvx.training.videos import VideoGenerator
 
@@ -62,7 +68,8 @@ def generate_videos(config: Config, task: GenerateTask, folder: Path) -> dict:
     data = prepare_prompts_alone(config, task, wanted, ranks)
     total = len(asked) * len(variants)
     print(f"videos  {counted(total, 'video')}: {', '.join(v.name for v in variants)}", flush=True)
-    with attention.using(config.train.attention):
+    earlier = [] if task.run is None else [run_of(task.run)]
+    with chosen_attention(config, data.pretrained, folder, ranks, earlier):
         pictured = make_videos_not_there(config, data, variants, asked, folder, ranks)
     draw_sheet(folder / SHEET, asked, pictured)
     write_index(folder, variants, asked)
@@ -160,9 +167,7 @@ def prepare_prompts_alone(
     config: Config, task: GenerateTask, wanted: list[Wanted], ranks: Ranks
 ) -> Prepared:
     """The base model's folder and the prompts' embeddings. The clips are not needed."""
-    model_folder = config.model.prepare(**config.asked_of_model())
-    dtype = getattr(torch, config.train.mixed_precision.value)
-    pretrained = PretrainedModel(model_folder, ranks.accelerator.device, dtype)
+    pretrained = fetch_model(config, ranks)
     images = first_frames_of(config, task, wanted, pretrained)
     cache = Cache(config.data.cache_dir)
     _, text_encoder = encoders(pretrained, cache, config.memory)
@@ -170,6 +175,8 @@ def prepare_prompts_alone(
     warn_of_id_token(config, prompts, ranks)
     text_tokens = pretrained.geometry().text_tokens
     embeds = encode_prompts(["", *prompts], cache, text_encoder, text_tokens, ranks.say)
+    # The text encoder's memory is for the transformer now.
+    give_memory_back(collect=True)
     return Prepared(pretrained, [], [], embeds, prompts, prompts[0], images)
 
 

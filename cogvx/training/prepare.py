@@ -198,12 +198,15 @@ def fetch(config: Config, ranks: Ranks) -> tuple[PretrainedModel, list[Example]]
         examples = config.data.read()
         # Raises an error if there are too few clips, before they are encoded.
         config.data.trained_on(len(examples))
-        model_folder = config.model.prepare(**config.asked_of_model())
+        return fetch_model(config, ranks), examples
+
+
+def fetch_model(config: Config, ranks: Ranks) -> PretrainedModel:
+    model_folder = config.model.prepare(**config.asked_of_model())
     device = ranks.accelerator.device
     dtype = getattr(torch, config.train.mixed_precision.value)
     ranks.say(f"model   {shown(Path(config.model.path))}, {dtype} on {device}")
-    cache = Cache(config.data.cache_dir)
-    return PretrainedModel(model_folder, device, dtype, cache=cache), examples
+    return PretrainedModel(model_folder, device, dtype, cache=Cache(config.data.cache_dir))
 
 
 def encoders(pretrained: PretrainedModel, cache: Cache, memory: Memory) -> tuple[Encoder, Encoder]:

@@ -1,5 +1,6 @@
 """task=generate makes the videos that training would make, and a page of them."""
 
+import dataclasses
 import json
 import shutil
 
@@ -77,7 +78,7 @@ def test_the_base_model_alone_and_a_checkpoint_alone(run, trained):
 
 
 def task(**given) -> tasks.GenerateTask:
-    usual = dict.fromkeys(tasks.GenerateTask.__dataclass_fields__)
+    usual = dict.fromkeys(field.name for field in dataclasses.fields(tasks.GenerateTask))
     return tasks.GenerateTask(**usual | {"prompt_separator": ":::"} | given)
 
 
