@@ -107,6 +107,14 @@ class Recorder(TorchDispatchMode):
     def lap(self) -> None:
         """Nothing: tracing measures no time."""
 
+    def repeat(self, phase: str, times: float) -> None:
+        """The phase's work is done so many times. Only a part of it was traced."""
+        for (name, _, _), work in self.work.items():
+            if name == phase:
+                work.flops = round(work.flops * times)
+                work.bytes = round(work.bytes * times)
+                work.count = round(work.count * times)
+
     def born_now(self, tensor: Tensor, what: str) -> None:
         storage = tensor.untyped_storage()
         name = storage._cdata
@@ -253,6 +261,9 @@ class Meter:
         torch.cuda.synchronize(self.device)
         self.laps.append(time.monotonic() - self.clock)
         self.clock = time.monotonic()
+
+    def repeat(self, phase: str, times: float) -> None:
+        """Nothing: the work is not counted."""
 
     def empty_cache(self) -> None:
         gc.collect()
