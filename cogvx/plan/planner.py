@@ -97,7 +97,7 @@ def result_of(config: Config, card: Card, found: Outcome, necessary: float) -> d
         "necessary_tflop_per_step": necessary / 1e12,
         "seconds_per_step": round(times.total, 2),
         "attention": planned_kernel(config, card).name,
-        "seconds": dataclasses.asdict(times),
+        "seconds_by_kind": dataclasses.asdict(times),
         "host_gib": gib(found.host),
         "cache_mib_per_clip": round(cache_bytes(config) / 2**20, 2),
         "checkpoint_gib": gib(found.trained + found.optimizer),
