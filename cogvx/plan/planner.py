@@ -222,7 +222,7 @@ def print_plan(config: Config, card: Card, found: Outcome, result: dict) -> None
         f"({executed / necessary:.2f} times)\n"
         f"time    about {seconds:.1f} s a step on {config.task.card}, +-{UNCERTAIN:.0%}{whole}; "
         f"attention by {result['attention']}\n"
-        f"        {Times(**result['seconds']).in_words()}\n"
+        f"        {Times(**result['seconds_by_kind']).in_words()}\n"
         f"{ram_line(config, result)}\n"
         f"disk    {result['cache_mib_per_clip']:.1f} MiB of cache for each clip; "
         f"{result['checkpoint_gib']:.2f} GiB for each checkpoint"
