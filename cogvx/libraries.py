@@ -29,6 +29,9 @@ NOT_NEEDED = ("bitsandbytes", "scipy", "torchao")
 
 def load_libraries() -> None:
     """Imports LIBRARIES. An error is left for the import that needs the library to tell."""
+    # A second time there is nothing to import, and what freeze() would keep are a run's own things.
+    if all(name in sys.modules for name in LIBRARIES):
+        return
     with contextlib.suppress(Exception), without_collections(), looked_up_once(), unseen():
         for name in LIBRARIES:
             importlib.import_module(name)
