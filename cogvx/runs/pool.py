@@ -212,8 +212,8 @@ class JobProcesses:
 
     def __init__(self, sweep: Sweep, command: list[str]):
         self.sweep, self.command, self.running, self.told_to_stop = sweep, command, [], set()
-        # What the server would import asks for the GPU, and CUDA cannot be used in a fork after
-        # that. So with a GPU each job is a new process, which imports everything itself.
+        # CUDA cannot be used in a fork of a process that has asked for the GPU. What the server
+        # imports does not ask (tests/runs/test_pool.py); that was never tried beside a real GPU.
         self.forked = not visible_gpus()
         self.context = multiprocessing.get_context("forkserver" if self.forked else "spawn")
         os.environ["PYTHONPATH"] = processes.python_path()  # for the server and the jobs
