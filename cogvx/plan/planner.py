@@ -200,7 +200,8 @@ def print_headline(config: Config) -> None:
             f"with the copy of the gradients that ddp makes"
         )
     print(
-        "        runs the code of every phase without weights: about a minute, once ...", flush=True
+        "        runs the code of every phase without weights: about half a minute, once ...",
+        flush=True,
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent.parent
 TABLE = PROJECT / "tests" / "golden" / "startup.md"
-ROUNDS = 3
+ROUNDS = 2
 TICKS = os.sysconf("SC_CLK_TCK")
 RUN = [
     *("train.max_train_steps=1", "train.logging_steps=1", "lora.rank=4"),
