@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cogvx.files import read_json, read_json_lines
-from cogvx.plan.phases import PHASES
+from cogvx.plan.found import PHASES
 from cogvx.training import peaks
 
 
