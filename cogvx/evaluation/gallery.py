@@ -31,6 +31,7 @@ from cogvx.export.exporter import run_of
 from cogvx.export.result import IMAGE
 from cogvx.files import read_json, shown, write_json
 from cogvx.inference.scores import VideoRequest
+from cogvx.model import attention
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.tasks import GenerateTask
 from cogvx.progress import bar, counted
@@ -62,6 +63,7 @@ class Wanted:
 def generate_videos(config: Config, task: GenerateTask, folder: Path) -> dict:
     """Writes videos/VARIANT/*.mp4, videos.json and videos.png, and returns the run's summary."""
     started, ranks = time.monotonic(), start_processes(config)
+    attention.require(config.train.attention, ranks.accelerator.device)
     variants = wanted_variants(config, task)
     wanted = wanted_prompts(task)
     asked = [VideoRequest("video", each.prompt, seed) for each in wanted for seed in task.seeds]

@@ -117,7 +117,10 @@ class PlannedModel(PretrainedModel):
         return CogVideoXDDIMScheduler(**SCHEDULER)
 
     def built(self, build, dtype: torch.dtype):
-        """Builds a model in the CPU's memory, where loading leaves it too."""
+        """Builds a model in the CPU's memory.
+
+        A run reads the transformer weight by weight. So the plan has more RAM in its phase "load".
+        """
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:

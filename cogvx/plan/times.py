@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from cogvx.options.cards import RAM_GB_PER_SECOND, Card
 from cogvx.options.train import Attention
-from cogvx.plan.found import Phase
+from cogvx.plan.found import Phase, at_layers
 
 # How far the time of a step may be off, as a share.
 UNCERTAIN = 0.35
@@ -56,13 +56,9 @@ class Times:
 
     def at_layers(self, layers: int, three: Times) -> Times:
         """These are the times with two layers. Each grows equally with every layer."""
-        return Times(
-            *(
-                getattr(self, part.name)
-                + (layers - 2) * (getattr(three, part.name) - getattr(self, part.name))
-                for part in fields(Times)
-            )
-        )
+        names = [part.name for part in fields(Times)]
+        pairs = [(getattr(self, name), getattr(three, name)) for name in names]
+        return Times(*(at_layers(layers, *pair) for pair in pairs))
 
     def in_words(self) -> str:
         """What a step's time is made of, the longest part first."""

@@ -11,6 +11,7 @@ from cogvx.evaluation import gallery
 from cogvx.evaluation.gallery import Wanted
 from cogvx.options import tasks
 
+BF16 = "train.mixed_precision=bf16"
 SHORT = ["train.max_train_steps=4", "train.checkpointing_steps=2"]
 VIDEOS = ["validation.num_validation_videos=1", "validation.num_inference_steps=2"]
 
@@ -141,6 +142,12 @@ def test_the_prompts_of_a_run(trained, tmp_path):
 def test_wrong_settings_are_said(compose, asked, said):
     with pytest.raises(UserError, match=said):
         compose("task=generate", *asked)
+
+
+def test_a_kernel_that_this_machine_lacks_is_refused(run, capfd):
+    run("a", "task=generate", "task.prompt=a", "train.attention=fa3", BF16, expect=2)
+    said = capfd.readouterr().err
+    assert "train.attention=fa3: it needs an NVIDIA GPU" in said and "Traceback" not in said
 
 
 @pytest.mark.slow
