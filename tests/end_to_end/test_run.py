@@ -498,8 +498,9 @@ def test_the_encoders_are_gone_before_the_first_step(run, clips, monkeypatch):
 
     gc.collect()
     monkeypatch.setattr(trainer, "training_losses", look_around)
-    # Clips and prompts that are not in the cache: both encoders work.
-    run("a", "train.max_train_steps=3", f"data.instance_data_root={clips}", "data.fps=7")
+    # Clips and prompts that no other test has put into the shared cache: both encoders work.
+    uncached = [f"data.instance_data_root={clips}", "data.fps=7", "data.id_token=UNCACHED"]
+    run("a", "train.max_train_steps=3", *uncached)
     assert alive == [("VAE", 0, 1), 0, 0, 0], "the VAE's memory is given back before T5 is loaded"
 
 
