@@ -47,6 +47,9 @@ HYDRAS = (HydraException, OmegaConfBaseException)  # what composing raises
 # Where a run stands and how it was started. These do not change what it computes.
 NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps")
 
+# Settings that earlier versions did not have, with the value that stands for what these did.
+ADDED_SETTINGS = {"validation": {"scheduler": None, "negative_prompt": ""}}
+
 
 def half(key: str, *, _root_: DictConfig) -> float:
     """'lora.lora_alpha=${half:lora.rank}' keeps the strength at 1/2 for every rank."""
@@ -335,13 +338,15 @@ def read_record(path: Path) -> dict:
 
 
 def upgraded(recorded: dict) -> dict:
-    """A record of an earlier version, with the settings that were renamed since then."""
+    """A record of an earlier version, with the settings that were renamed or added since then."""
     plan = recorded.pop("plan", None)
     if plan is not None and choices_of(recorded)["task"] == "plan":
         recorded["task"] = plan
     if "gradient_checkpointing" in recorded["train"]:
         recomputed = recorded["train"].pop("gradient_checkpointing")
         recorded["memory"].setdefault("gradient_checkpointing", recomputed)
+    for section, values in ADDED_SETTINGS.items():
+        recorded[section] = values | recorded[section]
     return recorded
 
 

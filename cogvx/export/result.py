@@ -56,8 +56,10 @@ def inference_settings(
         "torch_dtype": config.train.mixed_precision.value,
         **weights.inference_settings(),
         "id_token": data.id_token,
+        "scheduler": None if sampling.scheduler is None else sampling.scheduler.value,
         "call": {
             "prompt": prompt,
+            "negative_prompt": sampling.negative_prompt,
             "height": data.height,
             "width": data.width,
             "num_frames": data.max_num_frames,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from cogvx.data.cache import Cache
+    from cogvx.options.validation import Sampler
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 # Bytes. A larger part is loaded with a progress bar.
@@ -303,8 +304,8 @@ class PretrainedModel:
             self.loaded(T5EncoderModel, "text_encoder", dtype=self.dtype), self.device, streamed
         )
 
-    def noise_scheduler(self):
-        """As the model ships it: DDIM or DPM, with its schedule and trailing timesteps."""
+    def noise_scheduler(self, sampler: Sampler | None = None):
+        """DDIM or DPM with the model's schedule and trailing timesteps; None: as it ships."""
         import diffusers
 
         name = read_config(self.folder, "scheduler").get("_class_name", "")
@@ -313,7 +314,10 @@ class PretrainedModel:
                 f"{self.folder}/scheduler is a {name or 'nameless class'}; "
                 f"CogVideoX uses CogVideoXDDIMScheduler or CogVideoXDPMScheduler"
             )
-        return getattr(diffusers, name).from_pretrained(self.folder, subfolder="scheduler")
+        shipped = getattr(diffusers, name).from_pretrained(self.folder, subfolder="scheduler")
+        if sampler is None or sampler.value == name:
+            return shipped
+        return getattr(diffusers, sampler.value).from_config(shipped.config)
 
     def loaded(self, model_class, part: str, **dtype):
         size = sum(path.stat().st_size for path in (self.folder / part).iterdir())

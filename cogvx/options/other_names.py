@@ -275,6 +275,9 @@ ELSEWHERE: dict[str, OtherName] = {
     "num_inference_steps": OtherName("validation.num_inference_steps"),
     "cfg_scale": OtherName("validation.guidance_scale"),
     "cfg": OtherName("validation.guidance_scale"),
+    "negative_prompt": OtherName("validation.negative_prompt"),
+    "sampler": OtherName("validation.scheduler"),
+    "noise_scheduler": OtherName("validation.scheduler"),
     # checkpoints, folders, trackers, processes
     "save_steps": OtherName("train.checkpointing_steps"),
     "save_every": OtherName("train.checkpointing_steps"),

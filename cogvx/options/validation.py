@@ -1,9 +1,17 @@
 """How a model is judged while it trains: held-out loss and videos. Values: conf/config.yaml."""
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from cogvx.files import absolute
+
+
+class Sampler(Enum):
+    """How a video's noise is removed step by step, with the name of its class in diffusers."""
+
+    ddim = "CogVideoXDDIMScheduler"
+    dpm = "CogVideoXDPMScheduler"
 
 
 @dataclass
@@ -16,8 +24,10 @@ class Validation:
     scored_prompts: int
     validation_steps: int | None
     num_inference_steps: int
+    scheduler: Sampler | None  # None: as the checkpoint ships
     guidance_scale: float
     use_dynamic_cfg: bool
+    negative_prompt: str
     heldout_steps: int
     heldout_timesteps: int
     heldout_draws: int

@@ -354,7 +354,8 @@ def planned_data(config: Config, pretrained: PlannedModel) -> Prepared:
     clips = [clip] * (train.train_batch_size * train.gradient_accumulation_steps)
     picture = numpy.zeros((data.height, data.width, 3), numpy.uint8)
     images = {"prompt": picture} if pictured else {}
-    prompts = {"prompt": Path("prompt_embeds"), "": Path("prompt_embeds")}
+    needed = ("prompt", "", config.validation.negative_prompt)
+    prompts = {prompt: Path("prompt_embeds") for prompt in needed}
     return Prepared(pretrained, clips, [clip], prompts, ["prompt"], "prompt", images)
 
 

@@ -12,10 +12,12 @@ def snippet(folder: Path, settings: dict) -> str:
     pipeline, model = settings["pipeline"], "CogVideoXTransformer3DModel"
     dtype = f"torch_dtype=torch.{settings['torch_dtype']}"
     is_lora, has_image = "lora_scale" in settings, bool(settings["image"])
-    revision = settings["revision"]
+    # inference.json of earlier versions has none: as the checkpoint ships.
+    revision, scheduler = settings["revision"], settings.get("scheduler")
     base = repr(settings["base_model"]) + ("" if revision is None else f", revision={revision!r}")
     lines = ["import json, torch"]
-    lines.append(f"from diffusers import {pipeline}{'' if is_lora else f', {model}'}")
+    used = [*([] if scheduler is None else [scheduler]), pipeline, *([] if is_lora else [model])]
+    lines.append(f"from diffusers import {', '.join(used)}")
     if has_image:
         lines.append("from diffusers.utils import load_image")
     lines.append(f"how = json.load(open({str(folder / INFERENCE_SETTINGS)!r}))")
@@ -29,6 +31,8 @@ def snippet(folder: Path, settings: dict) -> str:
         lines.append(
             f"pipe = {pipeline}.from_pretrained({base}, transformer=tuned, {dtype}).to(device)"
         )
+    if scheduler is not None:
+        lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
     image = "image=load_image(how['image']), " if has_image else ""
     lines.append(f"video = pipe({image}**how['call']).frames[0]")
     return "\n".join(lines)

@@ -179,7 +179,8 @@ def prepare(
         pictures = first_frames(own, prompts, images, first, data)
 
     captions = [clip.example.prompt for clip in clips]
-    needed = ["", *captions, *prompts, *more_prompts]
+    # The empty prompt is for caption dropout.
+    needed = ["", config.validation.negative_prompt, *captions, *prompts, *more_prompts]
     text_tokens = pretrained.geometry().text_tokens
     with ranks.peaks.phase("encode prompts"):
         embeds = encode_prompts(needed, cache, text_encoder, text_tokens, ranks.say)

@@ -31,6 +31,16 @@ def test_a_record_of_another_version_is_named_as_such(compose, tmp_path, door):
     assert ran.returncode == 2 and "was recorded by another version of cogvx" in ran.stderr
 
 
+def test_a_record_without_later_settings_still_starts(compose, tmp_path):
+    config = compose()
+    text = configuration.to_yaml(config)
+    for line in ("  scheduler: null\n", "  negative_prompt: ''\n"):
+        assert line in text
+        text = text.replace(line, "")
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    assert configuration.read(tmp_path / "config.yaml") == config
+
+
 def test_a_record_reads_back_as_the_same_configuration(compose, tmp_path):
     config = compose(
         "model=5b", "data=csv", "data.instance_data_root=/clips", "optimizer=adam", "seed=0"
