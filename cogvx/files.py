@@ -81,3 +81,13 @@ def shown(path: Path) -> str:
 
 def absolute(path: Path) -> Path:
     return path.expanduser().absolute()
+
+
+def is_hub_id(place: str) -> bool:
+    """A hub id has the form name/repo. What exists here, or has another form, is a path."""
+    return (
+        not Path(place).exists()
+        and not place.startswith((".", "/", "~"))
+        and not place.endswith(".safetensors")
+        and place.count("/") == 1
+    )

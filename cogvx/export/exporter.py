@@ -26,6 +26,7 @@ from cogvx.export.naming import renamed
 from cogvx.export.result import AVERAGED
 from cogvx.files import read_json, shown, write_json
 from cogvx.model import full, lora
+from cogvx.model.hub import local_adapter
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.tasks import ExportTask, Format
@@ -160,7 +161,8 @@ def lora_to_write(config: Config, task: ExportTask, source: Path) -> tuple[Updat
     else:
         updates = read_updates(source, task.strength)
     strengths = task.add_strengths or [1.0] * len(task.add)
-    more = [read_updates(*each) for each in zip(task.add, strengths, strict=True)]
+    places = map(local_adapter, task.add)
+    more = [read_updates(*each) for each in zip(places, strengths, strict=True)]
     updates = added([updates, *more])
     if task.rank is None or (is_full(config) and not more):
         return updates, kept

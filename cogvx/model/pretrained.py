@@ -6,13 +6,12 @@ Each part is loaded when it is needed.
 from __future__ import annotations
 
 import inspect
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from cogvx.errors import UserError, first_line, listed
-from cogvx.files import absolute
+from cogvx.files import absolute, is_hub_id
 from cogvx.model.geometry import LAYOUT, Geometry, read_config, read_geometry, released
 from cogvx.progress import heartbeat, library_bars
 
@@ -47,12 +46,7 @@ class Model:
     is_built_in: ClassVar[bool] = False  # ships with cogvx, and knows the demo's clips
 
     def is_local(self) -> bool:
-        """A hub id has the form name/name. What exists here, or has another form, is a folder."""
-        return (
-            Path(self.path).exists()
-            or self.path.startswith((".", "/", "~"))
-            or self.path.count("/") != 1
-        )
+        return not is_hub_id(self.path)
 
     def make_paths_absolute(self) -> None:
         if self.is_local():
@@ -111,34 +105,12 @@ class Model:
 
     def download(self, files: str) -> Path:
         """The files of every part that match the pattern, from the hub or its cache."""
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from cogvx.model.hub import OnTheHub
 
-        try:
-            wanted = ["model_index.json", *(f"{part}/{files}" for part in PARTS)]
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted))
-        except RevisionNotFoundError as error:
-            raise UserError(
-                f"model.revision={self.revision} does not exist in {self.path} on the hub"
-            ) from error
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            offline = (
-                " (HF_HUB_OFFLINE is set)"
-                if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-                else ""
-            )
-            raise UserError(
-                f"model.path={self.path} is no folder here and could not be fetched from the hub: "
-                f"either there is no public model of that name, or this machine has no "
-                f"network{offline} or no free disk. Give a local folder in diffusers layout: "
-                f"model.path=/models/{self.path.split('/')[-1]}. "
-                f"The hub client says: {first_line(error)}"
-            ) from error
+        wanted = ("model_index.json", *(f"{part}/{files}" for part in PARTS))
+        local = f"model.path=/models/{self.path.rpartition('/')[2]}"
+        asked = OnTheHub(self.path, self.revision, "model.path", local, "model.revision")
+        return asked.download(wanted)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cogvx.errors import did_you_mean
-from cogvx.files import absolute
+from cogvx.files import absolute, is_hub_id
 from cogvx.options.cards import CARDS
 from cogvx.options.train import Precision
 
@@ -145,12 +145,15 @@ class ExportTask(Task):
     format: Format
     strength: float
     rank: int | None
-    add: list[Path]  # more LoRAs: runs, checkpoints or files
+    add: list[str]  # more LoRAs: runs, checkpoints, files or hub ids
     add_strengths: list[float]
     dtype: Precision | None
     to: Path | None
     makes_a_run: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+
+    def make_paths_absolute(self) -> None:
+        self.add = [each if is_hub_id(each) else str(absolute(Path(each))) for each in self.add]
 
     def problems(self) -> list[str]:
         found = []

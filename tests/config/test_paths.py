@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -17,7 +17,10 @@ CLASSES = {
 # Words in the name of a setting that holds a path.
 PATH_WORDS = {"path", "file", "dir", "folder", "root", "run", "runs", "page", "images", "resume"}
 # Texts that are a path or something else; their sections have a make_paths_absolute().
-PATH_OR_OTHER = {"model.path", "train.resume", "validation.validation_images", "task.clip_path"}
+PATH_OR_OTHER = {
+    *("model.path", "train.resume", "validation.validation_images", "task.clip_path"),
+    "task.add",
+}
 
 
 def is_path(hint: object) -> bool:
@@ -36,10 +39,7 @@ def test_every_path_of_an_option_becomes_absolute(option, compose, tmp_path, mon
     values = (
         dict.fromkeys(names)
         | {"validation_prompt_separator": ":::"}
-        | {
-            name: [Path("here")] if hints[name] == list[Path] else hint_of(hints[name])
-            for name in paths
-        }
+        | {name: value_of(hints[name]) for name in paths}
     )
     built = option_class(**{name: values[name] for name in names})
     if "dataset_name" in names:
@@ -52,8 +52,9 @@ def test_every_path_of_an_option_becomes_absolute(option, compose, tmp_path, mon
         assert Path(value).is_absolute(), f"{section}.{name} stays relative"
 
 
-def hint_of(hint: object) -> object:
-    return Path("here") if is_path(hint) else "here"
+def value_of(hint: object) -> object:
+    value = Path("here") if is_path(hint) else "here"
+    return [value] if get_origin(hint) is list else value
 
 
 @pytest.mark.parametrize("option", CLASSES)

@@ -214,8 +214,10 @@ def test_a_damaged_weights_file_is_named(nano_folder, tmp_path):
         PretrainedModel(tmp_path / "model", CPU, torch.float32).transformer()
 
 
-def test_an_unknown_hub_id_says_name_and_network(compose):
+def test_an_unknown_hub_id_that_is_not_in_the_cache_offline(compose):
     with pytest.raises(
-        UserError, match=r"no public model of that name, or this machine has no network"
-    ):
+        UserError, match=r"^model.path=nobody/nothing-here is no folder here and not whole in the "
+    ) as raised:
         compose("model=2b", "model.path=nobody/nothing-here").model.prepare()
+    assert "HF_HUB_OFFLINE is set" in str(raised.value)
+    assert str(raised.value).endswith("or give a local folder: model.path=/models/nothing-here")
