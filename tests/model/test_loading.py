@@ -183,8 +183,19 @@ def quantising(monkeypatch):
     return done
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("storage", QUANTISED)
+@pytest.mark.parametrize(
+    ("storage", "streamed"),
+    [
+        (Storage.int8, True),
+        (Storage.nf4, False),
+        *(
+            pytest.param(storage, streamed, marks=pytest.mark.slow)
+            for storage in QUANTISED
+            for streamed in (False, True)
+            if (storage, streamed) not in [(Storage.int8, True), (Storage.nf4, False)]
+        ),
+    ],
+)
 def test_the_second_start_takes_quantised_weights_from_the_cache(
     storage, streamed, sharded, compose, tmp_path, quantising
 ):
@@ -217,7 +228,14 @@ def same_forms(first, second) -> None:
                 )
 
 
-@pytest.mark.parametrize("damage", ["cut off", "gone", "other model"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut off",
+        pytest.param("gone", marks=pytest.mark.slow),
+        pytest.param("other model", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_or_missing_file_is_made_again(
     damage, sharded, compose, tmp_path, quantising, capsys
 ):
