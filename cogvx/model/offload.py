@@ -249,17 +249,32 @@ def weights_in(memory: Tensor, like: list[StoredWeight]) -> list[StoredWeight]:
 
 @contextlib.contextmanager
 def offloaded(transformer: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Within this context, stored weights that are on the device are on the CPU."""
+    """Within this context, the frozen weights that are on the device are on the CPU."""
     offloader = getattr(transformer, "offloader", None)
-    if offloader is None:
-        yield
-        return
-    if offloader.slots is not None:
+    stored = offloader is not None and offloader.slots is None
+    if stored:
+        offloader.move(transfer.to_cpu)
+    elif offloader is not None:
         offloader.slots.give_back()
-        yield
-        return
-    offloader.move(transfer.to_cpu)
+    back = functools.partial(transfer.to_device, device=device)
+    # An offloader's empty parameters stay.
+    places = [
+        (owner, name)
+        for owner, name in frozen_places(transformer)
+        if owner._parameters[name].numel() > 0
+    ]
+    move_parameters(places, transfer.to_cpu)
     try:
         yield
     finally:
-        offloader.move(functools.partial(transfer.to_device, device=device))
+        move_parameters(places, back)
+        if stored:
+            offloader.move(back)
+
+
+def move_parameters(
+    places: list[tuple[torch.nn.Module, str]], move: Callable[[Tensor], Tensor]
+) -> None:
+    for owner, name in places:
+        moved = move(owner._parameters[name].detach())
+        owner._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)

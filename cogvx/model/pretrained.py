@@ -257,7 +257,10 @@ class PretrainedModel:
     def vae(self, *, tiling: bool):
         from diffusers import AutoencoderKLCogVideoX
 
+        from cogvx.model.lean_vae import keep_less
+
         vae = self.loaded(AutoencoderKLCogVideoX, "vae", torch_dtype=self.dtype).to(self.device)
+        keep_less(vae)
         if tiling:
             vae.enable_tiling()
         return vae

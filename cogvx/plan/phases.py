@@ -36,6 +36,7 @@ from cogvx.data.sources import Example
 from cogvx.inference import generate
 from cogvx.model import attention
 from cogvx.model.geometry import Geometry
+from cogvx.model.lean_vae import keep_less
 from cogvx.model.pretrained import PretrainedModel, placed
 from cogvx.model.released import SCHEDULER
 from cogvx.options import optimizers
@@ -93,6 +94,7 @@ class PlannedModel(PretrainedModel):
         }
         vae = self.built(lambda: AutoencoderKLCogVideoX(**kinds | self.configs["vae"]), self.dtype)
         vae.to(self.device)
+        keep_less(vae)
         if tiling:
             vae.enable_tiling()
         return vae
