@@ -169,7 +169,20 @@ def print_comparisons(
 
 
 def variants_of(config: Config, task: EvaluateTask) -> list[Variant]:
-    """The models to compare, the base model first.
+    """The models to compare, the base model first. UserError as for weights_of_run()."""
+    return [Variant(BASE, None), *at_strengths(weights_of_run(config, task), task.strengths)]
+
+
+def at_strengths(places: dict[str, Path], strengths: list[float]) -> list[Variant]:
+    return [
+        Variant(name if strength == 1.0 else f"{name} x {strength:g}", place, strength)
+        for name, place in places.items()
+        for strength in strengths
+    ]
+
+
+def weights_of_run(config: Config, task: EvaluateTask) -> dict[str, Path]:
+    """The folders with the weights that are asked for, by what they are called.
 
     UserError if the run has no weights, or if full fine-tuning is asked for strengths.
     """
@@ -195,12 +208,7 @@ def variants_of(config: Config, task: EvaluateTask) -> list[Variant]:
             "task.strengths is for a LoRA. Full fine-tuning (lora=null) has only one strength: "
             "task.strengths=[1.0]"
         )
-    found = [Variant(BASE, None)]
-    for name, place in places.items():
-        for strength in task.strengths:
-            label = name if strength == 1.0 else f"{name} x {strength:g}"
-            found.append(Variant(label, place, strength))
-    return found
+    return places
 
 
 def models(

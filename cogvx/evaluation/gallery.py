@@ -19,13 +19,15 @@ from cogvx.data.encode import encode_prompts
 from cogvx.data.listed import text_of
 from cogvx.data.sources import Example
 from cogvx.errors import UserError
+from cogvx.evaluation.adapters import read_added, require_low_rank, with_added
 from cogvx.evaluation.evaluate import (
     BASE,
     Variant,
+    at_strengths,
     draw_sheet,
     folder_of_videos,
     models,
-    variants_of,
+    weights_of_run,
 )
 from cogvx.export.exporter import run_of
 from cogvx.export.result import IMAGE
@@ -64,10 +66,10 @@ def generate_videos(config: Config, task: GenerateTask, folder: Path) -> dict:
     """Writes videos/VARIANT/*.mp4, videos.json and videos.png, and returns the run's summary."""
     started, ranks = time.monotonic(), start_processes(config)
     attention.require(config.train.attention, ranks.accelerator.device)
-    variants = wanted_variants(config, task)
     wanted = wanted_prompts(task)
     asked = [VideoRequest("video", each.prompt, seed) for each in wanted for seed in task.seeds]
-    data = prepare_prompts_alone(config, task, wanted, ranks)
+    pretrained, config, variants = base_and_variants(config, task, folder, ranks)
+    data = prepare_prompts_alone(config, task, wanted, pretrained, ranks)
     total = len(asked) * len(variants)
     print(f"videos  {counted(total, 'video')}: {', '.join(v.name for v in variants)}", flush=True)
     earlier = [] if task.run is None else [run_of(task.run)]
@@ -83,12 +85,23 @@ def generate_videos(config: Config, task: GenerateTask, folder: Path) -> dict:
 # -- what is asked for ---------------------------------------------------------------------------
 
 
-def wanted_variants(config: Config, task: GenerateTask) -> list[Variant]:
-    """The models, the base model first if it is asked for."""
-    if task.run is None:
-        return [Variant(BASE, None)]
-    base, *others = variants_of(config, task)
-    return [base, *others] if task.base else others
+def base_and_variants(
+    config: Config, task: GenerateTask, folder: Path, ranks: Ranks
+) -> tuple[PretrainedModel, Config, list[Variant]]:
+    """The base model on this machine, and what videos are made with: it first, if asked for.
+
+    The configuration has the settings of the LoRA that the variants hold.
+    """
+    # A LoRA that cannot be read is reported before the base model is downloaded.
+    places = {} if task.run is None else weights_of_run(config, task)
+    if task.add:
+        require_low_rank(config, task)
+    adapters = read_added(task, folder)
+    pretrained = fetch_model(config, ranks)
+    if task.add:
+        config, places = with_added(config, places, adapters, pretrained, folder)
+    base = [Variant(BASE, None)] if task.base or not places else []
+    return pretrained, config, [*base, *at_strengths(places, task.strengths)]
 
 
 def wanted_prompts(task: GenerateTask) -> list[Wanted]:
@@ -166,17 +179,20 @@ def wanted_row(path: Path, number: int, row: object) -> Wanted:
 
 
 def prepare_prompts_alone(
-    config: Config, task: GenerateTask, wanted: list[Wanted], ranks: Ranks
+    config: Config,
+    task: GenerateTask,
+    wanted: list[Wanted],
+    pretrained: PretrainedModel,
+    ranks: Ranks,
 ) -> Prepared:
-    """The base model's folder and the prompts' embeddings. The clips are not needed."""
-    pretrained = fetch_model(config, ranks)
+    """The prompts' embeddings and first frames. The clips are not needed."""
     images = first_frames_of(config, task, wanted, pretrained)
     cache = Cache(config.data.cache_dir)
     _, text_encoder = encoders(pretrained, cache, config.memory)
     prompts = [each.prompt for each in wanted]
     warn_of_id_token(config, prompts, ranks)
     text_tokens = pretrained.geometry().text_tokens
-    embeds = encode_prompts(["", *prompts], cache, text_encoder, text_tokens, ranks.say)
+    embeds = encode_prompts(["", config.validation.negative_prompt, *prompts], cache, text_encoder, text_tokens, ranks.say)
     # The text encoder's memory is for the transformer now.
     give_memory_back(collect=True)
     return Prepared(pretrained, [], [], embeds, prompts, prompts[0], images)

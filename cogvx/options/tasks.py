@@ -97,7 +97,9 @@ class EvaluateTask(Task):
 
 @dataclass
 class GenerateTask(Task):
-    run: Path | None  # the folder of a run, or a checkpoint; None: the base model alone
+    run: Path | None  # the folder of a run, or a checkpoint; None: the base model
+    add: list[str]  # LoRAs: files, folders, runs or hub ids
+    add_strengths: list[float]
     prompt: str | None
     prompt_separator: str
     prompts_file: Path | None
