@@ -49,6 +49,7 @@ NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps"
 
 # Settings that earlier versions did not have, with the value that stands for what these did.
 ADDED_SETTINGS = {"validation": {"scheduler": None, "negative_prompt": ""}}
+ADDED_TO_GENERATE = {"add": [], "add_strengths": []}
 
 
 def half(key: str, *, _root_: DictConfig) -> float:
@@ -347,6 +348,8 @@ def upgraded(recorded: dict) -> dict:
         recorded["memory"].setdefault("gradient_checkpointing", recomputed)
     for section, values in ADDED_SETTINGS.items():
         recorded[section] = values | recorded[section]
+    if choices_of(recorded)["task"] == "generate":
+        recorded["task"] = ADDED_TO_GENERATE | recorded["task"]
     return recorded
 
 

@@ -192,7 +192,13 @@ def prepare_prompts_alone(
     prompts = [each.prompt for each in wanted]
     warn_of_id_token(config, prompts, ranks)
     text_tokens = pretrained.geometry().text_tokens
-    embeds = encode_prompts(["", config.validation.negative_prompt, *prompts], cache, text_encoder, text_tokens, ranks.say)
+    embeds = encode_prompts(
+        ["", config.validation.negative_prompt, *prompts],
+        cache,
+        text_encoder,
+        text_tokens,
+        ranks.say,
+    )
     # The text encoder's memory is for the transformer now.
     give_memory_back(collect=True)
     return Prepared(pretrained, [], [], embeds, prompts, prompts[0], images)

@@ -95,6 +95,20 @@ class EvaluateTask(Task):
         return found
 
 
+def places_made_absolute(places: list[str]) -> list[str]:
+    """Of LoRAs: a hub id stays as it is."""
+    return [each if is_hub_id(each) else str(absolute(Path(each))) for each in places]
+
+
+def strengths_to_add_problems(add: list[str], strengths: list[float]) -> list[str]:
+    if not strengths or len(strengths) == len(add):
+        return []
+    return [
+        f"task.add_strengths has {len(strengths)} numbers and task.add has "
+        f"{len(add)} LoRAs: give one number for each; []: 1.0 for all"
+    ]
+
+
 @dataclass
 class GenerateTask(Task):
     run: Path | None  # the folder of a run, or a checkpoint; None: the base model
@@ -110,8 +124,11 @@ class GenerateTask(Task):
     base: bool
     needs_data: ClassVar[bool] = False
 
+    def make_paths_absolute(self) -> None:
+        self.add = places_made_absolute(self.add)
+
     def problems(self) -> list[str]:
-        found = []
+        found = strengths_to_add_problems(self.add, self.add_strengths)
         if self.prompt is not None and self.prompts_file is not None:
             found.append("task.prompt and task.prompts_file are both set: leave one null")
         if self.run is None and self.prompt is None and self.prompts_file is None:
@@ -155,7 +172,7 @@ class ExportTask(Task):
     needs_data: ClassVar[bool] = False
 
     def make_paths_absolute(self) -> None:
-        self.add = [each if is_hub_id(each) else str(absolute(Path(each))) for each in self.add]
+        self.add = places_made_absolute(self.add)
 
     def problems(self) -> list[str]:
         found = []
@@ -163,11 +180,7 @@ class ExportTask(Task):
             found.append(f"task.rank={self.rank}: must be 1 or more; null: the LoRA's own")
         if self.strength == 0:
             found.append("task.strength=0: nothing of the LoRA would be left; 1.0: as trained")
-        if self.add_strengths and len(self.add_strengths) != len(self.add):
-            found.append(
-                f"task.add_strengths has {len(self.add_strengths)} numbers and task.add has "
-                f"{len(self.add)} LoRAs: give one number for each; []: 1.0 for all"
-            )
+        found += strengths_to_add_problems(self.add, self.add_strengths)
         if self.rank is not None and self.format is Format.merged:
             found.append("task.rank is for a LoRA, and task.format=merged writes a whole model")
         return found

@@ -176,9 +176,17 @@ def run_folder_of(place: Path, setting: str) -> Path:
     for folder in (place, place.parent.parent):
         if (folder / record.CONFIG).is_file():
             return folder
+    other = (
+        ""
+        if setting != "task.run"
+        else (
+            ". Videos with a LoRA file, or with one of the hub: task=generate model=5b "
+            f"task.add=[{place}]"
+        )
+    )
     raise UserError(
         f"{setting}={place} is not the folder of a run (it has no {record.CONFIG}) and not a "
-        f"checkpoint of one"
+        f"checkpoint of one{other}"
     )
 
 
