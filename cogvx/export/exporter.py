@@ -20,13 +20,15 @@ from cogvx.export.low_rank import (
     nearest_update,
     of_one_rank,
     read_updates,
+    renamed,
+    save_adapter,
     share_kept,
 )
-from cogvx.export.naming import renamed
 from cogvx.export.result import AVERAGED
 from cogvx.files import read_json, shown, write_json
 from cogvx.model import full, lora
 from cogvx.model.hub import local_adapter
+from cogvx.model.naming import NAMING_OF_FORMAT
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.tasks import ExportTask, Format
@@ -213,7 +215,7 @@ def write_lora(updates: Updates, task: ExportTask, folder: Path) -> None:
         return
     from safetensors.torch import save_file
 
-    tensors = renamed(updates, task.format)
+    tensors = renamed(updates, NAMING_OF_FORMAT[task.format])
     path = folder / lora_file(task)
     save_file(in_dtype(tensors, dtype), path, metadata={"format": "pt"})
     path.chmod(folder.stat().st_mode & 0o666)
@@ -226,21 +228,11 @@ def lora_file(task: ExportTask) -> str:
 
 def save_for_diffusers(updates: Updates, folder: Path, dtype: torch.dtype | None) -> None:
     """With alpha = r, so the strength is 1 whether a program reads the settings or not."""
-    from diffusers import CogVideoXPipeline
-    from peft import LoraConfig
-
     rank = next(iter(updates.values())).rank
-    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(updates)).to_dict()
-    settings["target_modules"] = sorted(updates)
     tensors = {f"{name}.lora_A.weight": update.down for name, update in updates.items()}
     tensors |= {f"{name}.lora_B.weight": update.up for name, update in updates.items()}
-    CogVideoXPipeline.save_lora_weights(
-        save_directory=str(folder),
-        transformer_lora_layers=in_dtype(tensors, dtype),
-        transformer_lora_adapter_metadata=settings,
-        weight_name=lora.WEIGHTS,
-    )
-    (folder / lora.WEIGHTS).chmod(folder.stat().st_mode & 0o666)
+    modules = sorted(updates)
+    save_adapter(in_dtype(tensors, dtype), folder, r=rank, lora_alpha=rank, target_modules=modules)
 
 
 def in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

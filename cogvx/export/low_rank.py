@@ -14,6 +14,8 @@ from torch import Tensor
 
 from cogvx.errors import UserError
 from cogvx.model import lora
+from cogvx.model.lora_file import LoraFile, read_lora
+from cogvx.model.naming import ALPHA, DOWN, UP, Naming
 
 # Of the randomized singular value decomposition: columns beyond the wanted rank, and passes over
 # the matrix (Halko, Martinsson and Tropp 2011, Finding Structure with Randomness).
@@ -51,23 +53,31 @@ Updates = dict[str, Update]
 def read_updates(path: Path, strength: float = 1.0) -> Updates:
     """The LoRA of a file or folder, as strong as it was trained, times `strength`.
 
-    UserError if it is none, or if it is a DoRA, which is not the product of two matrices.
+    Any naming of model/naming.py is read. A file without an alpha is taken at strength 1, as
+    diffusers does, and this is said. UserError if it is no LoRA for CogVideoX, or if it is a DoRA,
+    which is not the product of two matrices.
     """
-    tensors, settings = lora.read_adapter(path)
-    if any("lora_magnitude" in name for name in tensors):
+    file = read_lora(path)
+    if file.is_dora:
         raise UserError(
             f"{path} is a DoRA, and a DoRA is not the product of two matrices: it cannot be added "
             f"up, brought to another rank or renamed. What works: task.format=diffusers or "
             f"task.format=merged, alone"
         )
-    found = {}
-    for name in sorted(name for name in tensors if ".lora_A." in name):
-        module = name.partition(".lora_A.")[0]
-        down, up = tensors[name].float(), tensors[name.replace(".lora_A.", ".lora_B.")].float()
-        found[module] = Update(down, up * (strength * lora.scale_of(settings, len(down))))
-    if not found:
-        raise UserError(f"{path} holds no LoRA for a CogVideoX transformer")
-    return found
+    problem = file.strength_problem()
+    if problem is not None:
+        raise UserError(problem)
+    if not file.has_alpha:
+        print(f"note    {file.path} has no alpha: taken at strength 1, as diffusers does")
+    return updates_of(file, strength)
+
+
+def updates_of(file: LoraFile, strength: float = 1.0) -> Updates:
+    """The layers of a file in fp32, with their strengths in them."""
+    return {
+        module: Update(layer.down.float(), layer.up.float() * (strength * file.scale_of(module)))
+        for module, layer in file.layers.items()
+    }
 
 
 def added(adapters: list[Updates]) -> Updates:
@@ -155,3 +165,35 @@ def share_kept(pairs: Iterable[tuple[float, float]]) -> float:
     """The share of the squared norm that is kept, from pairs of kept and former norms."""
     kept, before = (sum(values) for values in zip(*pairs, strict=True))
     return kept / before if before else 1.0
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def renamed(updates: Updates, naming: Naming) -> dict[str, Tensor]:
+    """Tensors by another program's names, and alpha, where alpha / r is the strength.
+
+    The strength is in the weights already, so alpha is r.
+    """
+    found = {}
+    for module, update in updates.items():
+        found[naming.key(module, DOWN)] = update.down
+        found[naming.key(module, UP)] = update.up
+        found[naming.key(module, ALPHA)] = torch.tensor(float(update.rank))
+    return found
+
+
+def save_adapter(tensors: dict[str, Tensor], folder: Path, **settings: object) -> None:
+    """Writes lora.WEIGHTS as a run delivers it. settings: peft's, such as r and lora_alpha."""
+    from diffusers import CogVideoXPipeline
+    from peft import LoraConfig
+
+    CogVideoXPipeline.save_lora_weights(
+        save_directory=str(folder),
+        transformer_lora_layers=tensors,
+        # peft makes a set of target_modules, and JSON has no sets.
+        transformer_lora_adapter_metadata=LoraConfig(**settings).to_dict() | settings,
+        weight_name=lora.WEIGHTS,
+    )
+    # safetensors writes files that only their owner can read.
+    (folder / lora.WEIGHTS).chmod(folder.stat().st_mode & 0o666)

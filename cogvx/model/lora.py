@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogvx.errors import UserError, first_line, listed
+from cogvx.errors import UserError, listed
 from cogvx.libraries import unseen
+from cogvx.model.lora_file import LoraFile, read_lora, settings_of
+from cogvx.model.weight_files import WEIGHTS, read_tensors
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
     from torch import Tensor
 
-WEIGHTS = "pytorch_lora_weights.safetensors"  # the name diffusers looks for in a folder
 # peft's settings that decide what the weights mean.
 PEFT_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora")
 
@@ -137,59 +138,49 @@ class Lora:
     def start_from(self, transformer: CogVideoXTransformer3DModel, path: Path) -> str:
         """Loads a LoRA file into the attached adapter, at the strength it was trained at.
 
-        A lower rank is filled up with columns that do nothing yet. Modules that the file lacks
-        start new. Returns what was loaded, in words. UserError if the file does not fit.
+        Any naming of model/naming.py is read. A lower rank is filled up with columns that do
+        nothing yet. Modules that the file lacks start new. Returns what was loaded, in words.
+        UserError if the file does not fit.
         """
         from peft import set_peft_model_state_dict
 
-        tensors, settings = read_adapter(path)
-        ours = state(transformer)
-        problems = self.misfits(tensors, settings, ours)
+        file, ours = read_lora(path), state(transformer)
+        problems = self.misfits(file, ours)
         if problems:
             headline = f"lora.init_from={path} does not fit this model and lora settings:"
             raise UserError(listed(headline, problems))
-        filled = {name: self.filled_up(name, t, ours, settings) for name, t in tensors.items()}
+        filled = {name: self.filled_up(name, t, ours, file) for name, t in file.tensors().items()}
         set_peft_model_state_dict(transformer, ours | filled)
-        ranks = sorted({len(tensor) for name, tensor in tensors.items() if ".lora_A." in name})
-        modules = f"{count_modules(tensors)} of {count_modules(ours)} modules"
-        strength = ", without settings in the file: taken at strength 1, as diffusers does"
+        modules = f"{len(file.layers)} of {count_modules(ours)} modules"
+        strength = ", without an alpha in the file: taken at strength 1, as diffusers does"
         return (
-            f"{modules} start from {path}, rank {'/'.join(map(str, ranks))} of {self.rank}"
-            f"{'' if settings else strength}"
+            f"{modules} start from {path}, rank {'/'.join(map(str, file.ranks))} of {self.rank}"
+            f"{'' if file.has_alpha else strength}"
         )
 
     def filled_up(
-        self, name: str, tensor: Tensor, ours: dict[str, Tensor], settings: dict
+        self, name: str, tensor: Tensor, ours: dict[str, Tensor], file: LoraFile
     ) -> Tensor:
         """A file's tensor at this adapter's rank and strength."""
         filled = ours[name].detach().clone()
         if ".lora_A." in name:
             filled[: tensor.shape[0]] = tensor
         elif ".lora_B." in name:
-            rank = tensor.shape[1]
+            strength = file.scale_of(name.partition(".lora_B.")[0])
             filled.zero_()
-            filled[:, :rank] = tensor.float() * (scale_of(settings, rank) / self.scale)
+            filled[:, : tensor.shape[1]] = tensor.float() * (strength / self.scale)
         else:
             filled.copy_(tensor)
         return filled
 
-    def misfits(
-        self, tensors: dict[str, Tensor], settings: dict, ours: dict[str, Tensor]
-    ) -> list[str]:
-        if not tensors:
-            return ["none of its tensors is named transformer.*.lora_A.weight or lora_B.weight"]
-        found = []
-        if settings.get("alpha_pattern"):
-            found.append(
-                "it has another alpha for some modules (alpha_pattern), "
-                "which this loader does not read"
-            )
-        dora = any("lora_magnitude" in name for name in tensors)
+    def misfits(self, file: LoraFile, ours: dict[str, Tensor]) -> list[str]:
+        problem, dora = file.strength_problem(), file.is_dora
+        found = [] if problem is None else [problem]
         if dora != self.use_dora:
             found.append(
                 f"it is {'a DoRA' if dora else 'no DoRA'}: lora.use_dora={str(dora).lower()}"
             )
-        for name, tensor in sorted(tensors.items()):
+        for name, tensor in sorted(file.tensors().items()):
             if name not in ours:
                 found.append(
                     f"{name} is none of the layers of lora.target_modules={self.target_modules}"
@@ -214,13 +205,6 @@ class Lora:
                     f"set lora.rank={tensor.shape[rank_side]} or higher"
                 )
         return found
-
-
-def scale_of(settings: dict, rank: int) -> float:
-    """The strength at which diffusers applies a file with these settings; without any, 1."""
-    if "lora_alpha" not in settings:
-        return 1.0
-    return settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def count_modules(tensors: dict[str, Tensor]) -> int:
@@ -259,29 +243,19 @@ def save(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The transformer's tensors, named as in state(), and the settings, of a LoRA file.
+    """The transformer's tensors, named as in state(), and the settings, of a file of save().
 
     `path` may also be a folder that holds WEIGHTS.
     """
-    from diffusers import CogVideoXPipeline
-
-    folder, name = (path, WEIGHTS) if path.is_dir() else (path.parent, path.name)
-    try:
-        tensors, settings = CogVideoXPipeline.lora_state_dict(
-            str(folder), weight_name=name, return_lora_metadata=True, local_files_only=True
-        )
-    # Missing and damaged files raise errors of many kinds.
-    except Exception as error:
-        raise UserError(f"{folder / name} cannot be read as a LoRA: {first_line(error)}") from error
+    path = path / WEIGHTS if path.is_dir() else path
+    tensors, metadata = read_tensors(path)
     prefix = "transformer."
-    return (
-        {
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        },
-        {name.removeprefix(prefix): value for name, value in (settings or {}).items()},
-    )
+    found = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    return found, settings_of(path, metadata)
 
 
 def adapter_differences(

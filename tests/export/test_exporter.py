@@ -9,8 +9,8 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from cogvx.errors import UserError
-from cogvx.export import exporter, low_rank, naming
-from cogvx.model import full, lora, nano
+from cogvx.export import exporter, low_rank
+from cogvx.model import full, lora, naming, nano
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.unread import read_weights
 
@@ -169,7 +169,7 @@ def test_comfyui_reads_it(a_run, export, nano_folder):
     ],
 )
 def test_layers_outside_of_the_blocks(module, name):
-    assert naming.comfyui_name(module) == f"diffusion_model.{name}"
+    assert naming.COMFYUI.key(module, naming.ALPHA) == f"diffusion_model.{name}.alpha"
 
 
 @pytest.mark.parametrize("variant", [[], ["lora.use_dora=true"], ["lora=null"]])

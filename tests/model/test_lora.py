@@ -200,15 +200,34 @@ def test_a_file_without_settings_is_taken_as_diffusers_takes_it(nano_folder, tmp
     assert "taken at strength 1" in said
 
 
+def test_names_of_other_programs_and_an_alpha_for_each_layer(nano_folder, tmp_path):
+    from safetensors.torch import save_file
+
+    source = trained(nano_folder, 4, 2)
+    found = {}
+    for number, (name, tensor) in enumerate(sorted(lora.state(source).items())):
+        module, _, part = name.partition(".lora_")
+        stem = "lora_unet_" + module.replace(".", "_")
+        alpha = 1.0 + number // 2 % 3
+        # up @ down * alpha / 4 is what the source has: up @ down * 2 / 4.
+        found[f"{stem}.alpha"] = torch.tensor(alpha)
+        found[f"{stem}.lora_{'down' if part == 'A.weight' else 'up'}.weight"] = (
+            tensor.detach() if part == "A.weight" else tensor.detach() * 2 / alpha
+        )
+    save_file(found, tmp_path / "kohya.safetensors")
+    transformer, said = begun(nano_folder, tmp_path / "kohya.safetensors", 8, 8)
+    assert torch.allclose(output(transformer), output(source), atol=1e-5)
+    assert said.startswith("24 of 24 modules") and "strength 1" not in said
+
+
 def test_a_file_that_does_not_fit_is_refused_with_the_reason(nano_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     lora.save(trained(nano_folder, 4, 2), tmp_path)
     tensors = load_file(tmp_path / lora.WEIGHTS)
     files = {
-        "prefix": {
-            name.replace("transformer.", "base_model.model."): t for name, t in tensors.items()
-        },
+        "prefix": {name.replace("transformer.", "unet."): t for name, t in tensors.items()},
+        "half": {name: t for name, t in tensors.items() if "2.attn1.to_q.lora_B" not in name},
         "base": {
             name: torch.zeros(4, 96) if "lora_A" in name else t for name, t in tensors.items()
         },
@@ -217,7 +236,8 @@ def test_a_file_that_does_not_fit_is_refused_with_the_reason(nano_folder, tmp_pa
         save_file({k: t.contiguous() for k, t in changed.items()}, tmp_path / f"{name}.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no such thing")
     for name, said, overrides in (
-        ("prefix", "none of its tensors is named transformer", {}),
+        ("prefix", "is no LoRA for CogVideoX: its first tensor is unet.transformer_blocks", {}),
+        ("half", r"transformer_blocks.2.attn1.to_q has down and no up matrix", {}),
         ("base", r"is \[4, 96\] and here \[4, 128\]: another base model", {}),
         (
             lora.WEIGHTS.removesuffix(".safetensors"),
@@ -234,7 +254,7 @@ def test_a_file_that_does_not_fit_is_refused_with_the_reason(nano_folder, tmp_pa
             "it is no DoRA: lora.use_dora=false",
             {"use_dora": True},
         ),
-        ("broken", "cannot be read as a LoRA", {}),
+        ("broken", "broken.safetensors cannot be read", {}),
     ):
         with pytest.raises(UserError, match=said):
             begun(
