@@ -17,6 +17,7 @@ from cogvx.export.low_rank import Updates, added, of_one_rank, read_updates
 from cogvx.files import shown
 from cogvx.model import lora
 from cogvx.model.hub import local_adapter
+from cogvx.model.layers import fits_in_words
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.tasks import GenerateTask
@@ -91,13 +92,14 @@ def require_fit(adapters: dict[str, Updates], pretrained: PretrainedModel) -> No
                 f"task.add: {place} is for another base model: {len(unknown)} of its "
                 f"{len(updates)} layers are not in {pretrained.folder}, such as {unknown[0]}"
             )
-        for name, update in updates.items():
-            theirs = [len(update.up), *update.down.shape[1:]]
+        shapes = {name: (len(u.up), *u.down.shape[1:]) for name, u in updates.items()}
+        for name, shape in shapes.items():
+            theirs = list(shape)
             ours = list(modules[name].weight.shape)
             if theirs != ours:
                 raise UserError(
                     f"task.add: {place} is for another base model: the weight of {name} is "
-                    f"{theirs} there, and {ours} in {pretrained.folder}"
+                    f"{theirs} there, and {ours} in {pretrained.folder}. {fits_in_words(shapes)}"
                 )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogvx.errors import UserError, listed
 from cogvx.libraries import unseen
-from cogvx.model.lora_file import LoraFile, read_lora, settings_of
+from cogvx.model.lora_file import LoraFile, read_lora, peft_settings
 from cogvx.model.weight_files import WEIGHTS, read_tensors
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-    return found, settings_of(path, metadata)
+    return found, peft_settings(path, metadata)
 
 
 def adapter_differences(

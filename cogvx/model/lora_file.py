@@ -142,7 +142,7 @@ def lora_of(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
         raise UserError(f"{path} is no LoRA for CogVideoX: its first tensor is {key}, and {reason}")
     parts, unread = sorted_by_layer(path, naming, tensors)
     layers = {module: layer_of(path, module, found) for module, found in sorted(parts.items())}
-    settings = settings_of(path, metadata)
+    settings = peft_settings(path, metadata)
     if settings.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{path} is a {settings['peft_type']} of peft, and only LoRAs are read")
     return LoraFile(path, naming, layers, settings, unread)
@@ -190,7 +190,7 @@ def layer_of(path: Path, module: str, parts: dict[str, Tensor]) -> LoraLayer:
     return LoraLayer(down, up, alpha, parts.get(MAGNITUDE))
 
 
-def settings_of(path: Path, metadata: dict[str, str]) -> dict:
+def peft_settings(path: Path, metadata: dict[str, str]) -> dict:
     """peft's settings, from the file's metadata or from peft's own file beside it."""
     text = next((metadata[key] for key in SETTINGS_KEYS if key in metadata), None)
     beside = path.with_name(PEFT_FILE)

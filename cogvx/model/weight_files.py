@@ -128,8 +128,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # Damaged files raise errors of many kinds.
     except Exception as error:
         raise UserError(
-            f"{path} cannot be read: {first_line(error)}. Is it complete? It has "
-            f"{path.stat().st_size:,} bytes"
+            f"{path} cannot be read as weights: {first_line(error)}. Is it complete? It "
+            f"has {path.stat().st_size:,} bytes"
         ) from error
 
 

@@ -132,7 +132,7 @@ def test_loras_that_cannot_be_added_are_named(
         other: "o x 1 is for another base model: the weight of transformer_blocks.0.attn1.to_q is "
         "[64, 64] there, and [128, 128] in ",
         dora: f"{dora} is a DoRA",
-        tmp_path / "text.safetensors": "text.safetensors cannot be read as a LoRA",
+        tmp_path / "text.safetensors": "text.safetensors cannot be read as weights",
         tmp_path / "nothing": "task.add=",
     }
     for number, (place, text) in enumerate(said.items()):

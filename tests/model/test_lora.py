@@ -254,7 +254,7 @@ def test_a_file_that_does_not_fit_is_refused_with_the_reason(nano_folder, tmp_pa
             "it is no DoRA: lora.use_dora=false",
             {"use_dora": True},
         ),
-        ("broken", "broken.safetensors cannot be read", {}),
+        ("broken", "broken.safetensors cannot be read as weights", {}),
     ):
         with pytest.raises(UserError, match=said):
             begun(
