@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogvx.errors import UserError, listed
 from cogvx.libraries import unseen
-from cogvx.model.lora_file import LoraFile, read_lora, peft_settings
+from cogvx.model.lora_file import LoraFile, peft_settings, read_lora
 from cogvx.model.weight_files import WEIGHTS, read_tensors
 
 if TYPE_CHECKING:
