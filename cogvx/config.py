@@ -343,6 +343,8 @@ def upgraded(recorded: dict) -> dict:
     plan = recorded.pop("plan", None)
     if plan is not None and choices_of(recorded)["task"] == "plan":
         recorded["task"] = plan
+    if choices_of(recorded)["task"] == "plan":
+        recorded["task"] = {"of": "train", "run": None} | recorded["task"]
     if "gradient_checkpointing" in recorded["train"]:
         recomputed = recorded["train"].pop("gradient_checkpointing")
         recorded["memory"].setdefault("gradient_checkpointing", recomputed)

@@ -42,7 +42,8 @@ def rules(values: dict[str, object], choices: dict[str, str], *, full: bool) -> 
     if None in given.values():
         return found
     sections = Sections(**given, choices=choices, full=full)
-    return found + [problem for rule in RULES for problem in rule(sections)]
+    chosen = RULES + (RULES_OF_TRAINING if sections.task.trains else ())
+    return found + [problem for rule in chosen for problem in rule(sections)]
 
 
 def clips_are_given(s: Sections) -> list[str]:
@@ -188,16 +189,19 @@ RULES = (
     clips_are_given,
     model_takes_the_clips,
     images_need_image_to_video,
+    compile_needs_whole_feed_forwards,
+    videos_are_made_in_one_process,
+)
+# What makes videos only has no use for these settings, and no harm from them.
+RULES_OF_TRAINING = (
     savings_need_gradient_checkpointing,
     selective_recompute_needs_plain_blocks,
-    compile_needs_whole_feed_forwards,
     warmup_ends,
     weights_are_averaged_once,
     optimizer_takes_every_weight,
     frozen_weights_are_there,
     steps_in_backward_are_possible,
     optimizer_can_be_offloaded,
-    videos_are_made_in_one_process,
 )
 
 

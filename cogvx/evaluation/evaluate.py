@@ -22,7 +22,7 @@ from cogvx.data.video import read_clip, to_bytes
 from cogvx.errors import UserError, first_line
 from cogvx.files import read_json, replacing, shown
 from cogvx.inference import scores
-from cogvx.model import attention, blocks
+from cogvx.model import attention
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.trained_weights import weights_of
 from cogvx.progress import bar, counted
@@ -31,6 +31,7 @@ from cogvx.training.heldout import heldout_loss
 from cogvx.training.kernel import chosen_attention
 from cogvx.training.prepare import Prepared, first_frame, prepare, start_processes
 from cogvx.training.ranks import Ranks
+from cogvx.training.setup import frozen_variants
 from cogvx.training.videos import VideoGenerator
 
 if TYPE_CHECKING:
@@ -217,15 +218,8 @@ def models(
     """Each variant's model, one after the other."""
     pretrained = data.pretrained
     device, geometry, dtype = pretrained.device, pretrained.geometry(), pretrained.dtype
-
-    def arrange(transformer: torch.nn.Module) -> None:
-        blocks.arrange(transformer, config.memory, recompute=False, device=device)
-        # With the autocast of training, the same weights get the same held-out loss as there.
-        ranks.accelerator.prepare_model(transformer, device_placement=False, evaluation_mode=True)
-
-    transformers = weights_of(config.lora).variants(
-        pretrained, config.seed, [(v.place, v.strength) for v in variants], arrange
-    )
+    wanted = [(variant.place, variant.strength) for variant in variants]
+    transformers = frozen_variants(config, pretrained, ranks, wanted)
     for variant, transformer in zip(variants, transformers, strict=True):
         scheduler = pretrained.noise_scheduler()
         yield variant, CogVideoX(transformer, scheduler, geometry, device=device, dtype=dtype)

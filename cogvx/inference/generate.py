@@ -6,7 +6,9 @@ F frames, H height, W width; S text tokens, D the size of a token's embedding.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,15 +50,10 @@ def generate(
 
     pipeline = pipeline_of(pipeline_class, transformer, vae, noise_scheduler, description)
     start = {} if image is None else {"image": Image.fromarray(image)}
-    device, decode = vae.device, pipeline.decode_latents
-
-    def decode_alone(latents: Tensor) -> Tensor:
-        with offload.offloaded(transformer, device) if frugal else contextlib.nullcontext():
-            # The VAE needs the memory that the transformer's activations have left.
-            clear_device_cache()
-            return decode(latents)
-
-    pipeline.decode_latents = decode_alone
+    device = vae.device
+    pipeline.decode_latents = functools.partial(
+        decode_alone, pipeline.decode_latents, transformer, device, frugal
+    )
     with blocks.clip_by_clip(transformer) if frugal else contextlib.nullcontext():
         frames = pipeline(
             **start,
@@ -72,6 +69,19 @@ def generate(
             output_type="np",
         ).frames[0]
     return (frames * 255).round().clip(0, 255).astype("uint8")
+
+
+def decode_alone(
+    decode: Callable[[Tensor], Tensor],
+    transformer,
+    device: torch.device,
+    frugal: bool,
+    latents: Tensor,
+) -> Tensor:
+    with offload.offloaded(transformer, device) if frugal else contextlib.nullcontext():
+        # The VAE needs the memory that the transformer's activations have left.
+        clear_device_cache()
+        return decode(latents)
 
 
 def pipeline_of(pipeline_class: str, transformer, vae, noise_scheduler, description: str | None):

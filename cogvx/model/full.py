@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError, listed
+from cogvx.model.geometry import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,18 @@ def transformer_differences(
         elif values and not tensor.equal(expected[name].cpu()):
             found.append(f"{name} has other values")
     return sorted(found + [f"{name} is missing" for name in expected.keys() - seen])
+
+
+def require_same_model(folder: Path, base: Path) -> None:
+    """UserError unless folder/transformer has the settings of base/transformer."""
+    theirs, ours = (read_config(place, FOLDER) for place in (folder, base))
+    found = [
+        f"{name} is {theirs[name]} there and {ours[name]} in {base}"
+        for name in sorted(theirs.keys() & ours.keys())
+        if not name.startswith("_") and theirs[name] != ours[name]
+    ]
+    if found:
+        raise UserError(listed(f"{folder / FOLDER} does not fit this model:", found))
 
 
 def load_transformer(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:

@@ -272,6 +272,18 @@ def offloaded(transformer: torch.nn.Module, device: torch.device) -> Iterator[No
             offloader.move(back)
 
 
+def let_go(transformer: torch.nn.Module) -> None:
+    """Frees the weights of a transformer that does not run any more, whoever refers to it."""
+    offloader = getattr(transformer, "offloader", None)
+    if offloader is not None:
+        offloader.stored.clear()
+        if offloader.slots is not None:
+            offloader.slots.give_back()
+            offloader.slots.stored.clear()
+            offloader.slots.memories.clear()
+    transformer.to("meta")
+
+
 def move_parameters(
     places: list[tuple[torch.nn.Module, str]], move: Callable[[Tensor], Tensor]
 ) -> None:

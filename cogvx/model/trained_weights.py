@@ -6,6 +6,7 @@ weights_of() is the only place that chooses between them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,8 @@ class LoraWeights:
                 transformer.enable_adapters()
                 self.load(transformer, folder)
                 transformer.set_adapters("default", weights=strength)
+            # peft makes active adapters trainable.
+            transformer.requires_grad_(False)
             yield transformer
 
 
@@ -203,18 +206,24 @@ class FullWeights:
         wanted: list[tuple[Path | None, float]],
         arrange: Callable[[CogVideoXTransformer3DModel], None],
     ) -> Iterator[CogVideoXTransformer3DModel]:
-        """For each folder the tuned transformer; for None, which must come first, the base model.
+        """For each folder the tuned transformer; for None the base model.
 
-        There is one transformer in memory. Each folder's weights replace the earlier ones in it.
+        There is one transformer in memory: the one before loses its weights. UserError if a folder
+        has another model.
         """
-        transformer = base.unread_transformer()
-        arrange(transformer)
-        for number, (folder, _) in enumerate(wanted):
+        from cogvx.model import offload
+
+        before = None
+        for folder, _ in wanted:
+            source = base
             if folder is not None:
-                self.load(transformer, folder)
-            elif number > 0:
-                raise ValueError("the base model's weights are replaced: it must come first")
-            yield transformer
+                full.require_same_model(folder, base.folder)
+                source = dataclasses.replace(base, folder=folder, cache=None)
+            if before is not None:
+                offload.let_go(before)
+            before = source.unread_transformer()
+            arrange(before)
+            yield before
 
 
 def millions(transformer: CogVideoXTransformer3DModel) -> str:

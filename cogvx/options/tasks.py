@@ -17,6 +17,7 @@ from cogvx.options.train import Precision
 class Task:
     makes_a_run: ClassVar[bool] = True  # False: it reads finished runs and makes no folder
     needs_data: ClassVar[bool] = True  # False: it never looks at the clips
+    trains: ClassVar[bool] = True  # False: no backward pass, no optimizer
 
 
 @dataclass
@@ -24,11 +25,24 @@ class TrainTask(Task):
     pass
 
 
+class Planned(Enum):
+    """What task=plan plans."""
+
+    train = "train"
+    generate = "generate"
+
+
 @dataclass
 class PlanTask(Task):
+    of: Planned
+    run: Path | None  # a run or a checkpoint, whose record has the other settings
     card: str
     measure: bool
     needs_data: ClassVar[bool] = False
+
+    @property
+    def trains(self) -> bool:
+        return self.of is Planned.train
 
     def problems(self) -> list[str]:
         if self.card in CARDS:
@@ -80,6 +94,7 @@ class EvaluateTask(Task):
     seed: int
     clip_path: str | None  # a hub id or a folder
     vbench: list[str]
+    trains: ClassVar[bool] = False
 
     def make_paths_absolute(self) -> None:
         if self.clip_path is not None and Path(self.clip_path).expanduser().exists():
@@ -123,6 +138,7 @@ class GenerateTask(Task):
     checkpoints: bool
     base: bool
     needs_data: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def make_paths_absolute(self) -> None:
         self.add = places_made_absolute(self.add)

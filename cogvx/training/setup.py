@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -108,6 +108,33 @@ def load_state(
     for line in lines:
         ranks.say(line)
     return training_state(config, transformer, weights, fp32_weights, ranks), dtypes
+
+
+def frozen_variants(
+    config: Config,
+    pretrained: PretrainedModel,
+    ranks: Ranks,
+    wanted: list[tuple[Path | None, float]],
+) -> Iterator[torch.nn.Module]:
+    """For each folder with trained weights and strength its transformer; for None the base model.
+
+    They are arranged as config.memory says, one after the other, and are not trained.
+    """
+
+    def arrange(transformer: torch.nn.Module) -> None:
+        blocks.arrange(
+            transformer,
+            config.memory,
+            recompute=False,
+            device=pretrained.device,
+            compiled=config.train.compile,
+        )
+        # With the autocast of training, the same weights get the same held-out loss as there.
+        ranks.accelerator.prepare_model(transformer, device_placement=False, evaluation_mode=True)
+
+    # The base model alone needs no LoRA.
+    settings = config.lora if any(place for place, _ in wanted) else None
+    return weights_of(settings).variants(pretrained, config.seed, wanted, arrange)
 
 
 def training_state(

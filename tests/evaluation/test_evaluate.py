@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 
+from cogvx.errors import UserError
 from cogvx.evaluation import evaluate
 from cogvx.model import full
 from cogvx.model.pretrained import PretrainedModel
@@ -90,8 +91,21 @@ def test_full_weights_are_judged_in_one_transformer(nano_folder, tmp_path):
         (transformer, transformer.proj_out.bias.clone())
         for transformer in FullWeights().variants(base, 0, wanted, arrange)
     ]
-    assert found[0][0] is found[1][0] and len(arranged) == 1
+    assert [transformer for transformer, _ in found] == arranged
     assert torch.equal(found[0][1] + 1, found[1][1])
+    in_memory = [
+        sum(weight.numel() for weight in each.parameters() if weight.device.type == "cpu")
+        for each in arranged
+    ]
+    assert in_memory[0] == 0 and in_memory[1] > 10**6
+
+
+def test_full_weights_of_another_model_are_refused(nano_folder, family_folder, tmp_path):
+    base = PretrainedModel(nano_folder, torch.device("cpu"), torch.float32)
+    other = PretrainedModel(family_folder("2b"), torch.device("cpu"), torch.float32)
+    full.save_transformer(other.transformer(), tmp_path)
+    with pytest.raises(UserError, match="does not fit this model"):
+        next(FullWeights().variants(base, 0, [(tmp_path, 1.0)], lambda transformer: None))
 
 
 @pytest.mark.slow
