@@ -48,7 +48,10 @@ HYDRAS = (HydraException, OmegaConfBaseException)  # what composing raises
 NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps")
 
 # Settings that earlier versions did not have, with the value that stands for what these did.
-ADDED_SETTINGS = {"validation": {"scheduler": None, "negative_prompt": ""}}
+ADDED_SETTINGS = {
+    "data": {"allow_outside_root": False},
+    "validation": {"scheduler": None, "negative_prompt": ""},
+}
 ADDED_TO_GENERATE = {"add": [], "add_strengths": []}
 
 

@@ -3,7 +3,7 @@
 To add an option: its YAML in conf/GROUP/, its class, and one line here.   [no torch]
 """
 
-from cogvx.data import sources
+from cogvx.data import folder, sources, tables
 from cogvx.model import pretrained
 from cogvx.model.lora import Lora
 from cogvx.options import optimizers, parallel, schedules, tasks, tracking
@@ -38,7 +38,9 @@ GROUPS: dict[str, dict[str, type]] = {
         "demo": sources.Demo,
         "world": sources.World,
         "text_files": sources.TextFiles,
-        "csv": sources.Csv,
+        "csv": tables.TableOfClips,
+        "table": tables.TableOfClips,
+        "folder": folder.Folder,
         "dataset": sources.Dataset,
     },
     "optimizer": {

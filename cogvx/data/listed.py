@@ -4,11 +4,24 @@ Nothing is repaired silently. Every mistake is named with the line it stands in.
 """
 
 import os
+import re
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from cogvx.errors import UserError, did_you_mean, listed
 from cogvx.progress import counted
+
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]")
+KINDS_OF_CELLS = {
+    list: "a list",
+    dict: "an object",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+}
 
 
 class ListedClip(NamedTuple):
@@ -94,12 +107,17 @@ def require_as_many_lines(columns: dict[str, list[str]], one: str, other: str, r
     )
 
 
-def located(rows: list[ListedClip], root: Path | None) -> list[ListedClip]:
-    """The rows with the paths of their files. UserError names every row that lacks something."""
+def located(
+    rows: list[ListedClip], root: Path | None, *, anywhere: bool = False
+) -> list[ListedClip]:
+    """The rows with the paths of their files. UserError names every row that lacks something.
+
+    anywhere: data.allow_outside_root.
+    """
     problems, found = [], []
     for row in rows:
         try:
-            found.append(located_row(row, root))
+            found.append(located_row(row, root, anywhere=anywhere))
         except UserError as error:
             problems.append(f"{row.origin} {error}")
     if problems:
@@ -108,50 +126,71 @@ def located(rows: list[ListedClip], root: Path | None) -> list[ListedClip]:
     return found
 
 
-def located_row(row: ListedClip, root: Path | None) -> ListedClip:
-    wanted = {"caption": row.prompt, "path": row.video}
-    if row.image is not None:
-        wanted["image"] = row.image
-    for name, value in wanted.items():
-        if not unquoted(value):
-            raise UserError(f"has no {name}")
+def located_row(row: ListedClip, root: Path | None, *, anywhere: bool) -> ListedClip:
+    prompt = text_of_cell(row.prompt, "caption")
     # A Path is a file that was written just now, from the bytes in the row.
     video, image = (
-        value if value is None or isinstance(value, Path) else locate(unquoted(value), root)
-        for value in (row.video, row.image)
+        value
+        if isinstance(value, Path) or (value is None and name == "image")
+        else locate(text_of_cell(value, name), root, anywhere=anywhere)
+        for name, value in (("path", row.video), ("image", row.image))
     )
-    return ListedClip(unquoted(row.prompt), video, image, row.origin)
+    return ListedClip(prompt, video, image, row.origin)
 
 
-def locate(name: str, root: Path | None) -> Path:
+def text_of_cell(value: object, name: str) -> str:
+    """UserError if there is no text. A list's or number's text would be trained on as it prints."""
+    if value is None or (isinstance(value, str) and not unquoted(value)):
+        raise UserError(f"has no {name}")
+    if not isinstance(value, str):
+        kind = KINDS_OF_CELLS.get(type(value), type(value).__name__)
+        raise UserError(f"has a {name} that is not text, but {kind}: {shortened(repr(value))}")
+    return unquoted(value)
+
+
+def locate(name: str, root: Path | None, *, anywhere: bool = False) -> Path:
     """The path of a file in the list. UserError if it cannot be used.
 
-    It must lie below the root: then the clips can be moved together with their list.
+    It must lie below the root: then the clips can be moved together with their list. `anywhere`:
+    it may lie elsewhere.
     """
-    if root is None:
-        return locate_anywhere(name)
-    base = Path(os.path.abspath(root))
-    path = Path(os.path.abspath(base / name))
-    if not path.is_relative_to(base):
+    base = Path.cwd() if root is None else Path(os.path.abspath(root))
+    inside = root is not None and not anywhere
+    paths = [Path(os.path.abspath(base / spelling)) for spelling in spellings(name)]
+    outside = inside and not paths[0].is_relative_to(base)
+    found = next((path for path in paths if path.is_file()), None)
+    if found is not None and (not inside or found.is_relative_to(base)):
+        if not os.access(found, os.R_OK):
+            raise UserError(f"names {name!r}, which this user may not read")
+        return found
+    if WINDOWS_PATH.match(name):
         raise UserError(
-            f"names {name!r}, which is outside of {base}: move the clip there, "
-            f"or set data.instance_data_root to a folder higher up"
+            f"names {name!r}, a path of another machine: write paths that start from {base}"
         )
-    if path.is_file() and not os.access(path, os.R_OK):
-        raise UserError(f"names {name!r}, which this user may not read")
-    if path.is_file():
-        return path
-    what = "is a folder" if path.is_dir() else "does not exist"
-    raise UserError(f"names {name!r}; looked for {path}, which {what}{nearby(path, base)}")
+    if outside:
+        raise UserError(
+            f"names {name!r}, which is outside of {base}: move the clip there, set "
+            f"data.instance_data_root to a folder higher up, or data.allow_outside_root=true"
+        )
+    if root is None:
+        hint = "; it is relative: set data.instance_data_root to the folder it starts from"
+        hint = "" if Path(name).is_absolute() else hint
+        raise UserError(f"names {name!r}, which does not exist{hint}")
+    what = "is a folder" if paths[0].is_dir() else "does not exist"
+    near = nearby(paths[0], base) if paths[0].is_relative_to(base) else ""
+    raise UserError(f"names {name!r}; looked for {paths[0]}, which {what}{near}")
 
 
-def locate_anywhere(name: str) -> Path:
-    if Path(name).is_file():
-        return Path(name).absolute()
-    hint = "; it is relative: set data.instance_data_root to the folder it starts from"
-    raise UserError(
-        f"names {name!r}, which does not exist{'' if Path(name).is_absolute() else hint}"
-    )
+def spellings(name: str) -> Iterator[str]:
+    """The name, and the same name as other systems write it.
+
+    Windows separates folders with \\, a URL writes a blank as %20, and a Mac writes an accent as
+    a character of its own.
+    """
+    for spelling in dict.fromkeys([name, name.replace("\\", "/"), unquote(name)]):
+        yield spelling
+        yield unicodedata.normalize("NFC", spelling)
+        yield unicodedata.normalize("NFD", spelling)
 
 
 def nearby(path: Path, root: Path) -> str:
@@ -167,6 +206,9 @@ def nearby(path: Path, root: Path) -> str:
     if inside:
         return f"; there is {inside[0].relative_to(root)}"
     if path.parent.is_dir():
+        blank = [p.name for p in path.parent.iterdir() if p.name.strip() == path.name]
+        if blank:
+            return f"; there is {blank[0]!r}, with a blank at its start or end: rename it"
         return did_you_mean(path.name, (p.name for p in path.parent.iterdir()))
     return f"; there is no folder {path.parent}"
 
@@ -181,12 +223,12 @@ def require_columns(table: str, columns: list[str], wanted: list[str]) -> None:
         )
 
 
-def unquoted(value: object) -> str:
+def unquoted(text: str) -> str:
     """The text without space around it, and without one pair of quote marks.
 
     The seed's sample has a pair that reading CSV leaves in place.
     """
-    text = "" if value is None else str(value).strip()
+    text = text.strip()
     if len(text) >= 2 and text[0] == text[-1] == '"':
         return text[1:-1].strip()
     return text

@@ -3,7 +3,6 @@
 Each file in conf/data/ has a class here. To add a format: a class with rows(), and its YAML.
 """
 
-import csv
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cogvx.data import demo, world
-from cogvx.data.listed import ListedClip, located, paired, read_lines, require_columns, text_of
+from cogvx.data.listed import ListedClip, located, paired, read_lines, require_columns
 from cogvx.errors import UserError, first_line, lacking
 from cogvx.files import absolute, write_bytes
 from cogvx.progress import counted
@@ -41,6 +40,7 @@ class Data:
     """
 
     instance_data_root: Path | None
+    allow_outside_root: bool
     caption_column: str
     video_column: str
     image_column: str | None
@@ -61,6 +61,7 @@ class Data:
     validation_seed: int
     max_bad_fraction: float
     needs_root: ClassVar[bool] = False  # True: the clips are listed in instance_data_root
+    said: ClassVar[tuple[str, ...]] = ()  # after read(): lines that a user should see
 
     def read(self) -> list[Example]:
         """The examples, in the order of the list, with id_token before each prompt.
@@ -82,8 +83,9 @@ class Data:
         raise TypeError(f"{type(self).__name__} has no rows()")
 
     def columns(self) -> list[str]:
-        image = [] if self.image_column is None else [self.image_column]
-        return [self.caption_column, self.video_column, *image]
+        """Those that are named: of captions, clips and images."""
+        names = (self.caption_column, self.video_column, self.image_column)
+        return [name for name in names if name is not None]
 
     def described(self) -> str:
         return str(self.instance_data_root)
@@ -193,7 +195,7 @@ class TextFiles(Data):
                 f"Files there now: {', '.join(here) or 'none'}. For a CSV file: data=csv"
             )
         lines = {name: read_lines(root / name) for name in self.columns()}
-        return located(paired(lines, root), root)
+        return located(paired(lines, root), root, anywhere=self.allow_outside_root)
 
 
 @dataclass
@@ -233,33 +235,6 @@ class World(TextFiles):
 
 
 @dataclass
-class Csv(Data):
-    """A CSV file in instance_data_root, with a column of captions and a column of paths."""
-
-    dataset_name: str
-
-    needs_root: ClassVar[bool] = True
-
-    def rows(self) -> list[ListedClip]:
-        root = self.root()
-        path = root / self.dataset_name
-        if not path.is_file():
-            tables = ", ".join(sorted(p.name for p in root.glob("*.csv"))) or "none"
-            raise UserError(
-                f"{path} does not exist (data.dataset_name). CSV files in {root}: {tables}"
-            )
-        reader = csv.DictReader(text_of(path).splitlines(keepends=True), skipinitialspace=True)
-        require_columns(path.name, reader.fieldnames or [], self.columns())
-        found = []
-        for row in reader:
-            if any(value.strip() for value in row.values() if isinstance(value, str)):
-                prompt, video = row[self.caption_column], row[self.video_column]
-                image = self.image_column and (row[self.image_column] or "")
-                found.append(ListedClip(prompt, video, image, f"{path.name}:{reader.line_num}"))
-        return located(found, root)
-
-
-@dataclass
 class Dataset(Data):
     """Anything that datasets.load_dataset() reads.
 
@@ -285,7 +260,7 @@ class Dataset(Data):
 
         root = None if self.instance_data_root is None else self.root()
         try:
-            return located(self.cells(), root)
+            return located(self.cells(), root, anywhere=self.allow_outside_root)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = (
                 "it is here, but not in a form that datasets reads"
@@ -328,12 +303,14 @@ class Dataset(Data):
             )
         return datasets.load_dataset(kind, data_files=str(source), **how)
 
-    def path_of(self, value: object) -> str | Path:
+    def path_of(self, value: object) -> object:
         """The path as listed. For a cell that holds the bytes: the file they are written to."""
-        if not isinstance(value, dict):
+        if isinstance(value, bytes):
+            value = {"bytes": value}
+        if not isinstance(value, dict) or not {"bytes", "path"} & value.keys():
             return value
         if value.get("bytes") is None:
-            return value["path"]
+            return value.get("path")
         digest = hashlib.sha256(value["bytes"]).hexdigest()[:32]
         path = self.cache_dir / "videos" / f"{digest}{Path(value.get('path') or 'x.mp4').suffix}"
         if not path.is_file():

@@ -197,6 +197,8 @@ def fetch(config: Config, ranks: Ranks) -> tuple[PretrainedModel, list[Example]]
     # What the first process downloads or renders is there for the others.
     with ranks.accelerator.main_process_first():
         examples = config.data.read()
+        for line in config.data.said:
+            ranks.say(line)
         # Raises an error if there are too few clips, before they are encoded.
         config.data.trained_on(len(examples))
         return fetch_model(config, ranks), examples

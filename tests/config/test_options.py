@@ -28,7 +28,7 @@ def test_every_yaml_is_an_option_and_every_option_has_a_yaml():
 
 
 NEEDED = {
-    **dict.fromkeys(["text_files", "csv", *RECIPES], ROOT),
+    **dict.fromkeys(["text_files", "csv", "table", "folder", *RECIPES], ROOT),
     "nano_pretrain": [],
     "dataset": ["data.dataset_name=a/b"],
     "low_full": ["lora=null"],

@@ -62,5 +62,6 @@ def test_a_setting_with_the_name_of_a_path_is_typed_path(option):
     section, option_class = CLASSES[option]
     hints = get_type_hints(option_class)
     for name in [field.name for field in dataclasses.fields(option_class)]:
-        if PATH_WORDS & {*name.split("_")} and f"{section}.{name}" not in PATH_OR_OTHER:
+        other = f"{section}.{name}" in PATH_OR_OTHER or hints[name] is bool
+        if PATH_WORDS & {*name.split("_")} and not other:
             assert is_path(hints[name]), f"{section}.{name}"

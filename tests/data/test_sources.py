@@ -114,7 +114,7 @@ def test_the_seeds_triple_quoted_sample_reads_without_its_quotes(compose, clips)
 
 
 def test_csv_mistakes_are_named(compose, clips):
-    assert "CSV files in" in refusal(compose, clips, "data=csv")
+    assert "Tables in" in refusal(compose, clips, "data=csv")
     write_csv(clips / "metadata.csv", [["texts", "path"], ["a", "videos/0.mp4"]])
     said = refusal(compose, clips, "data=csv")
     assert (

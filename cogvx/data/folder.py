@@ -1,0 +1,98 @@
+"""data=folder: clips with a caption file of the same name beside each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from cogvx.data.listed import ListedClip, shortened, text_of
+from cogvx.data.sources import Data
+from cogvx.errors import UserError, listed
+from cogvx.progress import counted
+
+
+@dataclass
+class Folder(Data):
+    """caption_column, video_column and image_column are the endings of the files.
+
+    Folders inside instance_data_root are read too. Hidden files and folders are not.
+    """
+
+    caption: str | None  # of every clip that has no caption file
+
+    needs_root: ClassVar[bool] = True
+
+    def rows(self) -> list[ListedClip]:
+        root, endings = self.root(), self.video_column.lower().split()
+        files = sorted(visible_files(root))
+        clips = [path for path in files if path.suffix.lower() in endings]
+        if not clips:
+            found = sorted({path.suffix for path in files if path.suffix})
+            raise UserError(
+                f"{root} has no clip: no file ends in {', '.join(endings)} (data.video_column). "
+                f"Endings there now: {', '.join(found) or 'none'}"
+            )
+        captions = {path: self.caption_of(path) for path in clips}
+        missing = [path for path, caption in captions.items() if not caption]
+        if missing:
+            raise UserError(self.captions_missing(root, clips, missing))
+        self.said = tuple(self.said_of_captions_alone(files, clips))
+        return [
+            ListedClip(caption, path, self.image_of(path), str(path.relative_to(root)))
+            for path, caption in captions.items()
+        ]
+
+    def caption_of(self, clip: Path) -> str | None:
+        """The file's text as one line."""
+        path = clip.with_suffix(self.caption_column)
+        written = " ".join(text_of(path).split()) if path.is_file() else ""
+        return written or self.caption
+
+    def captions_missing(self, root: Path, clips: list[Path], missing: list[Path]) -> str:
+        problems = [
+            f"{path.relative_to(root)} has no caption: {path.with_suffix(self.caption_column).name}"
+            f" {'is blank' if path.with_suffix(self.caption_column).is_file() else 'is not there'}"
+            for path in missing
+        ]
+        headline = (
+            f"{len(missing)} of {counted(len(clips), 'clip')} in {root} have no caption. Write "
+            f"one into a text file beside each clip, or give them all the same: "
+            f'data.caption="..."'
+        )
+        return listed(headline, problems)
+
+    def image_of(self, clip: Path) -> Path | None:
+        if self.image_column is None:
+            return None
+        image = clip.with_suffix(self.image_column)
+        if not image.is_file():
+            raise UserError(f"{clip} has no image: {image.name} is not there (data.image_column)")
+        return image
+
+    def said_of_captions_alone(self, files: list[Path], clips: list[Path]) -> Iterator[str]:
+        """A warning, if caption files belong to no clip."""
+        named = {clip.with_suffix(self.caption_column) for clip in clips}
+        alone = [p for p in files if p.suffix == self.caption_column and p not in named]
+        if alone:
+            names = shortened(", ".join(path.name for path in alone))
+            yield (
+                f"warning {counted(len(alone), 'caption file has', 'caption files have')} no clip "
+                f"of the same name: {names}"
+            )
+
+
+def visible_files(root: Path) -> Iterator[Path]:
+    """Every file below the folder, also through links. A folder is entered once."""
+    entered = set()
+    for place, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        # A Mac's archives hold a folder __MACOSX and files ._NAME, which are no clips.
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        yield from (Path(place, name) for name in files if not name.startswith("."))
