@@ -31,6 +31,8 @@ import traceback
 import types
 from pathlib import Path
 
+from stand_in import reread_environment
+
 PROJECT = Path(__file__).parent.parent
 LAUNCH = str(PROJECT / "launch.py")
 SUBREAPER = 36  # prctl's PR_SET_CHILD_SUBREAPER: orphaned grandchildren become children
@@ -169,6 +171,8 @@ def become(
         if env is not None:
             os.environ.clear()
             os.environ.update(env)
+        if "HF_ENDPOINT" in os.environ:
+            reread_environment()
         forget_the_parent()
         code = exit_code_of(arguments)
     except BaseException:

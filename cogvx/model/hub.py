@@ -112,7 +112,10 @@ class OnTheHub:
                 f"is on the hub, and its authors ask you to accept its licence. {how_to_accept()}"
             )
         if found.status() == 401 and token_is_refused(found):
-            return "could not be fetched: the hub refuses your token. Log in again: hf auth login"
+            return (
+                "could not be fetched: the hub refuses your token. Log in again: hf auth login "
+                "(a token in HF_TOKEN comes first)"
+            )
         if found.of(errors.RepositoryNotFoundError):
             return (
                 f"is no folder here, and there is no public {self.kind} of that name on the hub. "

@@ -55,9 +55,7 @@ def open_folder(config: Config) -> Path:
         if (folder / CONFIG).is_file():
             require_same_configuration(folder, config)
         else:
-            again = f"python launch.py --config-dir {shown(folder)} --config-name config"
-            header = f"# Every value of this run. The same again:  {again}\n"
-            write_text(folder / CONFIG, header + configuration.to_yaml(config))
+            write_config(folder, config)
     except OSError as error:
         raise UserError(
             f"the run's folder {folder} cannot be written: {error.strerror or error}. "
@@ -66,8 +64,29 @@ def open_folder(config: Config) -> Path:
     return folder
 
 
+def write_config(folder: Path, config: Config) -> None:
+    again = f"python launch.py --config-dir {shown(folder)} --config-name config"
+    header = f"# Every value of this run. The same again:  {again}\n"
+    write_text(folder / CONFIG, header + configuration.to_yaml(config))
+
+
+def pin_revision(folder: Path, commit: str | None) -> None:
+    """Records the commit of a model from the hub, where no revision was asked for.
+
+    The newest revision may be another one tomorrow. What starts from this record uses the same.
+    """
+    config = configuration.read(folder / CONFIG)
+    if commit is not None and config.model.revision is None:
+        config.model.revision = commit
+        write_config(folder, config)
+
+
 def require_same_configuration(folder: Path, config: Config) -> None:
-    differing = configuration.differences(config, configuration.read(folder / CONFIG))
+    recorded = configuration.read(folder / CONFIG)
+    pinned = recorded.model.revision == read_json(folder / ENVIRONMENT).get("model_commit")
+    if config.model.revision is None and pinned:
+        recorded.model.revision = None
+    differing = configuration.differences(config, recorded)
     if differing:
         headline = (
             f"{folder} holds a run with another configuration (recorded -> asked for). "

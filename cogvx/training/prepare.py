@@ -295,6 +295,7 @@ def note_fingerprints(
         data_fingerprint=content_key([fingerprint_of(clip.example, cache) for clip in clips]),
         model_fingerprint=fingerprint,
     )
+    record.pin_revision(folder, commit)
     drift = record.drift(folder)
     if drift is not None:
         ranks.say(f"warning {drift}")

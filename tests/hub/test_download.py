@@ -1,0 +1,169 @@
+"""Models, adapters and data sets come from the hub as they are there, or one line says why not."""
+
+import errno
+import re
+from pathlib import Path
+
+import pytest
+from stand_in import OWNER, READER, Fault, sha256
+
+from cogvx.errors import UserError
+from cogvx.model import hub as from_hub
+from cogvx.model.hub import local_adapter
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+LORA = {WEIGHTS: bytes(range(256)) * 1000, "inference.json": b"{}", "README.md": b"a card\n"}
+
+
+def refused(place: str) -> str:
+    """The one line that says why it did not come."""
+    with pytest.raises(UserError) as raised:
+        local_adapter(place)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_an_adapter_comes_with_its_settings_and_nothing_else(hub):
+    others = {"step_000004/" + WEIGHTS: b"another", "sample.mp4": b"a video"}
+    repo = hub.add("me/lora", LORA | others)
+    folder = local_adapter("me/lora")
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, "inference.json"}
+    assert (folder / WEIGHTS).read_bytes() == LORA[WEIGHTS]
+    assert folder.name == repo.names["main"]
+    hub.requests.clear()
+    assert local_adapter("me/lora") == folder
+    assert hub.count("GET /storage|HEAD") == 0, "it is in the cache"
+
+
+def test_an_older_adapter_has_its_revision_after_an_at(hub):
+    repo = hub.add("me/versions", LORA)
+    first = repo.names["main"]
+    repo.commit(LORA | {WEIGHTS: b"newer" * 1000})
+    repo.names["v2"] = repo.names["main"]
+    assert (local_adapter("me/versions@v2") / WEIGHTS).read_bytes() == b"newer" * 1000
+    assert (local_adapter(f"me/versions@{first}") / WEIGHTS).read_bytes() == LORA[WEIGHTS]
+    said = refused("me/versions@v3")
+    assert said == (
+        "task.add=me/versions is on the hub, but the revision v3 is no branch, tag or commit of it"
+    )
+
+
+def test_what_is_here_is_not_looked_for_on_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("me/here").mkdir(parents=True)
+    Path("lora.safetensors").touch()
+    assert local_adapter("me/here") == tmp_path / "me" / "here"
+    assert local_adapter("lora.safetensors") == tmp_path / "lora.safetensors"
+    assert refused("loras/lost.safetensors").startswith(
+        "task.add=loras/lost.safetensors does not exist here, and is not a hub id"
+    )
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("after", [0, 1000, 200_000])
+def test_a_connection_that_is_cut_goes_on_where_it_stopped(hub, waited, after, monkeypatch):
+    from huggingface_hub import constants
+
+    # What is not a whole chunk is lost; a real one has 10 MB.
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.add("me/cut", LORA)
+    hub.faults.append(Fault("GET", "/storage/", after=after))
+    folder = local_adapter("me/cut")
+    assert sha256((folder / WEIGHTS).read_bytes()) == sha256(LORA[WEIGHTS])
+    assert hub.ranges == ([f"bytes={after}-"] if after else [])
+
+
+def test_a_hub_that_fails_for_a_moment_is_asked_again(hub, waited, capsys):
+    hub.add("me/moment", LORA)
+    hub.faults.append(Fault("HEAD", "/resolve/", status=503, times=1))
+    hub.faults.append(Fault("GET", "/api/models", status=429, headers={"Retry-After": "33"}))
+    folder = local_adapter("me/moment")
+    assert (folder / WEIGHTS).read_bytes() == LORA[WEIGHTS]
+    assert max(waited) == 33 and "trying again in 33 s" in capsys.readouterr().out
+
+
+def test_a_hub_that_goes_on_failing_is_named(hub, waited):
+    hub.add("me/broken", LORA)
+    hub.faults.append(Fault("GET", "/api/models", status=500, times=99))
+    said = refused("me/broken")
+    assert "the hub has a fault of its own (500). What is downloaded is kept. Try again" in said
+    assert waited == [*from_hub.PAUSES]
+
+
+def test_no_network(hub, waited, set_up):
+    set_up(HF_ENDPOINT="http://127.0.0.1:9")
+    said = refused("me/lora")
+    assert "could not be fetched from the hub: this machine has no network, or the hub" in said
+    assert waited == [], "nobody waits for a network that is not there"
+
+
+def test_an_unknown_name_with_and_without_a_token(hub, set_up):
+    nothing = "task.add=me/nothing is no folder here, and there is no public model of that name"
+    said = refused("me/nothing")
+    assert said.startswith(nothing) and "a private model needs a login: hf auth login" in said
+    set_up(HF_TOKEN=OWNER)
+    said = refused("me/nothing")
+    assert said.startswith(nothing) and "an account that may read it: hf auth whoami" in said
+
+
+def test_a_private_one_comes_with_the_owners_token(hub, set_up):
+    hub.add("lab/secret", LORA, private=True)
+    assert "hf auth login" in refused("lab/secret")
+    set_up(HF_TOKEN=READER)
+    assert "an account that may read it" in refused("lab/secret")
+    set_up(HF_TOKEN=OWNER)
+    assert (local_adapter("lab/secret") / WEIGHTS).is_file()
+
+
+def test_a_token_that_the_hub_does_not_know(hub, set_up):
+    hub.add("me/open", LORA)
+    set_up(HF_TOKEN="hf_of_last_year")
+    assert refused("me/open") == (
+        "task.add=me/open could not be fetched: the hub refuses your token. Log in again: "
+        "hf auth login (a token in HF_TOKEN comes first)"
+    )
+
+
+def test_a_gated_one_says_where_to_accept(hub, set_up):
+    hub.add("zai/gated", LORA, accepted={"lab"})
+    asks = "task.add=zai/gated is on the hub, and its authors ask you to accept its licence. Do so"
+    assert refused("zai/gated") == f"{asks} on its page, then log in here: hf auth login"
+    set_up(HF_TOKEN=READER)
+    assert refused("zai/gated").startswith(f"{asks} on its page, with the account that is logged")
+    set_up(HF_TOKEN=OWNER)
+    assert (local_adapter("zai/gated") / WEIGHTS).is_file()
+
+
+def test_offline_what_was_downloaded_is_there(hub, set_up):
+    hub.add("me/kept", LORA)
+    folder = local_adapter("me/kept")
+    hub.requests.clear()
+    set_up(HF_HUB_OFFLINE="1")
+    assert local_adapter("me/kept") == folder
+    said = refused("me/other")
+    assert "me/other is no folder here and not whole in the cache (" in said
+    assert "HF_HUB_OFFLINE is set: unset it for the first download" in said
+    assert hub.requests == []
+
+
+def test_a_full_disk(hub, monkeypatch):
+    from huggingface_hub import file_download
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    hub.add("me/large", LORA)
+    monkeypatch.setattr(file_download, "http_get", full)
+    said = refused("me/large")
+    assert re.search(r"the disk of the cache \(.*hub\) is full. Free some, or .* HF_HOME=", said)
+
+
+@pytest.mark.parametrize("place", ["me/white space", "me/.", "-me/lora", "me/a--b"])
+def test_what_cannot_be_a_hub_id(hub, place):
+    assert f"task.add={place} is no folder here and no hub id" in refused(place)
+    assert hub.requests == []
+
+
+def test_a_repository_without_a_lora(hub):
+    hub.add("me/model", {"transformer/model.safetensors": b"1", "README.md": b"a model"})
+    assert refused("me/model").startswith("task.add=me/model holds no LoRA")
