@@ -346,10 +346,8 @@ def answering(hub: StandIn):
             sha = repo.sha_of(revision)
             if sha is None:
                 return self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-            if repo.accepted is not None and not repo.accepted & self.names_of(self.user()):
-                status = 401 if self.user() is None else 403
-                message = f"Access to model {name} is restricted. You are not in the list."
-                return self.refuse(status, message, "GatedRepo")
+            if self.is_gated(repo):
+                return
             content = repo.commits[sha].get(path)
             if content is None:
                 return self.refuse(404, "Entry not found", "EntryNotFound", X_Repo_Commit=sha)
@@ -360,6 +358,19 @@ def answering(hub: StandIn):
             hub.stored[oid] = content
             headers |= {"X_Linked_Etag": f'"{oid}"', "X_Linked_Size": len(content)}
             self.send(b"", 302, Location=f"{hub.storage}/storage/{oid}", **headers)
+
+        def is_gated(self, repo: Repo) -> bool:
+            """Whether this user has not accepted the conditions; then after a refusal."""
+            if repo.accepted is None or repo.accepted & self.names_of(self.user()):
+                return False
+            status = 401 if self.user() is None else 403
+            self.refuse(status, f"Access to {repo.name} is restricted.", "GatedRepo")
+            return True
+
+        def check(self, kind: str, name: str) -> None:
+            repo = self.repo(kind, name)
+            if repo is not None and not self.is_gated(repo):
+                self.say({})
 
         def send_range(self, content: bytes, **headers) -> None:
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -508,6 +519,7 @@ def answering(hub: StandIn):
         (rf"GET {API}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", Handler.tree),
         (rf"POST {API}/paths-info/(?P<revision>.+)", Handler.paths),
         (rf"GET {API}/refs", Handler.refs),
+        (rf"GET {API}/auth-check", Handler.check),
         (
             r"(?:GET|HEAD) (?P<kind>/datasets)?/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)"
             r"/(?P<path>.+)",

@@ -13,7 +13,8 @@ from typing import ClassVar
 from cogvx.data import demo, world
 from cogvx.data.listed import ListedClip, located, paired, read_lines, require_columns
 from cogvx.errors import UserError, first_line, lacking
-from cogvx.files import absolute, write_bytes
+from cogvx.files import absolute, is_hub_id, write_bytes
+from cogvx.hub_client import OnTheHub, split_revision
 from cogvx.progress import counted
 
 
@@ -234,6 +235,17 @@ class World(TextFiles):
         return super().problems() + few
 
 
+def fetched_from_hub(path: object) -> object:
+    """A streamed row names a file on the hub as hf://datasets/name/repo@commit/clip.mp4."""
+    if not str(path).startswith("hf://"):
+        return path
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
+    place = HfFileSystem().resolve_path(path)
+    how = {"repo_type": place.repo_type, "revision": place.revision}
+    return Path(hf_hub_download(place.repo_id, place.path_in_repo, **how))
+
+
 @dataclass
 class Dataset(Data):
     """Anything that datasets.load_dataset() reads.
@@ -256,31 +268,38 @@ class Dataset(Data):
         return f"data.dataset_name={self.dataset_name}"
 
     def rows(self) -> list[ListedClip]:
-        import datasets
-
         root = None if self.instance_data_root is None else self.root()
         try:
             return located(self.cells(), root, anywhere=self.allow_outside_root)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = (
-                "it is here, but not in a form that datasets reads"
-                if Path(self.dataset_name).exists()
-                else "it is no folder or file here, and on the hub there is none of this name, "
-                "or it is not public, or there is no network"
-            )
+        except UserError:
+            raise
+        # datasets and the hub's client raise errors of many kinds.
+        except Exception as error:
+            place = "here" if Path(self.dataset_name).exists() else "on the hub"
+            if is_hub_id(self.dataset_name):
+                self.on_the_hub().require_access()
             raise UserError(
                 f"data.dataset_name={self.dataset_name} (split {self.split}) could not be read: "
-                f"{reason}. datasets says: {first_line(error)}"
+                f"it is {place}, but not in a form that datasets reads. "
+                f"datasets says: {first_line(error)}"
             ) from error
+
+    def on_the_hub(self) -> OnTheHub:
+        repo, revision = split_revision(self.dataset_name)
+        local = "data.dataset_name=/clips/metadata.csv"
+        return OnTheHub(repo, revision, "data.dataset_name", local, kind="dataset")
 
     def cells(self) -> list[ListedClip]:
         table = self.load()
+        if self.streaming and table.features:
+            # A cast, as below, comes too late for rows that are decoded when they arrive.
+            table = table.decode(enable=False)
         # A streamed table may not know its columns before its first row.
         columns = table.column_names or list(next(iter(table), {}))
         require_columns(self.dataset_name, columns, self.columns())
         for column, feature in (table.features or {}).items():
             # Video and Image: keep the path and the bytes, and decode them ourselves.
-            if hasattr(feature, "decode"):
+            if hasattr(feature, "decode") and not self.streaming:
                 table = table.cast_column(column, type(feature)(decode=False))
         found = []
         for number, row in enumerate(table):
@@ -292,9 +311,17 @@ class Dataset(Data):
     def load(self):
         import datasets
 
+        if not Path(self.dataset_name).exists() and not is_hub_id(self.dataset_name):
+            raise UserError(
+                f"data.dataset_name={self.dataset_name} does not exist here, and is not a hub id: "
+                f"give a file, a folder, or name/repo (name/repo@revision) on the hub"
+            )
         source, how = Path(self.dataset_name), {"split": self.split, "streaming": self.streaming}
         if not source.is_file():
-            return datasets.load_dataset(self.dataset_name, **how)
+            name, revision = self.dataset_name, None
+            if not source.exists():
+                name, revision = split_revision(name)
+            return datasets.load_dataset(name, revision=revision, **how)
         kinds = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
         kind = kinds.get(source.suffix[1:].lower())
         if kind is None:
@@ -310,7 +337,7 @@ class Dataset(Data):
         if not isinstance(value, dict) or not {"bytes", "path"} & value.keys():
             return value
         if value.get("bytes") is None:
-            return value.get("path")
+            return fetched_from_hub(value.get("path"))
         digest = hashlib.sha256(value["bytes"]).hexdigest()[:32]
         path = self.cache_dir / "videos" / f"{digest}{Path(value.get('path') or 'x.mp4').suffix}"
         if not path.is_file():

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogvx.errors import UserError, listed
+from cogvx.files import absolute, is_hub_id
 from cogvx.libraries import unseen
+from cogvx.model.hub import local_adapter
 from cogvx.model.lora_file import LoraFile, peft_settings, read_lora
 from cogvx.model.weight_files import WEIGHTS, read_tensors
 
@@ -34,7 +36,11 @@ class Lora:
     target_modules: Any  # a list of names, or a regular expression
     use_rslora: bool
     use_dora: bool
-    init_from: Path | None
+    init_from: str | None  # a file, a folder or a hub id
+
+    def make_paths_absolute(self) -> None:
+        if self.init_from is not None and not is_hub_id(self.init_from):
+            self.init_from = str(absolute(Path(self.init_from)))
 
     def problems(self) -> list[str]:
         found = []
@@ -73,13 +79,12 @@ class Lora:
         """
         return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    def require_start(self) -> None:
-        """UserError if init_from does not exist. A resumed run does not need it."""
-        if self.init_from is not None and not self.init_from.exists():
-            raise UserError(
-                f"lora.init_from={self.init_from} does not exist: give a LoRA file, "
-                f"or a folder with {WEIGHTS}"
-            )
+    def start_file(self) -> Path | None:
+        """The local file or folder of init_from; None if it is not set.
+
+        A resumed run does not need it. UserError if it does not exist.
+        """
+        return None if self.init_from is None else local_adapter(self.init_from, "lora.init_from")
 
     def attach(self, transformer: CogVideoXTransformer3DModel, seed: int) -> None:
         """Adds the trainable layers in fp32, seeded. B is 0, so the output does not change yet."""

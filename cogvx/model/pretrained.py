@@ -105,7 +105,7 @@ class Model:
 
     def download(self, files: str) -> Path:
         """The files of every part that match the pattern, from the hub or its cache."""
-        from cogvx.model.hub import OnTheHub
+        from cogvx.hub_client import OnTheHub
 
         wanted = ("model_index.json", *(f"{part}/{files}" for part in PARTS))
         local = f"model.path=/models/{self.path.rpartition('/')[2]}"

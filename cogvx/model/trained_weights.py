@@ -44,7 +44,7 @@ class LoraWeights:
 
     def require_start(self) -> None:
         """UserError if lora.init_from does not exist."""
-        self.settings.require_start()
+        self.settings.start_file()
 
     def attach(self, base: PretrainedModel, seed: int) -> CogVideoXTransformer3DModel:
         """The base model's transformer with an adapter that does not change its output yet.
@@ -68,7 +68,7 @@ class LoraWeights:
 
     def start(self, transformer: CogVideoXTransformer3DModel) -> list[str]:
         """Loads lora.init_from, if it is set. Returns the line that says so."""
-        path = self.settings.init_from
+        path = self.settings.start_file()
         return [] if path is None else [f"init    {self.settings.start_from(transformer, path)}"]
 
     def save(self, transformer: CogVideoXTransformer3DModel, folder: Path) -> None:

@@ -155,10 +155,8 @@ def test_a_dataset_that_holds_the_videos_themselves(compose, clips, tmp_path):
     assert example.video.read_bytes() == (clips / "videos/0.mp4").read_bytes()
 
 
-def test_a_dataset_that_cannot_be_fetched_says_why_it_may_be(compose):
-    with pytest.raises(
-        UserError, match=r"none of this name, or it is not public, or there is no network"
-    ):
+def test_a_dataset_that_is_not_in_the_cache_offline(compose):
+    with pytest.raises(UserError, match=r"nothing-here is no folder here and not whole in the"):
         compose("data=dataset", "data.dataset_name=nobody/nothing-here").data.read()
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from stand_in import OWNER, READER, Fault, sha256
 
+from cogvx import hub_client
 from cogvx.errors import UserError
-from cogvx.model import hub as from_hub
 from cogvx.model.hub import local_adapter
+from cogvx.model.weight_files import weight_files
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LORA = {WEIGHTS: bytes(range(256)) * 1000, "inference.json": b"{}", "README.md": b"a card\n"}
@@ -87,7 +88,7 @@ def test_a_hub_that_goes_on_failing_is_named(hub, waited):
     hub.faults.append(Fault("GET", "/api/models", status=500, times=99))
     said = refused("me/broken")
     assert "the hub has a fault of its own (500). What is downloaded is kept. Try again" in said
-    assert waited == [*from_hub.PAUSES]
+    assert waited == [*hub_client.PAUSES]
 
 
 def test_no_network(hub, waited, set_up):
@@ -162,6 +163,15 @@ def test_a_full_disk(hub, monkeypatch):
 def test_what_cannot_be_a_hub_id(hub, place):
     assert f"task.add={place} is no folder here and no hub id" in refused(place)
     assert hub.requests == []
+
+
+def test_a_file_of_another_name_is_found_if_it_is_the_only_one(hub):
+    hub.add("me/comfy", {"comfy.safetensors": b"1", "README.md": b"a card"})
+    hub.add("me/several", {"one.safetensors": b"1", "two.safetensors": b"2"})
+    [found] = weight_files(local_adapter("me/comfy"))
+    assert found.name == "comfy.safetensors"
+    with pytest.raises(UserError, match=r"holds 2 files of weights \(one.safetensors, two"):
+        weight_files(local_adapter("me/several"))
 
 
 def test_a_repository_without_a_lora(hub):

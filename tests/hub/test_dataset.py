@@ -1,0 +1,88 @@
+"""data.dataset_name comes from the hub."""
+
+import pytest
+from stand_in import OWNER, Fault
+
+from cogvx.errors import UserError
+
+TABLE = b"text,video\na cat,videos/0.mp4\na dog,videos/1.mp4\n"
+
+
+@pytest.fixture
+def read(compose):
+    pytest.importorskip("datasets")
+
+    def start(name, *overrides):
+        data = compose("data=dataset", f"data.dataset_name={name}", *overrides).data
+        return data.read()
+
+    return start
+
+
+@pytest.fixture
+def film(make_clip, tmp_path):
+    return make_clip(tmp_path / "film.mp4").read_bytes()
+
+
+def folder_of(film: bytes) -> dict[str, bytes]:
+    rows = b"file_name,text\nvideos/0.mp4,a cat\nvideos/1.mp4,a dog\n"
+    return {"metadata.csv": rows, "videos/0.mp4": film, "videos/1.mp4": film + b"\0"}
+
+
+def test_a_table_on_the_hub_and_clips_here(hub, read, clips):
+    hub.add("me/table", {"train.csv": TABLE}, kind="dataset")
+    found = read("me/table", f"data.instance_data_root='{clips}'")
+    assert [(each.prompt, each.video) for each in found] == [
+        ("a cat", clips / "videos" / "0.mp4"),
+        ("a dog", clips / "videos" / "1.mp4"),
+    ]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_clips_on_the_hub(hub, read, film, streaming):
+    hub.add("me/films" + streaming, folder_of(film), kind="dataset")
+    found = read("me/films" + streaming, f"data.streaming={streaming}")
+    assert [each.prompt for each in found] == ["a cat", "a dog"]
+    assert [each.video.read_bytes() for each in found] == [film, film + b"\0"]
+
+
+def test_an_older_revision(hub, read, clips):
+    repo = hub.add("me/rows", {"train.csv": TABLE}, kind="dataset")
+    first = repo.names["main"]
+    repo.commit({"train.csv": TABLE + b"a bird,videos/2.mp4\n"})
+    root = f"data.instance_data_root='{clips}'"
+    assert len(read("me/rows", root)) == 3
+    assert len(read(f"me/rows@{first}", root)) == 2
+
+
+def refused(read, name: str) -> str:
+    with pytest.raises(UserError) as raised:
+        read(name)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_what_is_not_there_or_not_open(hub, read, set_up, waited):
+    hub.add("me/closed", {"train.csv": TABLE}, kind="dataset", accepted=set())
+    hub.add("lab/private", {"train.csv": TABLE}, kind="dataset", private=True)
+    hub.add("me/odd", {"train.bin": b"\0"}, kind="dataset")
+    assert "its authors ask you to accept its licence" in refused(read, "me/closed")
+    assert "there is no public dataset of that name on the hub" in refused(read, "lab/private")
+    assert "the revision v9 is no branch" in refused(read, "me/closed@v9")
+    assert "it is on the hub, but not in a form that datasets reads" in refused(read, "me/odd")
+    set_up(HF_TOKEN=OWNER)
+    assert "a private dataset needs an account that may read it" in refused(read, "me/nothing")
+    hub.faults.append(Fault("GET", "/api/datasets/me/closed", status=500, times=99))
+    hub.faults.append(Fault("HEAD", "/datasets/me/closed", status=500, times=99))
+    assert "the hub has a fault of its own (500)" in refused(read, "me/closed")
+
+
+def test_offline_what_was_read_once_is_there(hub, read, clips, set_up):
+    hub.add("me/once", {"train.csv": TABLE}, kind="dataset")
+    root = f"data.instance_data_root='{clips}'"
+    before = read("me/once", root)
+    hub.requests.clear()
+    set_up(HF_HUB_OFFLINE="1")
+    assert read("me/once", root) == before
+    assert "HF_HUB_OFFLINE is set" in refused(read, "me/never")
+    assert hub.requests == []
