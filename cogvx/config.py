@@ -52,7 +52,16 @@ ADDED_SETTINGS = {
     "data": {"allow_outside_root": False},
     "validation": {"scheduler": None, "negative_prompt": ""},
 }
-ADDED_TO_GENERATE = {"add": [], "add_strengths": []}
+ADDED_TO_GENERATE = {
+    "add": [],
+    "add_strengths": [],
+    "held_out_clips": 0,
+    "video": None,
+    "video_strength": 0.8,
+    "enhancer": None,
+    "enhancer_url": None,
+    "enhancer_instructions": "",
+}
 
 
 def half(key: str, *, _root_: DictConfig) -> float:

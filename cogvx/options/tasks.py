@@ -132,7 +132,13 @@ class GenerateTask(Task):
     prompt: str | None
     prompt_separator: str
     prompts_file: Path | None
+    held_out_clips: int
     image: Path | None  # image-to-video: the first frame, where the file of prompts names none
+    video: Path | None  # video-to-video: the clip, where the file of prompts names none
+    video_strength: float
+    enhancer: str | None  # a hub id or a folder, or a name on the server of enhancer_url
+    enhancer_url: str | None
+    enhancer_instructions: str
     seeds: list[int]
     strengths: list[float]
     checkpoints: bool
@@ -142,12 +148,33 @@ class GenerateTask(Task):
 
     def make_paths_absolute(self) -> None:
         self.add = places_made_absolute(self.add)
+        if self.enhancer is not None and self.enhancer_url is None:
+            [self.enhancer] = places_made_absolute([self.enhancer])
 
     def problems(self) -> list[str]:
         found = strengths_to_add_problems(self.add, self.add_strengths)
-        if self.prompt is not None and self.prompts_file is not None:
-            found.append("task.prompt and task.prompts_file are both set: leave one null")
-        if self.run is None and self.prompt is None and self.prompts_file is None:
+        sources = {
+            "task.prompt": self.prompt is not None,
+            "task.prompts_file": self.prompts_file is not None,
+            "task.held_out_clips": self.held_out_clips > 0,
+        }
+        given = [name for name, is_given in sources.items() if is_given]
+        if len(given) > 1:
+            found.append(f"{' and '.join(given)} are set together: give one of them")
+        if self.held_out_clips < 0:
+            found.append(f"task.held_out_clips={self.held_out_clips}: must be 0 (none) or more")
+        if self.held_out_clips > 0 and self.run is None:
+            found.append("task.held_out_clips is of a run: task.run=outputs/RUN")
+        if not 0 < self.video_strength <= 1:
+            found.append(
+                f"task.video_strength={self.video_strength}: must be above 0 (the clip itself) "
+                f"and at most 1 (nothing of it is left)"
+            )
+        if self.enhancer_url is not None and self.enhancer is None:
+            found.append(
+                "task.enhancer_url without task.enhancer: give the model's name on that server"
+            )
+        if self.run is None and not given:
             found.append(
                 "task.prompt must be given, or task.prompts_file, or task.run, whose validation "
                 'prompts are then used: task.prompt="a cat on a beach"'

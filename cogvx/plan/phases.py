@@ -42,6 +42,7 @@ from cogvx.model.released import SCHEDULER
 from cogvx.options import optimizers
 from cogvx.options.tracking import Tracking
 from cogvx.options.train import Attention, Precision
+from cogvx.options.validation import Sampler
 from cogvx.plan import second_device
 from cogvx.plan.configs import configs_of
 from cogvx.plan.trace import Meter, Recorder, metering, patched, tracing
@@ -113,10 +114,11 @@ class PlannedModel(PretrainedModel):
         encoder.encoder.embed_tokens = encoder.shared
         return None, placed(encoder, self.device, streamed)
 
-    def noise_scheduler(self):
-        from diffusers import CogVideoXDDIMScheduler
+    def noise_scheduler(self, sampler: Sampler | None = None):
+        import diffusers
 
-        return CogVideoXDDIMScheduler(**SCHEDULER)
+        sampler = sampler or Sampler.ddim
+        return getattr(diffusers, sampler.value)(**SCHEDULER)
 
     def built(self, build, dtype: torch.dtype):
         """Builds a model in the CPU's memory.

@@ -101,10 +101,18 @@ def generated_videos(folder: Path) -> dict[str, list[tuple[str, Path]]]:
     found = {}
     for row in read_json(folder / VIDEO_INDEX) or []:
         those = [(label, folder / file) for label, file in row["videos"]]
-        found[f"{row['prompt']} (seed {row['seed']})"] = [
-            each for each in those if each[1].is_file()
-        ]
+        said = title_of(row)
+        # A prompt can stand there twice, with two images or clips.
+        said = said if said not in found else f"{said}, number {len(found) + 1}"
+        found[said] = [each for each in those if each[1].is_file()]
     return found
+
+
+def title_of(row: dict) -> str:
+    """Of a prompt and seed in VIDEO_INDEX. `asked`: what task.enhancer wrote the prompt out of."""
+    if "asked" in row:
+        return f"{row['asked']} (seed {row['seed']}), written out: {row['prompt']}"
+    return f"{row['prompt']} (seed {row['seed']})"
 
 
 def prompt_of_video(folder: Path, name: str) -> str:

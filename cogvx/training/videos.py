@@ -19,7 +19,7 @@ from cogvx.data.mp4 import write_video
 from cogvx.errors import UserError
 from cogvx.files import replacing, write_json
 from cogvx.inference import pictures, scores
-from cogvx.inference.generate import generate
+from cogvx.inference.generate import SourceClip, generate
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.validation import Validation
 from cogvx.progress import bar, counted
@@ -79,6 +79,7 @@ class VideoGenerator:
     pretrained: PretrainedModel
     embeds: Callable[[str], Tensor]  # the embedding [S, D] of a prompt
     images: dict[str, numpy.ndarray]  # image-to-video: first frame [H, W, 3] uint8 by prompt
+    clip: SourceClip | None = None  # video-to-video
 
     def vae(self):
         return self.pretrained.vae(tiling=self.config.memory.vae_tiling)
@@ -95,6 +96,7 @@ class VideoGenerator:
             prompt_embeds=self.embeds(prompt),
             negative_prompt_embeds=self.embeds(self.config.validation.negative_prompt),
             image=self.images.get(prompt),
+            clip=self.clip,
             data=self.config.data,
             sampling=self.config.validation,
             frugal=self.config.memory.frugal_videos,

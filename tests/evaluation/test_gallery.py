@@ -1,5 +1,6 @@
 """task=generate makes the videos that training would make, and a page of them."""
 
+import csv
 import dataclasses
 import json
 import shutil
@@ -7,8 +8,8 @@ import shutil
 import pytest
 
 from cogvx.errors import UserError
-from cogvx.evaluation import gallery
-from cogvx.evaluation.gallery import Wanted
+from cogvx.evaluation import enhancing, gallery, wanted
+from cogvx.evaluation.wanted import Wanted
 from cogvx.options import tasks
 
 BF16 = "train.mixed_precision=bf16"
@@ -85,15 +86,15 @@ def task(**given) -> tasks.GenerateTask:
 
 def test_prompts_from_files(tmp_path):
     (tmp_path / "p.txt").write_text("a cat, (sitting)\n\n a dog \na dog\n", encoding="utf-8")
-    found = gallery.wanted_prompts(task(prompts_file=tmp_path / "p.txt"))
+    found = wanted.wanted_prompts(task(prompts_file=tmp_path / "p.txt"))
     assert found == [Wanted("a cat, (sitting)"), Wanted("a dog")]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "image": "x.png"}\n\n{"prompt": "b"}\n')
-    assert gallery.wanted_prompts(task(prompts_file=tmp_path / "p.jsonl")) == [
+    assert wanted.wanted_prompts(task(prompts_file=tmp_path / "p.jsonl")) == [
         Wanted("a", tmp_path / "x.png"),
         Wanted("b"),
     ]
     (tmp_path / "p.csv").write_text('image,prompt\n,"a, b"\ny.png,c\n')
-    assert gallery.wanted_prompts(task(prompts_file=tmp_path / "p.csv")) == [
+    assert wanted.wanted_prompts(task(prompts_file=tmp_path / "p.csv")) == [
         Wanted("a, b"),
         Wanted("c", tmp_path / "y.png"),
     ]
@@ -106,34 +107,37 @@ def test_prompts_from_files(tmp_path):
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', r"p.jsonl:2 is not JSON"),
         ("p.jsonl", '["a"]', r"p.jsonl:1 has no text called prompt"),
         ("p.csv", "text\na\n", r"p.csv:2 has no text called prompt"),
-        ("p.csv", "prompt,image\na,x.png\na,y.png\n", "'a' is there with several images"),
     ],
 )
 def test_files_that_are_no_prompts_are_named(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=said):
-        gallery.wanted_prompts(task(prompts_file=tmp_path / name))
+        wanted.wanted_prompts(task(prompts_file=tmp_path / name))
 
 
 def test_the_prompts_of_a_run(trained, tmp_path):
     (tmp_path / "validation").mkdir()
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "inference.json").write_text('{"call": {"prompt": "the example"}}')
-    assert gallery.wanted_prompts(task(run=tmp_path)) == [Wanted("the example")]
+    assert wanted.wanted_prompts(task(run=tmp_path)) == [Wanted("the example")]
     names = {"01_seed1": "a", "01_seed2": "a", "02_seed1": "b"}
     (tmp_path / "validation" / "prompts.json").write_text(json.dumps(names))
-    assert gallery.wanted_prompts(task(run=tmp_path)) == [Wanted("a"), Wanted("b")]
+    assert wanted.wanted_prompts(task(run=tmp_path)) == [Wanted("a"), Wanted("b")]
     shutil.rmtree(tmp_path / "validation")
     (tmp_path / "inference.json").unlink()
     with pytest.raises(UserError, match=r"task\.prompt"):
-        gallery.wanted_prompts(task(run=tmp_path))
+        wanted.wanted_prompts(task(run=tmp_path))
 
 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
         ([], "task.prompt must be given, or task.prompts_file, or task.run"),
-        (["task.prompt=a", "task.prompts_file=p.txt"], "are both set: leave one null"),
+        (["task.prompt=a", "task.prompts_file=p.txt"], "are set together: give one of them"),
+        (["task.held_out_clips=2"], "task.held_out_clips is of a run"),
+        (["task.prompt=a", "task.video_strength=0"], "above 0 .the clip itself. and at most 1"),
+        (["task.prompt=a", "task.video_strength=1.1"], "task.video_strength=1.1"),
+        (["task.prompt=a", "task.enhancer_url=http://x"], "give the model's name on that server"),
         (["task.prompt=a", "task.seeds=[]"], "task.seeds"),
         (["task.prompt=a", "task.strengths=[0]"], "is made with task.base=true"),
         (["task.prompt=a", "parallel=ddp", "parallel.num_processes=2"], "one process"),
@@ -159,3 +163,53 @@ def test_images_that_are_missing_or_not_wanted(run, tmp_path, capfd):
     assert "x.png does not exist. Give one: task.image=" in capfd.readouterr().err
     run("c", *asked, f"task.image={tmp_path / 'x.png'}", expect=2)
     assert "is for image-to-video, and this is text-to-video" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_held_out_captions_stand_beside_their_clips(run, trained):
+    first = trained(*SHORT, *VIDEOS)
+    folder = run("g", "task=generate", f"task.run={first}", *VIDEOS, "task.held_out_clips=2")
+    with (first / "dataset_report.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["use"] == "held out"]
+    index = json.loads((folder / "videos.json").read_text())
+    assert [row["prompt"] for row in index] == [row["prompt"] for row in rows[:2]]
+    assert [label for label, _ in index[0]["videos"]] == ["held-out clip", "base", "result"]
+    assert len(files(folder)) == 6
+    assert "held-out clip" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_keeps_its_written_out_prompts(run, tmp_path, make_clip, monkeypatch):
+    """The same prompt twice, with two clips. The model is asked only once."""
+    answers = iter(["A cat walks.", "A dog walks."])
+    monkeypatch.setattr(enhancing, "written_out", lambda *given: next(answers))
+    clips = [make_clip(tmp_path / f"{n}.mp4", frames=9 + 8 * n) for n in range(2)]
+    rows = [{"prompt": "walk", "video": clip.name} for clip in clips]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["task=generate", f"task.prompts_file={tmp_path / 'p.jsonl'}", *VIDEOS]
+    asked += ["task.enhancer=small", "task.enhancer_url=http://127.0.0.1:9"]
+    folder = run("g", *asked)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "walk (seed 42), written out: A cat walks." in page and "source clip" in page
+    (folder / "summary.json").unlink()
+    (folder / "videos" / "base" / "002_seed42.mp4").unlink()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "another"}\n')
+    run("g", *asked)
+    index = json.loads((folder / "videos.json").read_text())
+    assert [(row["asked"], row["prompt"]) for row in index] == [
+        ("walk", "A cat walks."),
+        ("walk", "A dog walks."),
+    ]
+
+
+def test_the_captions_of_a_run_that_held_nothing_out(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="held out no clip"):
+        wanted.wanted_prompts(task(run=tmp_path, held_out_clips=2))
+    report = 'use,prompt,video\ntrain,a,a.mp4\nheld out,"b,\nc",b.mp4\nheld out,d,d.mp4\n'
+    (tmp_path / "dataset_report.csv").write_text(report)
+    found = wanted.wanted_prompts(task(run=tmp_path, held_out_clips=5))
+    assert [(each.prompt, each.held_out.name) for each in found] == [
+        ("b,\nc", "b.mp4"),
+        ("d", "d.mp4"),
+    ]

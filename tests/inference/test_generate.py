@@ -6,9 +6,14 @@ import diffusers
 import numpy
 import pytest
 import torch
+from PIL import Image
 
 from cogvx.data.encode import Encoder, prompt_embeds
+from cogvx.errors import UserError
+from cogvx.evaluation.wanted import starts_of, wanted_prompts
+from cogvx.model.geometry import released
 from cogvx.model.pretrained import PretrainedModel
+from cogvx.model.released import NAMES
 from cogvx.records.usage import snippet
 from cogvx.training.videos import VideoGenerator
 
@@ -99,3 +104,86 @@ def test_the_lines_for_plain_diffusers_name_the_scheduler(tmp_path):
     exec(line, {"pipe": pipe, "CogVideoXDPMScheduler": diffusers.CogVideoXDPMScheduler})
     assert isinstance(pipe.scheduler, diffusers.CogVideoXDPMScheduler)
     assert pipe.scheduler.config.snr_shift_scale == 1.0
+
+
+@pytest.fixture(scope="session")
+def moving(make_clip, tmp_path_factory):
+    """A clip of 30 frames at 16 fps, wider than high; it gets brighter."""
+    return make_clip(tmp_path_factory.mktemp("v2v") / "in.mp4", frames=30, fps=16, width=192)
+
+
+def asked_for(compose, clip, *overrides):
+    config = compose("task=generate", "task.prompt=a", f"task.video={clip}", *overrides)
+    return config, config.task, wanted_prompts(config.task)
+
+
+def test_a_clip_is_changed_as_plain_diffusers_changes_it(compose, nano_folder, moving):
+    steps = ["validation.num_inference_steps=4", "task.video_strength=0.7"]
+    config, task, wanted = asked_for(compose, moving, *steps)
+    geometry = PretrainedModel(nano_folder, CPU, torch.float32).geometry()
+    [start] = starts_of(config, task, wanted, geometry)
+    assert start.beside[0] == "source clip" and start.clip.frames.shape == (9, 64, 64, 3)
+    theirs = made_by_diffusers(
+        nano_folder,
+        "CogVideoXVideoToVideoPipeline",
+        config,
+        video=[*map(Image.fromarray, start.clip.frames)],
+        strength=0.7,
+    )
+    ours = made_by(generator_of(config, nano_folder, clip=start.clip))
+    assert numpy.array_equal(ours, theirs)
+    plain = made_by(generator_of(config, nano_folder))
+    brightness = [frames.mean(axis=(1, 2, 3)) for frames in (start.clip.frames, ours, plain)]
+    assert abs(brightness[1] - brightness[0]).mean() < abs(brightness[2] - brightness[0]).mean()
+
+
+def test_only_the_last_steps_are_made(compose, nano_folder, moving, capfd):
+    steps = ["validation.num_inference_steps=5", "task.video_strength=0.7"]
+    config, task, wanted = asked_for(compose, moving, *SHORT, *steps)
+    pretrained = PretrainedModel(nano_folder, CPU, torch.float32)
+    [start] = starts_of(config, task, wanted, pretrained.geometry())
+    said = capfd.readouterr().out
+    assert "5 frames of 64x64 at 8" in said and "makes the last 3 of 5 steps" in said
+    transformer, calls = pretrained.transformer(), []
+    transformer.register_forward_pre_hook(lambda *given: calls.append(1))
+    generator = generator_of(config, nano_folder, clip=start.clip)
+    generator.generate(transformer, generator.vae(), PROMPT, SEED)
+    assert len(calls) == 3
+
+
+def test_1_5_takes_a_clip_that_fills_its_tokens(compose, family_folder, make_clip, tmp_path, capfd):
+    """diffusers' pipeline refuses an odd number of latent frames."""
+    clip = make_clip(tmp_path / "a.mp4", frames=30)
+    folder = family_folder("1_5_5b")
+    size = ["data.max_num_frames=9", "data.height=64", "data.width=64"]
+    config, task, wanted = asked_for(compose, clip, *size, "validation.num_inference_steps=2")
+    pretrained = PretrainedModel(folder, CPU, torch.float32)
+    [start] = starts_of(config, task, wanted, pretrained.geometry())
+    assert len(start.clip.frames) == 5 and "5 frames of 64x64" in capfd.readouterr().out
+    # The VAE decodes two latent frames to eight frames. The clip's own five are the last ones.
+    assert made_by(generator_of(config, folder, clip=start.clip)).shape == (5, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("clip", "asked", "family", "said"),
+    [
+        ("none.mp4", [], "2b", "none.mp4 does not exist"),
+        ("text.mp4", [], "2b", "text.mp4 cannot be opened as a video"),
+        (None, [], "5b_i2v", "is for a text-to-video model, and this is image-to-video"),
+        (None, ["task.video_strength=0.1"], "2b", "leaves none of the 3 sampling steps"),
+        (None, ["data.fps=0.5"], "1_5_5b", "is too short: this model needs 5 frames"),
+    ],
+)
+def test_clips_that_cannot_be_changed_are_named(
+    compose, moving, tmp_path, clip, asked, family, said
+):
+    (tmp_path / "text.mp4").write_text("no video")
+    path = moving if clip is None else tmp_path / clip
+    config, task, wanted = asked_for(compose, path, *SHORT, *asked)
+    with pytest.raises(UserError, match=said) as raised:
+        starts_of(config, task, wanted, released(family_name(family)))
+    assert str(path) in str(raised.value) or "strength" in str(raised.value)
+
+
+def family_name(option: str) -> str:
+    return next(name for name, other in NAMES.items() if other == option)
