@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.data.cache import Cache, content_key
+from cogvx.data.listed import shortened
 from cogvx.data.sharing import Share, make_missing
 from cogvx.data.sources import Data, Example, Reshape
 from cogvx.data.video import Clip, read_clip, read_first_frame, read_image, to_bytes
@@ -33,6 +34,8 @@ THUMBNAIL = 96  # pixels of the longer side; thumbnails are for the contact shee
 # The hidden states of the prompts that go through a streamed text encoder together. 36 prompts of
 # 226 tokens in bf16: a pass of T5-XXL then computes for longer than its 8.6 GiB take on the bus.
 HIDDEN_BYTES = 64 * 2**20
+# Of prompts that are warned of: how many are named, and how many of their characters.
+MOST_NAMED, SHOWN_OF_PROMPT = 3, 60
 
 
 @dataclass(frozen=True)
@@ -288,9 +291,9 @@ def encode_prompts(
 ) -> dict[str, Path]:
     """The cache's file for each prompt, with prompt_embeds [S, D], S = max_length.
 
-    Processes share the work. text.load() returns the tokenizer and the encoder. A warning names
-    prompts of more than max_length tokens: the model sees only their beginning, in training as
-    in the pipeline.
+    Processes share the work. text.load() returns the tokenizer and the encoder. Warnings name
+    prompts of more than max_length tokens, of which the model sees only the beginning, in training
+    as in the pipeline, and prompts with words that the tokenizer does not know.
     """
     paths = {
         prompt: cache.path(
@@ -305,28 +308,50 @@ def encode_prompts(
         tokenizer, model = models()
         group = share.take_group(prompts_at_once(model, text, max_length))
         found = prompt_embeds(tokenizer, model, map(prompt_of.get, group), text, max_length)
-        for path, (embeds, tokens) in zip(group, found, strict=True):
-            cache.write(path, {"prompt_embeds": embeds}, about={"tokens": tokens})
+        for path, (embeds, about) in zip(group, found, strict=True):
+            cache.write(path, {"prompt_embeds": embeds}, about=about)
             share.done(path)
 
     make_missing(list(paths.values()), cache, encode, "prompt", say)
-    tokens = {prompt: cache.about(path)["tokens"] for prompt, path in paths.items()}
-    warn_of_long_prompts(tokens, max_length, say)
+    about = {prompt: cache.about(path) for prompt, path in paths.items() if prompt}
+    warn_of_long_prompts(about, max_length, say)
+    warn_of_unknown_words(about, say)
     return paths
 
 
 def warn_of_long_prompts(
-    tokens: dict[str, int], max_length: int, say: Callable[[str], None]
+    about: dict[str, dict], max_length: int, say: Callable[[str], None]
 ) -> None:
-    """tokens: the number of tokens of each prompt."""
-    long = [prompt for prompt, count in tokens.items() if count > max_length]
-    if long:
-        worst = max(long, key=tokens.get)
-        say(
-            f"warning {len(long)} of {counted(len(tokens), 'prompt')} have more tokens than the "
-            f"model reads ({max_length}): it sees only their beginning. The longest has "
-            f"{tokens[worst]}: {worst[:60]!r}..."
-        )
+    """about: what facts_of_prompt() found of each prompt."""
+    long = [prompt for prompt, facts in about.items() if facts["tokens"] > max_length]
+    if not long:
+        return
+    say(
+        f"warning {len(long)} of {counted(len(about), 'prompt')} have more tokens than the model "
+        f"reads ({max_length}): it sees only their beginning"
+    )
+    long.sort(key=lambda prompt: -about[prompt]["tokens"])
+    for prompt in long[:MOST_NAMED]:
+        # The cache's files of earlier versions do not say it.
+        cut = about[prompt].get("cut_off")
+        unseen = "" if cut is None else f"; it does not see {shortened(cut, SHOWN_OF_PROMPT)!r}"
+        tokens = about[prompt]["tokens"]
+        say(f"        {tokens} tokens: {shortened(prompt, SHOWN_OF_PROMPT)!r}{unseen}")
+
+
+def warn_of_unknown_words(about: dict[str, dict], say: Callable[[str], None]) -> None:
+    """about: what facts_of_prompt() found of each prompt."""
+    unknown = {prompt: words for prompt, facts in about.items() if (words := facts.get("unknown"))}
+    if not unknown:
+        return
+    say(
+        f"warning {len(unknown)} of {counted(len(about), 'prompt')} have words with letters that "
+        f"the text encoder does not know. All of them look alike to it: write in English"
+    )
+    for prompt, words in [*unknown.items()][:MOST_NAMED]:
+        named = ", ".join(shortened(word, 20) for word in words[:MOST_NAMED])
+        more = " ..." if len(words) > MOST_NAMED else ""
+        say(f"        {shortened(prompt, SHOWN_OF_PROMPT)!r}: {named}{more}")
 
 
 def prompts_at_once(model: T5EncoderModel, text: Encoder, max_length: int) -> int:
@@ -346,15 +371,15 @@ def prompt_embeds(
     prompts: Iterable[str],
     text: Encoder,
     max_length: int,
-) -> list[tuple[Tensor, int]]:
-    """Each prompt's embedding [S, D], and how many tokens it has before it is cut to S.
+) -> list[tuple[Tensor, dict]]:
+    """Each prompt's embedding [S, D], and what facts_of_prompt() finds.
 
     As the diffusers pipeline's encode_prompt() makes it for a single prompt: without an attention
     mask, and with the same bits, whichever prompts are encoded together.
     """
 
     prompts = list(prompts)
-    tokens = [len(tokenizer(p, truncation=False, verbose=False).input_ids) for p in prompts]
+    about = [facts_of_prompt(tokenizer, prompt, max_length) for prompt in prompts]
     ids = tokenizer(
         prompts,
         padding="max_length",
@@ -364,9 +389,20 @@ def prompt_embeds(
         return_tensors="pt",
     ).input_ids
     embeds = hidden_states(model, ids.to(text.device))
-    return [
-        (row.to(text.dtype).cpu().contiguous(), n) for row, n in zip(embeds, tokens, strict=True)
-    ]
+    rows = [row.to(text.dtype).cpu().contiguous() for row in embeds]
+    return list(zip(rows, about, strict=True))
+
+
+def facts_of_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> dict:
+    """How many tokens it has, the end of it that the model does not see, and unknown words."""
+    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    # The last token that the model sees is always the one that ends a text.
+    cut_off = tokenizer.decode(ids[max_length - 1 : -1]) if len(ids) > max_length else ""
+    unknown = []
+    if tokenizer.unk_token_id in ids:
+        words = dict.fromkeys(prompt.split())
+        unknown = [w for w in words if tokenizer.unk_token_id in tokenizer(w).input_ids]
+    return {"tokens": len(ids), "cut_off": cut_off, "unknown": unknown}
 
 
 def hidden_states(model: T5EncoderModel, ids: Tensor) -> Tensor:

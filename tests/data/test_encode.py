@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from cogvx.data import encode
 from cogvx.data.cache import Cache, content_key
@@ -174,7 +175,30 @@ def test_prompts_are_embedded_as_the_pipeline_does(nano_folder, tmp_path):
                 prompt, do_classifier_free_guidance=False, max_sequence_length=nano.TEXT_TOKENS
             )
         assert torch.equal(load_file(paths[prompt])["prompt_embeds"], expected[0])
-    assert "1 of 3 prompts have more tokens than the model reads (32)" in said[-1]
+    assert "1 of 2 prompts have more tokens than the model reads (32)" in said[-2]
+
+
+def test_words_that_are_cut_off_or_unknown_are_named(nano_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(nano_folder / "tokenizer")
+    long = "A red circle moves up over a blue background, then it stops at the very end."
+    prompts = [long, "A red \N{CAT FACE} moves", "circle \u5706 up", "A red circle moves up."]
+    encoder = Encoder(
+        PretrainedModel(nano_folder, CPU, torch.float32).text_encoder, "nano", torch.float32, CPU
+    )
+    for _ in range(2):  # newly encoded, and from the cache
+        said = []
+        encode_prompts(["", *prompts], Cache(tmp_path), encoder, nano.TEXT_TOKENS, said.append)
+        warnings = [each for each in said if each.startswith(("warning", " "))]
+        assert "1 of 4 prompts have more tokens than the model reads (32)" in warnings[0]
+        tokens = len(tokenizer(long).input_ids)
+        assert tokens > 32 and f"{tokens} tokens: 'A red circle" in warnings[1]
+        cut = warnings[1].partition("it does not see '")[2].rstrip("'")
+        assert cut and long.endswith(cut)
+        read = tokenizer(long.removesuffix(cut)).input_ids
+        assert len(read) == 32, "what is left is what the model reads"
+        assert "2 of 4 prompts have words with letters that the text encoder does" in warnings[2]
+        assert warnings[3].endswith("moves': \N{CAT FACE}") and warnings[4].endswith(": \u5706")
+        assert len(warnings) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
