@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from cogvx.plan.allocator import Peak
 
 PHASES = ["encode clips", "encode prompts", "load", "held-out loss", "train", "video"]
+# Of making a video: the image only for image-to-video.
+VIDEO_PHASES = ["encode prompts", "load", "encode image", "denoise", "decode"]
 MEMORY_PARTS = ["weights", "gradients", "optimizer", "activations", "workspace"]
 
 
@@ -54,6 +56,9 @@ class Outcome:
 
     def phase(self, name: str) -> Phase:
         return next(phase for phase in self.phases if phase.name == name)
+
+    def maybe(self, name: str) -> Phase | None:
+        return next((phase for phase in self.phases if phase.name == name), None)
 
     def to_json(self) -> dict:
         phases = [

@@ -34,11 +34,12 @@ from cogvx.data.encode import (
 from cogvx.data.sharing import READ_AHEAD
 from cogvx.data.sources import Example
 from cogvx.inference import generate
-from cogvx.model import attention
+from cogvx.model import attention, lora
 from cogvx.model.geometry import Geometry
 from cogvx.model.lean_vae import keep_less
 from cogvx.model.pretrained import PretrainedModel, placed
 from cogvx.model.released import SCHEDULER
+from cogvx.model.trained_weights import weights_of
 from cogvx.options import optimizers
 from cogvx.options.tracking import Tracking
 from cogvx.options.train import Attention, Precision
@@ -49,7 +50,7 @@ from cogvx.plan.trace import Meter, Recorder, metering, patched, tracing
 from cogvx.training import prepare
 from cogvx.training.prepare import Prepared
 from cogvx.training.ranks import Ranks
-from cogvx.training.setup import build_trainer
+from cogvx.training.setup import build_trainer, frozen_variants
 from cogvx.training.step import Draw, on_device
 from cogvx.training.trainer import Trainer
 from cogvx.training.videos import VideoGenerator
@@ -117,8 +118,7 @@ class PlannedModel(PretrainedModel):
     def noise_scheduler(self, sampler: Sampler | None = None):
         import diffusers
 
-        sampler = sampler or Sampler.ddim
-        return getattr(diffusers, sampler.value)(**SCHEDULER)
+        return getattr(diffusers, (sampler or Sampler.ddim).value)(**SCHEDULER)
 
     def built(self, build, dtype: torch.dtype):
         """Builds a model in the CPU's memory.
@@ -179,7 +179,9 @@ def run_phases(
             encode_clip(run.config, run.pretrained, run.recorder)
         if "encode prompts" in phases:
             encode_prompt(run.config, run.pretrained, run.recorder)
-        if set(phases) & {"load", "held-out loss", "train", "video"}:
+        if "denoise" in phases:
+            run_generating(run)
+        elif set(phases) & {"load", "held-out loss", "train", "video"}:
             run_training(run, phases, begun, steps)
         run.recorder.begin("end")
     return run.recorder
@@ -345,7 +347,41 @@ def run_training(run: PlannedRun, phases: list[str], begun: bool, steps: int) ->
     if "video" in phases:
         recorder.empty_cache()
         recorder.begin("video")
-        generate_video(run, trainer)
+        generator, vae = generator_of(run, trainer.data)
+        generate_video(run, generator, vae, trainer.state.transformer)
+
+
+def run_generating(run: PlannedRun) -> None:
+    """Loads the model, with a LoRA if there is one, and makes a video with it."""
+    config, recorder = run.config, run.recorder
+    recorder.begin("load")
+    place = run.folder if weights_of(config.lora).has_strength else None
+    # The LoRA's weights are as they are made. Those of a file would take the same memory.
+    with patched(lora, load=lambda transformer, folder: None):
+        ranks = Ranks(run.accelerator)
+        transformers = frozen_variants(config, run.pretrained, ranks, [(place, 1.0)])
+        transformer = next(transformers)
+    recorder.call(transformer.parameters(), "frozen weights")
+    data = planned_data(config, run.pretrained)
+    generator, vae = generator_of(run, data)
+    decode, encode = generate.decode_alone, vae.encode
+
+    def encode_image(*given, **named):
+        recorder.begin("encode image")
+        encoded = encode(*given, **named)
+        recorder.begin("denoise")
+        return encoded
+
+    def decode_in_a_phase(*given):
+        recorder.begin("decode")
+        return decode(*given)
+
+    recorder.begin("denoise")
+    with (
+        patched(vae, encode=encode_image),
+        patched(generate, decode_alone=decode_in_a_phase),
+    ):
+        generate_video(run, generator, vae, transformer)
 
 
 def planned_data(config: Config, pretrained: PlannedModel) -> Prepared:
@@ -390,18 +426,24 @@ def name_weights(trainer: Trainer, recorder: Recorder | Meter) -> None:
         parameter.register_post_accumulate_grad_hook(functools.partial(name_gradient, recorder))
 
 
-def generate_video(run: PlannedRun, trainer: Trainer) -> None:
-    config, recorder, data = run.config, run.recorder, trainer.data
-    generator = VideoGenerator(config, run.pretrained, data.embeds, data.images)
+def generator_of(run: PlannedRun, data: Prepared) -> tuple[VideoGenerator, torch.nn.Module]:
+    """What makes videos, and the VAE."""
+    generator = VideoGenerator(run.config, run.pretrained, data.embeds, data.images)
     vae = generator.vae()
-    recorder.call(vae.parameters(), "VAE weights")
-    nothing = [numpy.zeros((1, 1, 1, 3))]
+    run.recorder.call(vae.parameters(), "VAE weights")
+    return generator, vae
+
+
+def generate_video(
+    run: PlannedRun, generator: VideoGenerator, vae: torch.nn.Module, transformer: torch.nn.Module
+) -> None:
+    recorder, nothing = run.recorder, [numpy.zeros((1, 1, 1, 3))]
     with (
         patched(generate, clear_device_cache=recorder.empty_cache),
         patched(VideoProcessor, postprocess_video=lambda self, **given: nothing),
-        patched(config.validation, num_inference_steps=STEPS_OF_VIDEO),
+        patched(run.config.validation, num_inference_steps=STEPS_OF_VIDEO),
     ):
-        generator.generate(trainer.state.transformer, vae, "prompt", 0, "")
+        generator.generate(transformer, vae, "prompt", 0, "")
 
 
 def name_gradient(recorder: Recorder | Meter, parameter: torch.nn.Parameter) -> None:

@@ -21,6 +21,7 @@ from cogvx.options.train import Attention, Precision
 from cogvx.plan.allocator import GIB, gib, replay
 from cogvx.plan.configs import configs_of, layers_of
 from cogvx.plan.found import MEMORY_PARTS, PHASES, Outcome, Phase, at_layers
+from cogvx.plan.making import TRACED, video_facts, video_lines
 from cogvx.plan.smaller import suggest
 from cogvx.plan.times import UNCERTAIN, Times, times_on
 from cogvx.plan.traces import Asked, traces
@@ -34,13 +35,14 @@ IN_TWO_PROCESSES = [["load", "held-out loss", "train"], ["encode clips", "encode
 def plan(config: Config, folder: Path) -> dict:
     """Prints the plan, writes plan.json and plan.png, and returns the run's summary."""
     require_known(config)
-    card = CARDS[config.task.card]
+    card, of_training = CARDS[config.task.card], config.task.trains
     print_headline(config)
-    found, necessary = trace_run(config)
-    result = result_of(config, card, found, necessary)
-    print_plan(config, card, found, result)
+    found, facts = plan_step(config, card) if of_training else plan_video(config, card)
+    result = memory_facts(config, card, found) | facts
+    print_memory(config, card, found, result)
+    print(step_lines(config, result) if of_training else video_lines(config, result))
     if config.train.mixed_precision is Precision.bf16 and not card.generation.bf16:
-        print(f"warning {config.task.card} has no bf16: 2B trains in fp16, 5B needs another card")
+        print(f"warning {config.task.card} has no bf16: 2B works in fp16, 5B needs another card")
     if not result["fits"]:
         result["suggestions"] = suggest(config, card, found)
     # The plan is safe before anything really runs, which may run out of memory.
@@ -54,6 +56,25 @@ def plan(config: Config, folder: Path) -> dict:
         result["measured"] = measure_phases(config, found)
         write_json(folder / "plan.json", result)
     return result
+
+
+def plan_step(config: Config, card: Card) -> tuple[Outcome, dict]:
+    found, necessary = trace_run(config)
+    return found, step_facts(config, card, found, necessary)
+
+
+def plan_video(config: Config, card: Card) -> tuple[Outcome, dict]:
+    found = trace_video(config)
+    return found, video_facts(config, card, found)
+
+
+def trace_video(config: Config) -> Outcome:
+    """Encoding the prompts, and the phases of a video."""
+    with heartbeat("plan    still running the phases"):
+        prompts, video = traces([(config, phases, None) for phases in TRACED], say_planned)
+    print()
+    host = max(prompts.host, video.host)
+    return dataclasses.replace(video, phases=prompts.phases + video.phases, host=host)
 
 
 def trace_run(config: Config) -> tuple[Outcome, float]:
@@ -80,25 +101,32 @@ def say_planned(job: Asked, left: int) -> None:
     print(f"        planned {what}; {rest}", flush=True)
 
 
-def result_of(config: Config, card: Card, found: Outcome, necessary: float) -> dict:
-    """What plan.json holds."""
+def memory_facts(config: Config, card: Card, found: Outcome) -> dict:
+    """What plan.json holds of every plan."""
     highest = max(found.phases, key=lambda phase: phase.peak.reserved)
-    train = found.phase("train")
-    times = times_on(card, train, config.train.attention)
     return {
         "status": "done",
+        "of": config.task.of.value,
         "model": config.model.path,
         "card": config.task.card,
         "fits": highest.peak.reserved <= card.usable,
         "peak_reserved_gib": gib(highest.peak.reserved),
         "peak_phase": highest.name,
         "phases": {phase.name: phase_facts(phase) for phase in found.phases},
+        "attention": planned_kernel(config, card).name,
+        "host_gib": gib(found.host),
+    }
+
+
+def step_facts(config: Config, card: Card, found: Outcome, necessary: float) -> dict:
+    """What plan.json holds of training, beside the memory."""
+    train = found.phase("train")
+    times = times_on(card, train, config.train.attention)
+    return {
         "tflop_per_step": train.flops / 1e12,
         "necessary_tflop_per_step": necessary / 1e12,
         "seconds_per_step": round(times.total, 2),
-        "attention": planned_kernel(config, card).name,
         "seconds_by_kind": dataclasses.asdict(times),
-        "host_gib": gib(found.host),
         "cache_mib_per_clip": round(cache_bytes(config) / 2**20, 2),
         "checkpoint_gib": gib(found.trained + found.optimizer),
     }
@@ -121,13 +149,16 @@ def measure_phases(config: Config, found: Outcome) -> dict:
     from cogvx.plan.phases import run_phases
 
     print("\nmeasure runs every phase for real, with weights that mean nothing ...", flush=True)
+    names = [phase.name for phase in found.phases]
     if torch.cuda.is_available():
-        meter = run_phases(config, PHASES, steps=2, device=torch.device("cuda"))
+        meter = run_phases(config, names, steps=2, device=torch.device("cuda"))
         planned = {phase.name: phase.peak for phase in found.phases}
-        real, seconds, where = meter.peaks, meter.laps[-1], torch.cuda.get_device_name()
+        # Nothing is timed while a video is made.
+        seconds = meter.laps[-1] if meter.laps else None
+        real, where = meter.peaks, torch.cuda.get_device_name()
     else:
         planned, real = (
-            replay(run_phases(config, PHASES, as_cuda=False, fake=fake).events)
+            replay(run_phases(config, names, as_cuda=False, fake=fake).events)
             for fake in (True, False)
         )
         seconds, where = None, "this CPU (and planned for it)"
@@ -138,25 +169,22 @@ def measure_phases(config: Config, found: Outcome) -> dict:
             "planned_reserved_gib": gib(planned[name].reserved),
             "measured_reserved_gib": gib(real[name].reserved),
         }
-        for name in PHASES
+        for name in names
     }
-    card, train = CARDS[config.task.card], found.phase("train")
-    planned_seconds = times_on(card, train, config.train.attention).total
-    print_measured(where, rows, planned_seconds, seconds)
+    print_measured(where, rows)
+    if seconds is not None:
+        times = times_on(CARDS[config.task.card], found.phase("train"), config.train.attention)
+        error = times.total / seconds - 1
+        print(f"{'seconds per step':52}{times.total:10.2f}{seconds:10.2f}{error:+9.1%}")
     return {"where": where, "seconds_per_step": seconds, "phases": rows}
 
 
-def print_measured(
-    where: str, rows: dict[str, dict], planned_seconds: float, seconds: float | None
-) -> None:
+def print_measured(where: str, rows: dict[str, dict]) -> None:
     print(f"\n{'GiB allocated, on ' + where:52}{'planned':>10}{'measured':>10}{'error':>9}")
     for name, row in rows.items():
         planned, measured = row["planned_gib"], row["measured_gib"]
         error = measured and planned / measured - 1
         print(f"{name:52}{planned:10.3f}{measured:10.3f}{error:+9.1%}")
-    if seconds is not None:
-        error = planned_seconds / seconds - 1
-        print(f"{'seconds per step':52}{planned_seconds:10.2f}{seconds:10.2f}{error:+9.1%}")
 
 
 def plainly(config: Config) -> Config:
@@ -186,13 +214,20 @@ def cache_bytes(config: Config) -> int:
 
 
 def print_headline(config: Config) -> None:
-    data = config.data
+    data, sampling = config.data, config.validation
     kind = weights_of(config.lora)
+    if config.task.trains:
+        what = f"{kind}, batch {config.train.train_batch_size}"
+    else:
+        with_lora = f"with a {kind}" if kind.has_strength else "without a LoRA"
+        what = (
+            f"a video {with_lora}, {sampling.num_inference_steps} steps, "
+            f"guidance {sampling.guidance_scale:g}"
+        )
     print(
-        f"plan    {config.model.path}, {kind}, "
+        f"plan    {config.model.path}, {what}, "
         f"{data.max_num_frames} frames of {data.width}x{data.height}, "
-        f"batch {config.train.train_batch_size}, {config.train.mixed_precision.name}, "
-        f"memory={config.choices['memory']}"
+        f"{config.train.mixed_precision.name}, memory={config.choices['memory']}"
     )
     if config.parallel.num_processes > 1:
         print(
@@ -205,26 +240,31 @@ def print_headline(config: Config) -> None:
     )
 
 
-def print_plan(config: Config, card: Card, found: Outcome, result: dict) -> None:
+def print_memory(config: Config, card: Card, found: Outcome, result: dict) -> None:
     parts = "".join(f"{part:>12}" for part in MEMORY_PARTS)
     print(f"{'GiB':16}{'allocated':>10}{'reserved':>10}{'':3}{parts}")
     for phase in found.phases:
         peaks = f"{phase.peak.allocated / GIB:10.2f}{phase.peak.reserved / GIB:10.2f}"
         sizes = "".join(f"{phase.parts[part] / GIB:12.2f}" for part in MEMORY_PARTS)
         print(f"{phase.name:16}{peaks}{'':3}{sizes}")
-    executed, necessary = result["tflop_per_step"], result["necessary_tflop_per_step"]
-    seconds, steps = result["seconds_per_step"], config.train.max_train_steps
     verdict = "it fits" if result["fits"] else "it does NOT fit"
-    whole = "" if steps is None else f"; {steps} steps: about {steps * seconds / 3600:.1f} h"
     print(
         f"\nmemory  at most {result['peak_reserved_gib']:.2f} GiB, in '{result['peak_phase']}'. "
         f"{config.task.card} has {card.usable / GIB:.1f} GiB free: {verdict}\n"
+        f"{ram_line(config, result)}"
+    )
+
+
+def step_lines(config: Config, result: dict) -> str:
+    executed, necessary = result["tflop_per_step"], result["necessary_tflop_per_step"]
+    seconds, steps = result["seconds_per_step"], config.train.max_train_steps
+    whole = "" if steps is None else f"; {steps} steps: about {steps * seconds / 3600:.1f} h"
+    return (
         f"compute {executed:.0f} TFLOP a step; {necessary:.0f} if nothing is computed twice "
         f"({executed / necessary:.2f} times)\n"
         f"time    about {seconds:.1f} s a step on {config.task.card}, +-{UNCERTAIN:.0%}{whole}; "
         f"attention by {result['attention']}\n"
         f"        {Times(**result['seconds_by_kind']).in_words()}\n"
-        f"{ram_line(config, result)}\n"
         f"disk    {result['cache_mib_per_clip']:.1f} MiB of cache for each clip; "
         f"{result['checkpoint_gib']:.2f} GiB for each checkpoint"
     )

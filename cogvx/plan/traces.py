@@ -19,7 +19,7 @@ from cogvx.options.cards import Card
 from cogvx.plan import remembered
 from cogvx.plan.allocator import replay
 from cogvx.plan.configs import layers_of
-from cogvx.plan.found import MEMORY_PARTS, PHASES, Outcome, Phase
+from cogvx.plan.found import MEMORY_PARTS, PHASES, VIDEO_PHASES, Outcome, Phase
 from cogvx.plan.times import times_on
 from cogvx.progress import quiet_libraries
 
@@ -43,7 +43,7 @@ def outcome_of(recorder: Recorder) -> Outcome:
             work[name],
             recorder.moved[name],
         )
-        for name in PHASES
+        for name in dict.fromkeys([*PHASES, *VIDEO_PHASES])
         if name in peaks
     ]
     sizes = Counter()

@@ -286,6 +286,9 @@ def said_of_plan(summary: dict):
         f"{summary['peak_reserved_gib']:.2f} GiB in the phase {summary['peak_phase']}",
     )
     yield "Memory of the machine", size_text(summary["host_gib"] * 2**30)
+    if "seconds_per_video" in summary:
+        yield "Time of a video", f"{summary['seconds_per_video']:.3g} s"
+        return
     yield "Time of a step", f"{summary['seconds_per_step']:.3g} s"
     yield "Compute of a step", f"{summary['tflop_per_step']:.3g} TFLOP"
     yield "Size of a checkpoint", size_text(summary["checkpoint_gib"] * 2**30)
