@@ -371,9 +371,14 @@ def vbench(dimensions: list[str], folder: Path, variants: list[str]) -> dict:
 
 
 def draw_sheet(
-    path: Path, asked: list[scores.VideoRequest], videos: dict[str, list[numpy.ndarray]]
+    path: Path,
+    asked: list[scores.VideoRequest],
+    videos: dict[str, list[numpy.ndarray]],
+    most: int = MOST_PICTURED,
 ) -> None:
-    """A picture of the first videos of each kind: a row for each prompt, a column for each variant.
+    """A picture of the first `most` videos of each kind.
+
+    A row for each prompt, a column for each variant.
 
     A video is shown by its first, its middle and its last frame.
     """
@@ -381,30 +386,33 @@ def draw_sheet(
 
     from cogvx.data.inspect import fitted, font
 
-    chosen = first_of_each_kind(asked)
-    side, gap, title = 96, 8, 16
-    width = len(videos) * (3 * side + gap) + gap
-    sheet = Image.new("RGB", (width, title + len(chosen) * (side + title)), "white")
+    chosen = first_of_each_kind(asked, most)
+    _, frame_height, frame_width, _ = next(iter(videos.values()))[0].shape
+    high, gap, title = 96, 8, 16
+    wide = round(high * frame_width / frame_height)
+    width = len(videos) * (3 * wide + gap) + gap
+    sheet = Image.new("RGB", (width, title + len(chosen) * (high + title)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.font = font(11)
     for row, index in enumerate(chosen):
-        top, prompt = title + row * (side + title), asked[index].prompt
+        top, prompt = title + row * (high + title), asked[index].prompt
         pen.text((gap, top + 1), fitted(pen, prompt, width - 2 * gap), "dimgray")
         for column, made in enumerate(videos.values()):
-            frames, left = made[index], gap + column * (3 * side + gap)
+            frames, left = made[index], gap + column * (3 * wide + gap)
             for place, frame in enumerate(frames[[0, len(frames) // 2, -1]]):
-                small_frame = Image.fromarray(frame).resize((side, side), Image.Resampling.BICUBIC)
-                sheet.paste(small_frame, (left + place * side, top + title))
+                small_frame = Image.fromarray(frame).resize((wide, high), Image.Resampling.BICUBIC)
+                sheet.paste(small_frame, (left + place * wide, top + title))
     for column, name in enumerate(videos):
-        pen.text((gap + column * (3 * side + gap), 1), name, "black")
+        left = gap + column * (3 * wide + gap)
+        pen.text((left, 1), fitted(pen, name, 3 * wide), "black")
     with replacing(path) as partial:
         sheet.save(partial, format="png")
 
 
-def first_of_each_kind(asked: list[scores.VideoRequest]) -> list[int]:
-    """The places in the list of up to MOST_PICTURED videos of each kind."""
+def first_of_each_kind(asked: list[scores.VideoRequest], most: int) -> list[int]:
+    """The places in the list of up to `most` videos of each kind."""
     chosen = []
     for kind in dict.fromkeys(request.kind for request in asked):
         places = [place for place, request in enumerate(asked) if request.kind == kind]
-        chosen += places[:MOST_PICTURED]
+        chosen += places[:most]
     return chosen

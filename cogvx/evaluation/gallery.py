@@ -48,6 +48,7 @@ from cogvx.training.ranks import Ranks
 from cogvx.training.videos import VideoGenerator
 
 SHEET, PROMPTS = "videos.png", "prompts.json"
+SHEET_ROWS = 24  # rows of prompts and seeds
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class GalleryRow:
 
     def path(self, folder: Path, variant: str) -> Path:
         return folder_of_videos(folder, variant) / f"{self.number:03d}_seed{self.seed}.mp4"
+
+    def request(self) -> VideoRequest:
+        """Its line on the sheet."""
+        said = self.wanted.asked or self.wanted.prompt
+        return VideoRequest("video", f"seed {self.seed}: {said}", self.seed)
 
 
 def generate_videos(config: Config, task: GenerateTask, folder: Path) -> dict:
@@ -84,8 +90,7 @@ def generate_videos(config: Config, task: GenerateTask, folder: Path) -> dict:
     runs = [] if task.run is None else [run_of(task.run)]
     with chosen_attention(config, pretrained, folder, ranks, runs):
         pictured = make_videos_not_there(config, data, variants, asked, folder, ranks)
-    requests = [VideoRequest("video", each.wanted.prompt, each.seed) for each in asked]
-    draw_sheet(folder / SHEET, requests, pictured)
+    draw_sheet(folder / SHEET, [each.request() for each in asked], pictured, SHEET_ROWS)
     seconds = time.monotonic() - started
     print(f"result  {shown(folder)}: {counted(total, 'video')} in {duration(seconds)}.")
     print(f"        report.html shows them in step, {SHEET} their first, middle and last frames;")

@@ -151,6 +151,8 @@ def about_runs(found: Compared) -> str:
 
 def best_in_words(found: Compared) -> str:
     best = found.best
+    if best is None and all(row["state"] == State.done.value for row in found.rows):
+        return "These runs have no held-out loss, so none is called the best."
     if best is None:
         return "No run has a result yet."
     said = f"Best is {found.name(best)}: held-out loss {best['objective']:.4f}"
@@ -295,4 +297,17 @@ def videos_of_all(found: Compared, here: Path) -> list[VideoGroup]:
         shown_here += [] if clip is None else [clip]
         prompt = pages.prompt_of_video(first, name)
         groups.append(VideoGroup(prompt, pages.panels(shown_here, here, embed=embed)))
-    return groups
+    return [*groups, *generated_of_all(found, here)]
+
+
+def generated_of_all(found: Compared, here: Path) -> list[VideoGroup]:
+    """Of task=generate: for each prompt and seed the videos of all runs."""
+    groups: dict[str, list[tuple[str, Path]]] = {}
+    for row in found.rows[:MOST_VIDEOS]:
+        for title, those in pages.generated_videos(found.runs[row["folder"]]).items():
+            named = [(f"{found.name(row)}: {label}", path) for label, path in those]
+            groups.setdefault(title, []).extend(named)
+    embed = pages.can_embed([path for those in groups.values() for _, path in those])
+    return [
+        VideoGroup(title, pages.panels(those, here, embed=embed)) for title, those in groups.items()
+    ]

@@ -213,3 +213,16 @@ def test_the_captions_of_a_run_that_held_nothing_out(tmp_path):
         ("b,\nc", "b.mp4"),
         ("d", "d.mp4"),
     ]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_sampling_settings_shows_its_videos(launch, trained, tmp_path):
+    first = trained(*SHORT, *VIDEOS)
+    asked = ["task=generate", f"task.run={first}", *VIDEOS, "task.prompt=one"]
+    ran = launch("-m", *asked, "validation.guidance_scale=1,4", f"output_dir={tmp_path / 's'}")
+    assert ran.returncode == 0, ran.stderr
+    assert "no held-out loss" in (page := (tmp_path / "s" / "report.html").read_text("utf-8"))
+    for scale in (1, 4):
+        for label in ("base", "result"):
+            assert f"<figcaption>guidance_scale {scale}: {label}</figcaption>" in page
+    assert page.count("<video") == 4 and "one (seed 42)" in page
