@@ -20,6 +20,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "evaluate": tasks.EvaluateTask,
         "generate": tasks.GenerateTask,
         "export": tasks.ExportTask,
+        "import": tasks.ImportTask,
         "report": tasks.ReportTask,
         "compare": tasks.CompareTask,
         "list": tasks.ListTask,

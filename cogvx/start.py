@@ -78,6 +78,17 @@ def start_export(config: Config, folder: Path) -> dict:
     return {}
 
 
+def start_import(config: Config, folder: Path) -> dict:
+    from cogvx.progress import quiet_libraries
+
+    quiet_libraries()
+    load_libraries()
+    from cogvx.export.importer import import_weights
+
+    import_weights(config, config.task)
+    return {}
+
+
 def start_report(config: Config, folder: Path) -> dict:
     from cogvx.files import shown
     from cogvx.records import comparison, record, report, sweep
@@ -137,6 +148,7 @@ STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.EvaluateTask: start_evaluation,
     tasks.GenerateTask: start_generating,
     tasks.ExportTask: start_export,
+    tasks.ImportTask: start_import,
     tasks.ReportTask: start_report,
     tasks.CompareTask: start_comparison,
     tasks.ListTask: start_list,

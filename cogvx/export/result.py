@@ -9,6 +9,7 @@ from PIL import Image
 
 from cogvx.config import Config
 from cogvx.files import replacing, write_json
+from cogvx.model.geometry import Geometry
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import FullWeights, LoraWeights
 from cogvx.records.usage import INFERENCE_SETTINGS, snippet
@@ -35,7 +36,8 @@ def deliver(
     if image is not None:
         with replacing(folder / IMAGE) as partial:
             Image.fromarray(image).save(partial, format="PNG")
-    settings = inference_settings(config, weights, pretrained, prompt)
+    geometry, commit = pretrained.geometry(), pretrained.hub_commit()
+    settings = inference_settings(config, weights, geometry, commit, prompt)
     settings["image"] = None if image is None else str(folder / IMAGE)
     write_json(folder / INFERENCE_SETTINGS, settings)
     return snippet(folder, settings)
@@ -44,21 +46,22 @@ def deliver(
 def inference_settings(
     config: Config,
     weights: LoraWeights | FullWeights,
-    pretrained: PretrainedModel,
-    prompt: str,
+    geometry: Geometry,
+    commit: str | None,
+    prompt: str | None,
 ) -> dict:
-    """The contents of inference.json."""
-    sampling, data, geometry = config.validation, config.data, pretrained.geometry()
+    """The contents of inference.json. commit: of the base model on the hub, if it is known."""
+    sampling, data = config.validation, config.data
     return {
         "pipeline": geometry.pipeline,
         "base_model": config.model.path,
-        "revision": pretrained.hub_commit() or config.model.revision,
+        "revision": commit or config.model.revision,
         "torch_dtype": config.train.mixed_precision.value,
         **weights.inference_settings(),
         "id_token": data.id_token,
         "scheduler": None if sampling.scheduler is None else sampling.scheduler.value,
         "call": {
-            "prompt": prompt,
+            **({} if prompt is None else {"prompt": prompt}),
             "negative_prompt": sampling.negative_prompt,
             "height": data.height,
             "width": data.width,

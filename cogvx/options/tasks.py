@@ -235,6 +235,22 @@ class ExportTask(Task):
 
 
 @dataclass
+class ImportTask(Task):
+    file: str  # a file, a folder or a hub id
+    alpha: float | None
+    makes_a_run: ClassVar[bool] = False  # it makes its folder when it knows what the file holds
+    needs_data: ClassVar[bool] = False
+
+    def make_paths_absolute(self) -> None:
+        self.file = places_made_absolute([self.file])[0]
+
+    def problems(self) -> list[str]:
+        if self.alpha is None or self.alpha > 0:
+            return []
+        return [f"task.alpha={self.alpha:g}: must be above 0; the rank means strength 1"]
+
+
+@dataclass
 class ReportTask(Task):
     run: Path  # the folder of a run or of a sweep
     makes_a_run: ClassVar[bool] = False

@@ -120,7 +120,7 @@ def run_entry(root: Path, folder: Path) -> Entry:
         str(folder.relative_to(root)),
         Text(f"{state.value}{at}", style=STATE_COLOURS.get(state, "dim")),
         configuration.choices_of(settings).get("model", ""),
-        trained_text(settings) if task == "train" else f"task={task}",
+        trained_text(settings, progress.summary) if task == "train" else f"task={task}",
         loss_text([progress]),
         size_of(folder),
         newest_change([folder]),
@@ -151,9 +151,10 @@ def recorded_settings(folder: Path) -> dict:
         return {"defaults": []}
 
 
-def trained_text(settings: dict) -> str:
+def trained_text(settings: dict, summary: dict) -> str:
     lora = settings.get("lora")
-    return "all weights" if lora is None else f"LoRA, rank {lora['rank']}"
+    imported = ", imported" if "imported_form" in summary else ""
+    return f"{'all weights' if lora is None else 'LoRA, rank ' + str(lora['rank'])}{imported}"
 
 
 def loss_text(runs: list[Progress]) -> str:

@@ -130,6 +130,8 @@ def about(run: Run) -> str:
     parts = [f"{what} on {choices['model']}"]
     if "train" in run.clips:
         parts.append(counted(run.clips["train"], "clip"))
+    if "imported_form" in run.summary:
+        return f"{parts[0]}, imported: {run.summary['imported_form']}"
     step = run.summary.get("step") or (run.trained[-1]["step"] if run.trained else 0)
     parts.append(counted(step, "step"))
     if "seconds" in run.summary:

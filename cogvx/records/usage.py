@@ -8,10 +8,13 @@ INFERENCE_SETTINGS = "inference.json"
 
 
 def snippet(folder: Path, settings: dict) -> str:
-    """`settings`: what folder/inference.json holds."""
+    """`settings`: what folder/inference.json holds.
+
+    An imported result comes without a prompt and, for image-to-video, without a picture.
+    """
     pipeline, model = settings["pipeline"], "CogVideoXTransformer3DModel"
     dtype = f"torch_dtype=torch.{settings['torch_dtype']}"
-    is_lora, has_image = "lora_scale" in settings, bool(settings["image"])
+    is_lora, has_image = "lora_scale" in settings, "ImageToVideo" in pipeline
     # inference.json of earlier versions has none: as the checkpoint ships.
     revision, scheduler = settings["revision"], settings.get("scheduler")
     base = repr(settings["base_model"]) + ("" if revision is None else f", revision={revision!r}")
@@ -33,6 +36,8 @@ def snippet(folder: Path, settings: dict) -> str:
         )
     if scheduler is not None:
         lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
-    image = "image=load_image(how['image']), " if has_image else ""
-    lines.append(f"video = pipe({image}**how['call']).frames[0]")
+    picture = "how['image']" if settings["image"] else "'first_frame.png'"
+    image = f"image=load_image({picture}), " if has_image else ""
+    prompt = "" if "prompt" in settings["call"] else "prompt='a cat on a beach', "
+    lines.append(f"video = pipe({image}{prompt}**how['call']).frames[0]")
     return "\n".join(lines)
