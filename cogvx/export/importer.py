@@ -50,7 +50,7 @@ def import_weights(config: Config, task: ImportTask) -> Path:
         f"import  {shown(files[0])}{f' and {len(files) - 1} more' if files[1:] else ''}", flush=True
     )
     base = Base.of(config)
-    imported = read_weights(config, task, files, base)
+    imported = weights_in(config, task, files, base)
     for line in imported.lines:
         print(line)
     final = recorded_as_trained(config, imported.settings)
@@ -139,7 +139,7 @@ class ImportedTransformer:
         full.save_transformer(self.transformer, folder)
 
 
-def read_weights(
+def weights_in(
     config: Config, task: ImportTask, files: list[Path], base: Base
 ) -> ImportedLora | ImportedTransformer:
     tensors, metadata = {}, {}
@@ -164,18 +164,20 @@ def imported_lora(config: Config, task: ImportTask, file: LoraFile, base: Base) 
     problem = misfits_in_words(file, base.shapes, base.called)
     if problem is not None:
         raise UserError(problem)
-    file = with_alpha(file, task.alpha, rslora=config.lora is not None and config.lora.use_rslora)
+    asked = weights_of(config.lora)
+    rslora = asked.has_strength and asked.settings.use_rslora
+    file = with_alpha(file, task.alpha, rslora=rslora)
     require_whole_dora(file)
     tensors, rank, alpha, lines = as_one_adapter(file)
     settings = Lora(
         rank=rank,
         lora_alpha=alpha,
-        target_modules=short_names(list(file.layers), list(base.shapes)),
+        target_modules=shortest_names(list(file.layers), list(base.shapes)),
         use_rslora=bool(file.settings.get("use_rslora")) and not lines,
         use_dora=file.is_dora,
         init_from=None,
     )
-    lines = [*lines_about(file, base), *lines, line_of_strength(settings)]
+    lines = [*lines_of_match(file, base), *lines, line_of_strength(settings)]
     return ImportedLora(file, tensors, settings, lines)
 
 
@@ -249,7 +251,7 @@ def as_one_adapter(file: LoraFile) -> tuple[dict[str, Tensor], int, float, list[
     return tensors, rank, float(rank), [line]
 
 
-def short_names(layers: list[str], of_base: list[str]) -> list[str]:
+def shortest_names(layers: list[str], of_base: list[str]) -> list[str]:
     """The shortest endings that match these layers of the base model and no others.
 
     transformer_blocks.0.attn1.to_q, transformer_blocks.1.attn1.to_q, ... -> to_q
@@ -277,7 +279,7 @@ def matches(layer: str, ending: str) -> bool:
     return layer == ending or layer.endswith(f".{ending}")
 
 
-def lines_about(file: LoraFile, base: Base) -> list[str]:
+def lines_of_match(file: LoraFile, base: Base) -> list[str]:
     """What was matched, and which layers of the base model have no LoRA though others do."""
     parts = 3 if file.is_dora else 2
     alphas = sum(layer.alpha is not None for layer in file.layers.values())
