@@ -50,7 +50,7 @@ def import_weights(config: Config, task: ImportTask) -> Path:
         f"import  {shown(files[0])}{f' and {len(files) - 1} more' if files[1:] else ''}", flush=True
     )
     base = Base.of(config)
-    imported = weights_in(config, task, files, base)
+    imported = imported_weights(config, task, files, base)
     for line in imported.lines:
         print(line)
     final = recorded_as_trained(config, imported.settings)
@@ -139,7 +139,7 @@ class ImportedTransformer:
         full.save_transformer(self.transformer, folder)
 
 
-def weights_in(
+def imported_weights(
     config: Config, task: ImportTask, files: list[Path], base: Base
 ) -> ImportedLora | ImportedTransformer:
     tensors, metadata = {}, {}
