@@ -364,7 +364,7 @@ def run_generating(run: PlannedRun) -> None:
     recorder.call(transformer.parameters(), "frozen weights")
     data = planned_data(config, run.pretrained)
     generator, vae = generator_of(run, data)
-    decode, encode = generate.decode_alone, vae.encode
+    run_alone, encode = generate.vae_alone, vae.encode
 
     def encode_image(*given, **named):
         recorder.begin("encode image")
@@ -372,14 +372,15 @@ def run_generating(run: PlannedRun) -> None:
         recorder.begin("denoise")
         return encoded
 
-    def decode_in_a_phase(*given):
+    # A video without a clip to start from runs the VAE alone only to decode.
+    def decode(*given):
         recorder.begin("decode")
-        return decode(*given)
+        return run_alone(*given)
 
     recorder.begin("denoise")
     with (
         patched(vae, encode=encode_image),
-        patched(generate, decode_alone=decode_in_a_phase),
+        patched(generate, vae_alone=decode),
     ):
         generate_video(run, generator, vae, transformer)
 
