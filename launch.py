@@ -108,6 +108,8 @@ def run(config: configuration.Config, repeated: Path | None) -> int:
     if summary is not None:
         loss = summary.get("objective")
         result = "" if loss is None else f" Its held-out loss is {loss:.4f}."
+        if record.is_imported(folder):
+            result = f" It was imported. To train on: {record.HOW_TO_TRAIN_ON}"
         print(f"{shown(folder)} is finished: nothing to do.{result}")
         return 0
     print(f"run     {shown(folder)}", flush=True)

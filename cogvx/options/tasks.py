@@ -15,7 +15,7 @@ from cogvx.options.train import Precision
 
 @dataclass
 class Task:
-    makes_a_run: ClassVar[bool] = True  # False: it reads finished runs and makes no folder
+    makes_a_run: ClassVar[bool] = True  # False: launch.py opens no folder for it
     needs_data: ClassVar[bool] = True  # False: it never looks at the clips
     trains: ClassVar[bool] = True  # False: no backward pass, no optimizer
 

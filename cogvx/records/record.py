@@ -37,6 +37,10 @@ COMPARED = {
     "model_fingerprint": "the model's files",
     "data_fingerprint": "clips and captions",
 }
+# An import brings no optimizer state.
+HOW_TO_TRAIN_ON = (
+    "lora.init_from=RUN, with a new optimizer; of a whole transformer: docs/other_trainers.md"
+)
 # Seconds between tries: a process that only looks whether a run is in use holds its lock too,
 # for a moment.
 LOCK_TRIES = (0.1, 0.2, 0.4)
@@ -140,6 +144,11 @@ def finished(folder: Path) -> dict | None:
     """The summary of a run that is done, else None."""
     summary = read_json(folder / SUMMARY)
     return summary if summary.get("status") == "done" else None
+
+
+def is_imported(folder: Path) -> bool:
+    """Whether task=import made the folder: it has weights and was never trained here."""
+    return "imported_form" in read_json(folder / SUMMARY)
 
 
 def finish(folder: Path, summary: dict) -> None:

@@ -80,9 +80,7 @@ def sweep_of(
     else:
         jobs = composed_jobs([(grid.fixed, grid.values()) for grid in grids], composer)
     if not jobs[0][1].task.makes_a_run:
-        raise UserError(
-            f"task={jobs[0][1].choices['task']} reads finished runs and makes none: leave out -m"
-        )
+        raise UserError(f"task={jobs[0][1].choices['task']} makes no run of a sweep: leave out -m")
     called = "-".join([*(["search"] if is_search(base) else []), *short_names(swept).values()])
     folder = base.output_dir or str(PLACE / f"{named or short_enough(called)}_{mark(base, swept)}")
     return Sweep(Path(folder).expanduser().absolute(), named, swept), jobs, base

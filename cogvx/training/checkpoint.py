@@ -17,6 +17,7 @@ from cogvx.errors import UserError, listed
 from cogvx.files import write_json
 from cogvx.options.train import Train
 from cogvx.progress import counted
+from cogvx.records.record import HOW_TO_TRAIN_ON, is_imported
 from cogvx.training.state import AVERAGED, OPTIMIZER, TrainingState
 
 MANIFEST = "manifest.json"
@@ -155,6 +156,11 @@ def newest_checkpoint(place: Path) -> Path:
     found = complete_checkpoints(place)
     if found:
         return found[-1]
+    if is_imported(place):
+        raise UserError(
+            f"train.resume={place}: it was imported, and an import brings no optimizer state to "
+            f"resume from. To train on: {HOW_TO_TRAIN_ON}"
+        )
     if not place.is_dir():
         what = "there is no such folder"
     else:

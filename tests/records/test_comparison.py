@@ -149,7 +149,7 @@ def test_report_and_compare_on_the_command_line(sweep, launch, tmp_path):
         (["task=compare", f"task.runs=[{first},{tmp_path}]"], "is not the folder of a run"),
         (
             ["-m", "task=report", f"task.run={first},{second}"],
-            "task=report reads finished runs and makes none: leave out -m",
+            "task=report makes no run of a sweep: leave out -m",
         ),
     ):
         ran = launch(*arguments, cwd=tmp_path)
