@@ -25,7 +25,8 @@ from cogvx import command_line, compose
 from cogvx import config as configuration
 from cogvx.errors import UserError, lacking
 from cogvx.files import shown
-from cogvx.records import comparison, record
+from cogvx.records import comparison, live, record
+from cogvx.records.pages import PAGE
 from cogvx.runs import engines, grid, pool, processes, translate
 from cogvx.runs.pool import STOPPED
 from cogvx.start import start_task
@@ -112,10 +113,11 @@ def run(config: configuration.Config, repeated: Path | None) -> int:
             result = f" It was imported. To train on: {record.HOW_TO_TRAIN_ON}"
         print(f"{shown(folder)} is finished: nothing to do.{result}")
         return 0
-    print(f"run     {shown(folder)}", flush=True)
+    print(f"run     {shown(folder)}\npage    {shown(folder / PAGE)} follows the run", flush=True)
     with record.locked(folder) as lock:
         record.environment(folder, TYPED, repeated)
-        return processes.run_recorded(folder, lock)
+        with live.following(folder):
+            return processes.run_recorded(folder, lock)
 
 
 # -- a sweep ------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def sweep(command: translate.Command) -> int:
     )
     warn(base)
     make_folder(planned.folder)
-    with record.locked(planned.folder):
+    with record.locked(planned.folder), live.following(planned.folder):
         planned.freeze([] if searching else jobs, TYPED)
         if elsewhere:
             code = engines.run_with_launcher(planned, [job for job, _ in jobs], launcher)

@@ -8,7 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # When diffusers looks for these packages, they warn of missing parts that cogvx does not use.
 NOISY = ("bitsandbytes", "diffusers.quantizers", "torch.utils._pytree", "torchao")
@@ -74,14 +77,18 @@ class SignsOfLife:
             sys.stdout.flush()
 
 
-def a_bar_moves() -> bool:
+def bars_now() -> list[tqdm]:
+    """The progress bars of this process that are not at their end."""
     if "tqdm" not in sys.modules:
-        return False
+        return []
     from tqdm import tqdm
 
     with tqdm.get_lock():
-        drawn = [bar.last_print_t for bar in tqdm._instances if hasattr(bar, "last_print_t")]
-    return any(time.time() - at < STANDS_STILL for at in drawn)
+        return [bar for bar in tqdm._instances if hasattr(bar, "last_print_t")]
+
+
+def a_bar_moves() -> bool:
+    return any(time.time() - bar.last_print_t < STANDS_STILL for bar in bars_now())
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:

@@ -1,6 +1,7 @@
 """What the model will see of each clip, or why a clip is left out.
 
-Writes dataset_report.csv (a table) and contact_sheet.png (pictures).
+Writes dataset_report.csv (a table), contact_sheet.png (pictures of all clips) and held_out/ (those
+of the held-out clips).
 """
 
 from pathlib import Path
@@ -24,6 +25,7 @@ COLUMNS = [
     "prompt",
 ]
 MOST_ON_SHEET = 60
+MOST_HELD_OUT = 12
 
 
 def write_report(
@@ -77,6 +79,22 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], uses: list[str])
         pen.text((left, top + height + 14), fitted(pen, clip.example.prompt, 3 * width), "dimgray")
     with replacing(folder / "contact_sheet.png") as partial:
         sheet.save(partial, format="png")
+
+
+def write_held_out(folder: Path, clips: list[EncodedClip], uses: list[str]) -> None:
+    """The first, middle and last frame of up to MOST_HELD_OUT clips, as held_out/01.png and so on.
+
+    The pictures are in the order of the clips in dataset_report.csv.
+    """
+    import numpy
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    aside = [clip for clip, use in zip(clips, uses, strict=True) if use == "held out"]
+    for number, clip in enumerate(aside[:MOST_HELD_OUT], start=1):
+        frames = load_file(clip.path)["thumbnails"].numpy()  # [3, h, w, C]
+        with replacing(folder / "held_out" / f"{number:02d}.png") as partial:
+            Image.fromarray(numpy.concatenate(list(frames), axis=1)).save(partial, format="png")
 
 
 def font(size: int):

@@ -14,9 +14,17 @@ from markupsafe import Markup
 
 from cogvx.files import read_json, shown
 from cogvx.progress import counted
-from cogvx.records import figures, leaderboard, pages, record, report
-from cogvx.records.pages import PAGE, VideoGroup, column, duration, setting_text
-from cogvx.records.sweep import LEADERBOARD, Progress, State, Sweep, progress_of, seconds_left
+from cogvx.records import figures, leaderboard, pages, present, record, report
+from cogvx.records.pages import PAGE, PageState, VideoGroup, column, duration, setting_text
+from cogvx.records.sweep import (
+    LEADERBOARD,
+    Progress,
+    State,
+    Sweep,
+    is_locked,
+    progress_of,
+    seconds_left,
+)
 
 MOST_VIDEOS = 24  # runs whose videos are shown
 LONGEST_PAGE_NAME = 80  # characters of what a page of named runs is called
@@ -39,11 +47,14 @@ class Compared:
     progress: dict[str, Progress]
     keys: list[str]
     is_sweep: bool
+    goes_on: bool = False
 
     @classmethod
-    def read(cls, rows: list[dict], runs: dict[str, Path], *, is_sweep: bool) -> Compared:
+    def read(
+        cls, rows: list[dict], runs: dict[str, Path], *, is_sweep: bool, goes_on: bool = False
+    ) -> Compared:
         progress = {name: progress_of(folder) for name, folder in runs.items()}
-        return cls(rows, runs, progress, leaderboard.settings_in(rows), is_sweep)
+        return cls(rows, runs, progress, leaderboard.settings_in(rows), is_sweep, goes_on)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -93,10 +104,16 @@ def conclude(sweep: Sweep) -> None:
         best = sweep.folder / str(rows[0]["folder"])
         said = f"held-out loss {rows[0]['objective']:.4f}{leaderboard.ties_in_words(rows)}"
         print(f"best    {shown(best)}: {said}")
-        print(f"repeat the best:  {command_again(best)}")
+        print(f"repeat the best:  {report.command_again(best)}")
+    print(f"report  {shown(write_sweep(sweep, over=True))}")
+
+
+def write_sweep(sweep: Sweep, *, over: bool = False) -> Path:
+    """Writes a sweep's page; returns its path. over: the sweep's process is at its end."""
+    live = not over and is_locked(sweep.folder)
     title = f"{sweep.folder.name}: {', '.join(sweep.swept)}"
-    page = write_comparison(sweep.folder / PAGE, title, sweep.runs(), rows, sweep.command())
-    print(f"report  {shown(page)}")
+    given = (title, sweep.runs(), sweep.leaderboard(), sweep.command())
+    return write_comparison(sweep.folder / PAGE, *given, live=live)
 
 
 def write_comparison(
@@ -105,14 +122,21 @@ def write_comparison(
     runs: dict[str, Path],
     rows: list[dict],
     command: list[str] | None = None,
+    *,
+    live: bool = False,
 ) -> Path:
-    """`rows` as from sweep.rows_of(), the best first; `command`: the sweep's, to go on with."""
-    found = Compared.read(rows, runs, is_sweep=command is not None)
+    """`rows` as from sweep.rows_of(), the best first; `command`: the sweep's, to go on with.
+
+    live: the sweep goes on.
+    """
+    found = Compared.read(rows, runs, is_sweep=command is not None, goes_on=live)
     return pages.render(
         page,
         "runs.html",
+        live=live,
         title=title,
         about=about_runs(found),
+        state=state_of_sweep(found, page.parent) if live else None,
         verdict=best_in_words(found),
         videos=videos_of_all(found, page.parent),
         board=board(found, page.parent),
@@ -141,12 +165,17 @@ def about_runs(found: Compared) -> str:
     states = [row["state"] for row in found.rows]
     told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     told = "all done" if {*states} == {State.done.value} else told
-    said = f"{counted(len(states), 'run')}: {told}."
-    if State.running.value in states:
-        left = seconds_left(list(found.progress.values()))
-        about_left = "" if left is None else f"; about {duration(left)} left"
-        said += f" The sweep still runs{about_left}. This page shows what there is so far."
-    return said
+    return f"{counted(len(states), 'run')}: {told}."
+
+
+def state_of_sweep(found: Compared, folder: Path) -> PageState:
+    jobs = list(found.progress.values())
+    over = sum(job.state.is_over() for job in jobs)
+    to_come = read_json(folder / present.PROGRESS).get("to_come", 0)
+    more = f", and {to_come} more to come" if to_come else ""
+    words = f"The sweep still runs. {over} of {counted(len(jobs), 'job')} are over{more}."
+    total = len(jobs) + to_come
+    return PageState("sweep", words, seconds_left(jobs, to_come), over / total if total else None)
 
 
 def best_in_words(found: Compared) -> str:
@@ -172,12 +201,8 @@ def best_in_words(found: Compared) -> str:
     return f"{said} Within the noise of the measurement, as good {is_or_are}: {'; '.join(ties)}."
 
 
-def command_again(folder: Path) -> str:
-    return f"python launch.py --config-dir {shlex.quote(shown(folder))} --config-name config"
-
-
 def repeat_of_best(found: Compared) -> str | None:
-    return None if found.best is None else command_again(found.runs[found.best["folder"]])
+    return None if found.best is None else report.command_again(found.runs[found.best["folder"]])
 
 
 def usage_of_best(found: Compared) -> str | None:
@@ -212,7 +237,7 @@ def board(found: Compared, here: Path) -> dict:
                 "kind": "best" if row["place"] == 1 else "tie" if row["tie"] else "",
                 "place": "" if row["place"] is None else row["place"],
                 "settings": [texts[number] for texts in settings.values()],
-                "state": row["state"],
+                "state": state_of_job(row, found.runs[row["folder"]]),
                 "measured": [texts[number] for texts in values.values()],
                 "link": pages.address(own, here) if own.is_file() else None,
                 "reason": row["reason"],
@@ -225,6 +250,15 @@ def board(found: Compared, here: Path) -> dict:
         "ties": any(row["tie"] for row in found.rows),
         "reasons": any(row["reason"] for row in found.rows),
     }
+
+
+def state_of_job(row: dict, folder: Path) -> str:
+    """With its step and the time left, if it runs."""
+    if row["state"] != State.running.value:
+        return row["state"]
+    doing = present.Doing.read(folder)
+    left = "" if doing.seconds_left is None else f", {duration(doing.seconds_left)} left"
+    return f"{row['state']}: {doing.words[:1].lower()}{doing.words[1:]}{left}"
 
 
 # -- drawings ------------------------------------------------------------------------------------
@@ -283,7 +317,9 @@ def videos_of_all(found: Compared, here: Path) -> list[VideoGroup]:
         for row in found.rows
         if (tuned := pages.newest_videos(found.runs[row["folder"]]))
     ][:MOST_VIDEOS]
-    embed = pages.can_embed([path for _, tuned in having for path in tuned.values()])
+    embed = not found.goes_on and pages.can_embed(
+        [path for _, tuned in having for path in tuned.values()]
+    )
     groups = []
     for name in dict.fromkeys(name for _, tuned in having for name in tuned):
         own = [(row, tuned[name]) for row, tuned in having if name in tuned]

@@ -33,6 +33,8 @@ STYLE = {
     "savefig.facecolor": "none",
     "legend.frameon": False,
     "svg.fonttype": "none",
+    # The same drawing has the same ids, and so the same text.
+    "svg.hashsalt": "cogvx",
 }
 MOST_NAMED = 8  # runs with a colour and a name of their own
 MOST_CELLS = 12  # values of a setting that a heat map has room for; more are a scatter plot

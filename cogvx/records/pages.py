@@ -1,13 +1,20 @@
 """What the two pages share: the templates, videos inside the page, numbers in words.   [no torch]
 
-A page is one file. It loads nothing from elsewhere, so it opens offline in any browser.
+A page loads nothing from the network, so it opens offline in any browser. The page of something
+that has ended is one file. While it goes on, the page shows files beside it, and looks every few
+seconds at a small file, NAME_stamp.js, which changes whenever the page is written. Then it fetches
+itself into a hidden frame and replaces the parts that differ. All of this works from file:// too,
+where a script may not read files.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import math
+import time
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +53,29 @@ class VideoGroup:
 
 
 @dataclass(frozen=True)
+class PageState:
+    """How far a run or a sweep is, for the top of its page."""
+
+    what: str  # "run" or "sweep"
+    words: str
+    seconds_left: float | None = None
+    share: float | None = None  # that is done, 0 to 1
+
+    @property
+    def left(self) -> str | None:
+        return None if self.seconds_left is None else duration(self.seconds_left)
+
+    @property
+    def until(self) -> str:
+        return clock_time(time.time() + self.seconds_left)
+
+    @property
+    def until_text(self) -> str:
+        """For a browser without scripts."""
+        return time.strftime("%H:%M", time.localtime(time.time() + self.seconds_left))
+
+
+@dataclass(frozen=True)
 class Interval:
     """A mean difference and its 95 % interval, with the text that says it."""
 
@@ -80,10 +110,31 @@ def templates() -> Environment:
     return found
 
 
-def render(page: Path, template: str, **values: object) -> Path:
-    """Writes the page whole or not at all, and returns its path."""
-    write_text(page, templates().get_template(template).render(**values) + "\n")
+def render(page: Path, template: str, *, live: bool = False, **values: object) -> Path:
+    """Writes the page whole or not at all, and returns its path.
+
+    live: it belongs to something that goes on, and follows that in the browser.
+    """
+    now = time.time()
+    stamp = f"{now:.3f}"
+    about = {"live": live, "stamp": stamp, "stamp_file": stamp_of(page).name}
+    text = templates().get_template(template).render(**about, written=clock_time(now), **values)
+    write_text(page, text + "\n")
+    # The page first: who sees the new stamp finds the new page.
+    if live or stamp_of(page).is_file():
+        write_text(stamp_of(page), f"pageStamp({json.dumps([stamp, live])})\n")
     return page
+
+
+def stamp_of(page: Path) -> Path:
+    return page.with_name(f"{page.stem}_stamp.js")
+
+
+def is_final(page: Path) -> bool:
+    """Whether the page was written after the end of what it shows."""
+    if not stamp_of(page).is_file():
+        return page.is_file()
+    return stamp_of(page).read_text(encoding="utf-8").rstrip().endswith("false])")
 
 
 # -- videos --------------------------------------------------------------------------------------
@@ -115,12 +166,27 @@ def title_of(row: dict) -> str:
     return f"{row['prompt']} (seed {row['seed']})"
 
 
+def preview_steps(folder: Path) -> list[Path]:
+    """The folders of the previews, in the order of their steps."""
+    return sorted((folder / "previews").glob("step_*"))
+
+
+def step_in_words(folder: Path) -> str:
+    """`step 50`, of step_000050."""
+    return f"step {int(folder.name.partition('_')[2])}"
+
+
 def prompt_of_video(folder: Path, name: str) -> str:
     return read_json(folder / "validation" / "prompts.json").get(name, name)
 
 
 def base_video(folder: Path, name: str) -> Path:
     return folder / "validation" / "base" / f"{name}.mp4"
+
+
+def base_videos(folder: Path) -> list[str]:
+    """The names of the base model's videos."""
+    return sorted(path.stem for path in (folder / "validation" / "base").glob("*.mp4"))
 
 
 def clip_beside(folder: Path, name: str) -> tuple[str, Path] | None:
@@ -144,8 +210,14 @@ def video_url(path: Path) -> str:
     return f"data:video/mp4;base64,{base64_of(path)}"
 
 
-def picture_url(path: Path) -> str | None:
-    return f"data:image/png;base64,{base64_of(path)}" if path.is_file() else None
+def picture_url(path: Path, here: Path, *, live: bool = False) -> str | None:
+    """The picture itself as a URL, or for a page in `here` that is live its address."""
+    if not path.is_file():
+        return None
+    # A file that is written again has another address: the browser shows the new one.
+    if live:
+        return f"{address(path, here)}?{path.stat().st_mtime_ns}"
+    return f"data:image/png;base64,{base64_of(path)}"
 
 
 def base64_of(path: Path) -> str:
@@ -192,6 +264,11 @@ def signed(value: float, digits: int = 3) -> str:
 def joined(words: list[str]) -> str:
     """`a, b and c`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds since 1970, as HTML's <time> wants them: to the second, with this time zone."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def duration(seconds: float) -> str:

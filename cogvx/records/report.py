@@ -10,6 +10,7 @@ import math
 import shlex
 import statistics
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -23,6 +24,7 @@ from cogvx.records import figures, pages, record, usage
 from cogvx.records.pages import (
     PAGE,
     Interval,
+    PageState,
     VideoGroup,
     duration,
     joined,
@@ -30,7 +32,8 @@ from cogvx.records.pages import (
     signed,
     size_text,
 )
-from cogvx.records.sweep import State, state_of
+from cogvx.records.present import Doing
+from cogvx.records.sweep import State, is_locked, state_of
 
 KIND_NAMES = {"taught": "What it was taught", "other": "The rest of its world"}
 MEASURE_NAMES = {
@@ -45,6 +48,7 @@ MEASURE_NAMES = {
     "text_and_frames": "agreement of text and frames (CLIP)",
 }
 NOT_SETTINGS = ("output_dir", "data.cache_dir", "model.path")  # places on this machine
+MOST_STRIPS = 8  # previews whose frames are shown, evenly spread over the run
 SHARES = ("all", "shape", "colour", "direction", "background")
 
 
@@ -58,19 +62,31 @@ class Run:
     metrics: list[dict]
     settings: dict  # the whole config.yaml
     evaluation: dict
-    clips: dict[str, int]  # how many clips, by their use
+    listed: list[dict[str, str]]  # the rows of dataset_report.csv
+    planned: dict  # plan.json
+    doing: Doing | None  # None: it does not go on
 
     @classmethod
     def read(cls, folder: Path) -> Run:
+        metrics = read_json_lines(folder / "metrics.jsonl")
+        logged = max((line["step"] for line in metrics), default=0)
         return cls(
             folder,
             read_json(folder / record.SUMMARY),
             read_json(folder / record.ENVIRONMENT),
-            read_json_lines(folder / "metrics.jsonl"),
+            metrics,
             yaml.safe_load((folder / record.CONFIG).read_text(encoding="utf-8")),
             read_json(folder / "evaluation.json"),
-            clips_by_use(folder / "dataset_report.csv"),
+            rows_of_report(folder / "dataset_report.csv"),
+            read_json(folder / "plan.json"),
+            Doing.read(folder, logged) if goes_on(folder) else None,
         )
+
+    @property
+    def clips(self) -> dict[str, int]:
+        """How many clips, by their use."""
+        uses = [row["use"] for row in self.listed]
+        return {use: uses.count(use) for use in dict.fromkeys(uses)}
 
     @property
     def judged(self) -> list[dict]:
@@ -85,37 +101,55 @@ class Run:
         return configuration.choices_of(self.settings)
 
 
+def goes_on(folder: Path) -> bool:
+    """A run that is done still holds its lock while it writes its page."""
+    return is_locked(folder) and record.finished(folder) is None
+
+
 def write_page(folder: Path) -> Path:
     """Writes the page from what the run has left in its folder so far; returns its path."""
     run = Run.read(folder)
-    return pages.render(
-        folder / PAGE,
-        "run.html",
-        title=folder.name,
-        about=about(run),
-        state=state_in_words(run),
-        videos=videos(run),
-        verdict=verdict(run),
-        curves=curves(run),
-        usage=usage_of(folder),
-        repeat=f"python launch.py --config-dir {shlex.quote(shown(folder))} --config-name config",
-        numbers=[group for group in numbers(run) if group[1]],
-        change=heldout_change(run),
-        scores=scores(run),
-        plan=pages.picture_url(folder / "plan.png"),
-        evaluation=pages.picture_url(folder / "evaluation.png"),
-        contact_sheet=pages.picture_url(folder / "contact_sheet.png"),
-        changed=changed_settings(run.settings),
-        config=(folder / record.CONFIG).read_text(encoding="utf-8"),
-    )
+    values, live = values_of_page(run), run.doing is not None
+    # It may have ended, and written its last page, in the meantime.
+    if live and not goes_on(folder):
+        return write_page(folder)
+    return pages.render(folder / PAGE, "run.html", live=live, **values)
 
 
-def clips_by_use(report: Path) -> dict[str, int]:
+def values_of_page(run: Run) -> dict[str, object]:
+    folder, live = run.folder, run.doing is not None
+    recorded = (folder / record.CONFIG).read_text(encoding="utf-8")
+    pictures = ("plan", "evaluation", "contact_sheet")
+    return {
+        "title": folder.name,
+        "about": about(run),
+        "state": state_in_words(run),
+        "now": groups_of_now(run) if live else [],
+        "previews": previews(run),
+        "videos": videos(run),
+        "verdict": verdict(run),
+        "curves": curves(run),
+        "held_out": held_out(run),
+        "usage": usage_of(folder),
+        "repeat": command_again(folder),
+        "numbers": [group for group in numbers(run) if group[1]],
+        "change": heldout_change(run),
+        "scores": scores(run),
+        **{name: pages.picture_url(folder / f"{name}.png", folder, live=live) for name in pictures},
+        "changed": changed_settings(recorded),
+        "config": recorded,
+    }
+
+
+def command_again(folder: Path) -> str:
+    return f"python launch.py --config-dir {shlex.quote(shown(folder))} --config-name config"
+
+
+def rows_of_report(report: Path) -> list[dict[str, str]]:
     if not report.is_file():
-        return {}
+        return []
     with report.open(encoding="utf-8", newline="") as file:
-        uses = [row["use"] for row in csv.DictReader(file)]
-    return {use: uses.count(use) for use in dict.fromkeys(uses)}
+        return [*csv.DictReader(file)]
 
 
 # -- the head ------------------------------------------------------------------------------------
@@ -139,18 +173,82 @@ def about(run: Run) -> str:
     return ", ".join(parts)
 
 
-def state_in_words(run: Run) -> str | None:
+def state_in_words(run: Run) -> PageState | None:
     """None for a run that is done: then the page speaks for itself."""
-    # A run that is done still holds its lock while it writes this page.
     if run.summary.get("status") == State.done.name:
         return None
+    if run.doing is not None:
+        doing = run.doing
+        share = doing.step / doing.steps if doing.steps else None
+        words = f"This run is still running. {doing.words}."
+        return PageState("run", words, doing.seconds_left, share)
     state = state_of(run.folder, run.summary, started=bool(run.facts))
     reason = run.summary.get("reason")
-    if state is State.running:
-        return "This run is still running. The page shows what there is so far."
     if state is State.pending:
-        return "This run has not been started."
-    return f"This run ended early ({state.value}){f': {reason}' if reason else '.'}"
+        return PageState("run", "This run has not been started.")
+    why = f": {reason}" if reason else "."
+    return PageState("run", f"This run ended early ({state.value}){why}")
+
+
+def groups_of_now(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What one wants to know first of a run that goes on."""
+    return [
+        ("So far", [*said_of_now(run)]),
+        ("Peak memory by phase so far", [*said_of_phases(run)]),
+    ]
+
+
+def said_of_now(run: Run):
+    timed = [line["seconds"] for line in run.trained if line.get("seconds")]
+    if timed:
+        yield "Time of a step", seconds_and_plan(statistics.median(timed), run.facts)
+    if run.trained:
+        last = run.trained[-1]
+        yield "Training loss", f"{last['loss']:.4f} (steps up to {last['step']})"
+    if run.judged:
+        last, base = run.judged[-1], run.judged[0]
+        now = f"{last['heldout_loss']:.4f} after step {last['step']}; " if last != base else ""
+        yield "Held-out loss", f"{now}base model {base['heldout_loss']:.4f}"
+
+
+def previews(run: Run) -> dict | None:
+    """The newest preview as a video, and the frames of up to MOST_STRIPS of all of them."""
+    steps, live = pages.preview_steps(run.folder), run.doing is not None
+    found = [(step, video) for step in steps for video in sorted(step.glob("*.mp4"))]
+    if not found:
+        return None
+    said = read_json(run.folder / "previews" / "about.json")
+    label, newest = pages.step_in_words(found[-1][0]), [("preview", found[-1][1])]
+    group = pages.panels([(label, newest[0][1])], run.folder, embed=not live)
+    every = max(1, -(-len(found) // MOST_STRIPS))
+    strips = [
+        {
+            "label": pages.step_in_words(step),
+            "picture": pages.picture_url(video.with_suffix(".png"), run.folder, live=live),
+        }
+        for step, video in found[::-1][::every][::-1]
+    ]
+    return {
+        "about": said.get("about", ""),
+        "newest": VideoGroup(said.get("prompt", ""), group),
+        "strips": strips,
+    }
+
+
+def held_out(run: Run) -> dict | None:
+    """The held-out clips as the model sees them, with their captions."""
+    captions = [row["prompt"] for row in run.listed if row["use"] == "held out"]
+    pictures = sorted((run.folder / "held_out").glob("*.png"))
+    if not captions or not pictures:
+        return None
+    live = run.doing is not None
+    said = f"{counted(len(captions), 'clip')}, never trained on"
+    more = len(captions) - len(pictures)
+    clips = [
+        {"caption": caption, "picture": pages.picture_url(picture, run.folder, live=live)}
+        for caption, picture in zip(captions, pictures, strict=False)
+    ]
+    return {"about": f"{said}." if more <= 0 else f"{said}; {more} more.", "clips": clips}
 
 
 def videos(run: Run) -> list[VideoGroup]:
@@ -160,18 +258,26 @@ def videos(run: Run) -> list[VideoGroup]:
     """
     tuned = pages.newest_videos(run.folder)
     found = {}
-    for name, path in tuned.items():
+    # While the first steps are trained, there are only the base model's.
+    for name in tuned or pages.base_videos(run.folder):
         base, clip = pages.base_video(run.folder, name), pages.clip_beside(run.folder, name)
         found[name] = [("base model", base)] if base.is_file() else []
-        found[name] += [("tuned", path), *([] if clip is None else [clip])]
+        found[name] += [(tuned_label(run, tuned[name]), tuned[name])] if name in tuned else []
+        found[name] += [] if clip is None else [clip]
     found |= pages.generated_videos(run.folder)
-    embed = pages.can_embed([path for those in found.values() for _, path in those])
+    embed = run.doing is None and pages.can_embed(
+        [path for those in found.values() for _, path in those]
+    )
     return [
         VideoGroup(
             pages.prompt_of_video(run.folder, name), pages.panels(those, run.folder, embed=embed)
         )
         for name, those in found.items()
     ]
+
+
+def tuned_label(run: Run, video: Path) -> str:
+    return "tuned" if run.doing is None else f"tuned, {pages.step_in_words(video.parent)}"
 
 
 # -- the verdict ---------------------------------------------------------------------------------
@@ -274,7 +380,7 @@ def numbers(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Training", [*said_of_training(run)]),
         ("Held-out loss", [*said_of_heldout(run)]),
         ("Speed and memory", [*said_of_speed(run)]),
-        ("Peak memory by phase", [*said_of_phases(run.summary)]),
+        ("Peak memory by phase", [*said_of_phases(run)] if run.doing is None else []),
         ("Where it ran", [*said_of_place(run)]),
     ]
 
@@ -306,11 +412,12 @@ def said_of_training(run: Run):
         done = summary.get("step") or (trained[-1]["step"] if trained else 0)
         yield "Optimizer steps", f"{done} of {planned}" if done != planned else f"{done}"
     if trained:
-        yield "Training loss at the end", f"{trained[-1]['loss']:.4f}"
+        when = "at the end" if run.doing is None else "now"
+        yield f"Training loss {when}", f"{trained[-1]['loss']:.4f}"
         if trained[-1].get("grad_norm") is not None:
-            yield "Gradient norm at the end", f"{trained[-1]['grad_norm']:.3g}"
+            yield f"Gradient norm {when}", f"{trained[-1]['grad_norm']:.3g}"
         if trained[-1].get("lr") is not None:
-            yield "Learning rate at the end", f"{trained[-1]['lr']:.3g}"
+            yield f"Learning rate {when}", f"{trained[-1]['lr']:.3g}"
     skipped = sum("skipped" in line for line in run.metrics)
     if skipped:
         yield "Steps left out (gradient not finite)", str(skipped)
@@ -328,7 +435,8 @@ def said_of_heldout(run: Run):
         return
     yield "Base model", f"{judged[0]['heldout_loss']:.4f}"
     if len(judged) > 1:
-        yield "After training", f"{judged[-1]['heldout_loss']:.4f}"
+        when = "After training" if run.doing is None else f"After step {judged[-1]['step']}"
+        yield when, f"{judged[-1]['heldout_loss']:.4f}"
     if summary.get("best_heldout_loss") is not None:
         best = f"{summary['best_heldout_loss']:.4f} after step {summary['best_step']}"
         yield "Lowest of the kept checkpoints", best
@@ -348,9 +456,7 @@ def said_of_speed(run: Run):
     timed = [line["seconds"] for line in run.trained if line.get("seconds")]
     if timed:
         middle = statistics.median(timed)
-        planned = facts.get("planned_seconds_per_step")
-        plan = "" if planned is None else f" (planned: {planned:.3g} s)"
-        yield "Time of a step", f"{middle:.3g} s{plan}"
+        yield "Time of a step", seconds_and_plan(middle, facts)
         waited = [line["data_seconds"] for line in run.trained if "data_seconds" in line]
         if waited:
             yield "Of that, waiting for data", f"{statistics.median(waited) / middle:.0%}"
@@ -358,11 +464,25 @@ def said_of_speed(run: Run):
         yield "Peak memory", f"{summary['peak_memory_gib']:.2f} GiB"
 
 
-def said_of_phases(summary: dict):
-    kinds = {"reserved_gib": "reserved", "allocated_gib": "allocated", "process_gib": "the process"}
-    for phase, peaks in summary.get("memory_by_phase", {}).items():
+def seconds_and_plan(seconds: float, facts: dict) -> str:
+    planned = facts.get("planned_seconds_per_step")
+    plan = "" if planned is None else f" (planned: {planned:.3g} s)"
+    return f"{seconds:.3g} s{plan}"
+
+
+def said_of_phases(run: Run):
+    kinds = {
+        "reserved_gib": "reserved",
+        "allocated_gib": "allocated",
+        "process_gib": "of the process",
+    }
+    measured = run.summary.get("memory_by_phase", {})
+    measured = measured if run.doing is None else run.doing.memory_by_phase
+    for phase, peaks in measured.items():
         sizes = [f"{peaks[name]:.2f} GiB {kind}" for name, kind in kinds.items() if name in peaks]
-        yield phase.capitalize(), joined(sizes)
+        planned = run.planned.get("phases", {}).get(phase, {}).get("reserved_gib")
+        plan = "" if planned is None else f" (planned: {planned:.2f} GiB reserved)"
+        yield phase.capitalize(), f"{joined(sizes)}{plan}"
 
 
 def said_of_place(run: Run):
@@ -425,8 +545,13 @@ def change_text(value: float, *, share: bool) -> str:
 # -- settings ------------------------------------------------------------------------------------
 
 
-def changed_settings(settings: dict) -> list[tuple[str, str, str]]:
-    """Each setting that differs from its default: name, value, default."""
+@lru_cache(maxsize=64)
+def changed_settings(recorded: str) -> list[tuple[str, str, str]]:
+    """Each setting in the text of a config.yaml that differs from its default: name, value, default.
+
+    To compose the defaults takes as long as all the rest of a page, and they never change.
+    """
+    settings = yaml.safe_load(recorded)
     usual = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))
     try:
         mine, usual_choices = flat_settings(settings), configuration.choices_of(usual)

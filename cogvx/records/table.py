@@ -16,10 +16,11 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from cogvx.errors import first_line
-from cogvx.files import shown
+from cogvx.files import shown, write_json
 from cogvx.progress import counted
 from cogvx.records.leaderboard import WIDEST_VALUE
 from cogvx.records.pages import duration, setting_text
+from cogvx.records.present import PROGRESS
 from cogvx.records.sweep import Job, Progress, State, Sweep, seconds_left
 
 LOG_EVERY = 60  # seconds
@@ -55,9 +56,13 @@ class Table:
     def __exit__(self, *error: object) -> None:
         if self.live is not None:
             self.live.stop()
+        (self.sweep.folder / PROGRESS).unlink(missing_ok=True)
 
     def show(self, running: list[Job], to_come: int = 0) -> None:
         """`to_come`: jobs that a search has not proposed yet."""
+        if to_come != self.to_come:
+            # For the sweep's page.
+            write_json(self.sweep.folder / PROGRESS, {"to_come": to_come})
         self.to_come = to_come
         for job in running:
             # A job that is just starting has not locked its folder yet.

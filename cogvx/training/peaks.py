@@ -45,6 +45,13 @@ class MemoryPeaks:
             self.note()
             self.present.pop()
 
+    def present_state(self) -> tuple[list[str], dict[str, Peaks]]:
+        """The phase after those that it interrupts, and the peaks noted so far.
+
+        Another thread may ask.
+        """
+        return list(self.present), dict(self.by_phase)
+
     def note(self) -> None:
         """Notes the peak since the last call as one of the present phase. Peaks begin anew."""
         found = measured_peaks()

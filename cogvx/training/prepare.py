@@ -27,7 +27,7 @@ from cogvx.data.encode import (
     encode_prompts,
     image_of,
 )
-from cogvx.data.inspect import write_contact_sheet, write_report
+from cogvx.data.inspect import write_contact_sheet, write_held_out, write_report
 from cogvx.data.sources import Data, Example
 from cogvx.data.video import BadClip, read_clip, to_bytes
 from cogvx.errors import UserError
@@ -271,6 +271,7 @@ def report(
 ) -> None:
     write_report(folder, clips, uses, rejected)
     write_contact_sheet(folder, clips, uses)
+    write_held_out(folder, clips, uses)
 
 
 def note_fingerprints(

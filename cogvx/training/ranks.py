@@ -43,6 +43,11 @@ class Ranks:
         return self.accelerator.is_main_process
 
     @property
+    def about(self) -> Callable[[], tuple[list[str], dict]] | None:
+        """For records/present.py, of the process that logs: the phases and the memory so far."""
+        return self.peaks.present_state if self.logs else None
+
+    @property
     def say(self) -> Callable[..., None]:
         """Prints once, whatever the number of processes."""
         return self.accelerator.print

@@ -12,9 +12,11 @@ from cogvx.inference import scores
 from cogvx.model import attention
 from cogvx.model.trained_weights import weights_of
 from cogvx.records import record
+from cogvx.records.present import telling
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.kernel import chosen_attention
 from cogvx.training.prepare import prepare, start_processes
+from cogvx.training.ranks import Ranks
 from cogvx.training.setup import build_trainer
 from cogvx.training.trainer import Trainer
 
@@ -22,7 +24,8 @@ from cogvx.training.trainer import Trainer
 def encode_data(config: Config, folder: Path) -> dict:
     """task=encode: fills the cache and reports on every clip. Returns the run's summary."""
     started, ranks = time.monotonic(), start_processes(config)
-    data = prepare(config, folder, ranks)
+    with telling(folder, ranks.about):
+        data = prepare(config, folder, ranks)
     for line in ranks.peaks.lines():
         ranks.say(line)
     return {
@@ -41,6 +44,18 @@ def train_model(
     expected() is the planned seconds per step, or None while they are not known.
     """
     started, ranks = time.monotonic(), start_processes(config)
+    with telling(folder, ranks.about):
+        summary = prepare_and_train(config, folder, ranks, expected)
+    return {
+        **summary,
+        "seconds": round(time.monotonic() - started, 1),
+        **ranks.peaks.summary(),
+    }
+
+
+def prepare_and_train(
+    config: Config, folder: Path, ranks: Ranks, expected: Callable[[], float | None]
+) -> dict:
     # A resumed run has its own weights to start from.
     source = checkpoints.resume_source(config.train.resume, folder)
     if source is None:
@@ -54,12 +69,7 @@ def train_model(
     with chosen_attention(config, data.pretrained, folder, ranks, earlier):
         with ranks.peaks.phase("load"):
             trainer = build_trainer(config, folder, ranks, data, scored=scored, expected=expected)
-        summary = run_and_tell_tracker(trainer)
-    return {
-        **summary,
-        "seconds": round(time.monotonic() - started, 1),
-        **ranks.peaks.summary(),
-    }
+        return run_and_tell_tracker(trainer)
 
 
 def earlier_runs(folder: Path, source: Path | None) -> list[Path]:
