@@ -1,4 +1,4 @@
-"""A headless Chromium, asked over its DevTools pipe: what does a page show after its scripts ran?"""
+"""A headless Chromium, asked over its DevTools pipe what a page shows."""
 
 import contextlib
 import json

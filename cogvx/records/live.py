@@ -24,14 +24,14 @@ from cogvx.records import comparison, present, report
 from cogvx.records.pages import PAGE, is_final
 from cogvx.records.sweep import SWEEP, Sweep, is_locked
 
-LOOK_EVERY = 1.0  # seconds
+POLL_EVERY = 1.0  # seconds
 WRITE_EVERY = 20.0  # seconds between two writings at least, when nothing special has happened
 SOON = 3.0  # seconds between two writings at least, when there is something new to see
 # All writings together take at most this share of the time so far, on one core, after the first
 # few, for which there are FIRST_SECONDS.
 SHARE, FIRST_SECONDS = 0.01, 3.0
 # Seconds that a command waits at its end for the last page.
-PATIENCE = 30
+LAST_PAGE_WITHIN = 30
 # What is new to see when one of these appears.
 NEWS = ("validation/step_*", "previews/step_*", "checkpoints/step_*", "*/summary.json")
 
@@ -55,7 +55,7 @@ def following(folder: Path) -> Iterator[None]:
     finally:
         process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE)
+            process.wait(LAST_PAGE_WITHIN)
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Follower:
                 with contextlib.suppress(Exception):
                     self.write()
             # After the parent's end, processes that it started may still stop with a checkpoint.
-            over = over or input_has_ended(LOOK_EVERY)
+            over = over or input_has_ended(POLL_EVERY)
             if over:
                 time.sleep(0.05)
         self.write_last()

@@ -547,9 +547,10 @@ def change_text(value: float, *, share: bool) -> str:
 
 @lru_cache(maxsize=64)
 def changed_settings(recorded: str) -> list[tuple[str, str, str]]:
-    """Each setting in the text of a config.yaml that differs from its default: name, value, default.
+    """Each setting that differs from its default: name, value, default.
 
-    To compose the defaults takes as long as all the rest of a page, and they never change.
+    recorded: the text of a config.yaml. Composing the defaults takes as long as all the rest of a
+    page, and they never change.
     """
     settings = yaml.safe_load(recorded)
     usual = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))
