@@ -50,7 +50,12 @@ NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps"
 # Settings that earlier versions did not have, with the value that stands for what these did.
 ADDED_SETTINGS = {
     "data": {"allow_outside_root": False},
-    "validation": {"scheduler": None, "negative_prompt": ""},
+    "validation": {
+        "scheduler": None,
+        "negative_prompt": "",
+        "preview": "none",
+        "preview_steps": 50,
+    },
 }
 ADDED_TO_GENERATE = {
     "add": [],

@@ -14,6 +14,13 @@ class Sampler(Enum):
     dpm = "CogVideoXDPMScheduler"
 
 
+class Preview(Enum):
+    """What is shown between the validation videos: nothing, or colours guessed from latents."""
+
+    none = "none"
+    latents = "latents"
+
+
 @dataclass
 class Validation:
     validation_prompt: str | None
@@ -28,6 +35,8 @@ class Validation:
     guidance_scale: float
     use_dynamic_cfg: bool
     negative_prompt: str
+    preview: Preview
+    preview_steps: int
     heldout_steps: int
     heldout_timesteps: int
     heldout_draws: int
@@ -46,6 +55,7 @@ class Validation:
             for name in (
                 "validation_steps",
                 "num_inference_steps",
+                "preview_steps",
                 "heldout_steps",
                 "heldout_timesteps",
                 "heldout_draws",

@@ -18,6 +18,7 @@ from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import FullWeights, LoraWeights, weights_of
 from cogvx.model.unread import read_weights
+from cogvx.options.validation import Preview
 from cogvx.records import record
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.batches import Batches
@@ -27,6 +28,7 @@ from cogvx.training.loss_log import LossLog
 from cogvx.training.metrics import Metrics
 from cogvx.training.on_cpu import Fp32Weights
 from cogvx.training.prepare import Prepared
+from cogvx.training.previews import Previews
 from cogvx.training.ranks import Ranks
 from cogvx.training.state import TrainingState
 from cogvx.training.timing import StepTimer
@@ -77,6 +79,7 @@ def build_trainer(
         losses=LossLog(config.train.max_skipped_steps, rows=pending),
         timer=StepTimer(expected, first_step=step),
         videos=validation_videos(config, folder, data, scored or []),
+        previews=previews_of(config, folder, data, model),
         metrics=metrics,
         in_backward=in_backward_of(config, state),
         source=source,
@@ -210,6 +213,12 @@ def validation_videos(
         functools.partial(data.real_clip, data=config.data),
         scored,
     )
+
+
+def previews_of(config: Config, folder: Path, data: Prepared, model: CogVideoX) -> Previews | None:
+    if config.validation.preview is Preview.none:
+        return None
+    return Previews(config, folder, data, model)
 
 
 def speed_line(config: Config, transformer: torch.nn.Module, pretrained: PretrainedModel) -> str:

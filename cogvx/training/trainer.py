@@ -25,6 +25,7 @@ from cogvx.training.metrics import Metrics
 from cogvx.training.outcome import RunOutcome, deliver_result
 from cogvx.training.peaks import give_memory_back
 from cogvx.training.prepare import Prepared
+from cogvx.training.previews import Previews
 from cogvx.training.profiler import profiler
 from cogvx.training.ranks import Ranks
 from cogvx.training.state import TrainingState
@@ -50,6 +51,7 @@ class Trainer:
     losses: LossLog
     timer: StepTimer
     videos: ValidationVideos
+    previews: Previews | None
     metrics: Metrics | None  # of the process that logs
     in_backward: SteppingInBackward | None
     source: Path | None  # the checkpoint to resume from
@@ -79,6 +81,8 @@ class Trainer:
                     self.log(progress, rate)
                 if self.is_due(validation.heldout_steps) or self.is_due(train.checkpointing_steps):
                     latest = self.evaluate()
+                if self.is_due(validation.preview_steps):
+                    self.write_preview()
                 if self.is_due(validation.validation_steps) and self.step < self.steps:
                     self.write_videos()
                 if self.is_due(train.checkpointing_steps):
@@ -276,6 +280,17 @@ class Trainer:
             self.metrics.videos([path for path, _ in written], self.step)
         self.ranks.wait()
         return written
+
+    def write_preview(self) -> None:
+        if self.previews is None:
+            return
+        written = []
+        if self.ranks.makes_videos:
+            with self.timer.paused(), self.ranks.peaks.phase("preview"):
+                written = self.previews.write(self.step)
+        if self.metrics:
+            self.metrics.videos(written, self.step)
+        self.ranks.wait()
 
     @contextlib.contextmanager
     def generating(self, *, base: bool = False):
