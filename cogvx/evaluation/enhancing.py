@@ -23,16 +23,22 @@ def enhanced(
     """
     if task.enhancer is None:
         return wanted
-    with opened_chat(task.enhancer, task.enhancer_url, device, "task.enhancer") as chat:
-        found = [
-            replace(each, prompt=written_out(task, each.prompt, id_token, chat), asked=each.prompt)
-            for each in bar(wanted, desc="prompts", unit="prompt", leave=False)
-        ]
-    # The text encoder needs it.
+    found = written_by_model(task, wanted, id_token, device)
+    # Nothing refers to the model any more. The text encoder gets its memory.
     give_memory_back(collect=True)
     for each in found:
         print(f"prompt  {each.asked!r} is written out as {each.prompt!r}", flush=True)
     return found
+
+
+def written_by_model(
+    task: GenerateTask, wanted: list[Wanted], id_token: str | None, device: torch.device
+) -> list[Wanted]:
+    chat = opened_chat(task.enhancer, task.enhancer_url, device, "task.enhancer")
+    return [
+        replace(each, prompt=written_out(task, each.prompt, id_token, chat), asked=each.prompt)
+        for each in bar(wanted, desc="prompts", unit="prompt", leave=False)
+    ]
 
 
 def written_out(task: GenerateTask, prompt: str, id_token: str | None, chat: Chat) -> str:

@@ -113,8 +113,10 @@ def base_and_variants(
     pretrained = fetch_model(config, ranks)
     if task.add:
         config, places = with_added(config, places, adapters, pretrained, folder)
-    base = [Variant(BASE, None)] if task.base or not places else []
-    return pretrained, config, [*base, *at_strengths(places, task.strengths)]
+    wants_base = task.base or 0 in task.strengths or not places
+    base = [Variant(BASE, None)] if wants_base else []
+    strengths = [strength for strength in task.strengths if strength != 0]
+    return pretrained, config, [*base, *at_strengths(places, strengths)]
 
 
 def prepare_prompts_alone(

@@ -6,12 +6,12 @@ at random.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError, first_line
@@ -30,19 +30,16 @@ TIMEOUT = 600  # seconds that a server may take for an answer
 THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 
 
-@contextlib.contextmanager
-def opened_chat(path: str, url: str | None, device: torch.device, setting: str) -> Iterator[Chat]:
+def opened_chat(path: str, url: str | None, device: torch.device, setting: str) -> Chat:
     """A model on this machine if url is None, else the one of this name on that server.
 
     path: a hub id or a folder, or the model's name on the server. setting: where the user gave it,
-    for messages, such as task.enhancer. The model's memory is free after the block. UserError if
-    there is no such model, or no such server.
+    for messages, such as task.enhancer. A model is in memory as long as its Chat. UserError if
+    there is no such model; the Chat raises it if there is no such server.
     """
     if url is not None:
-        yield lambda messages: asked_of_server(path, url, messages, setting)
-        return
-    tokenizer, model = loaded_chat(path, device, setting)
-    yield lambda messages: generated(tokenizer, model, messages)
+        return functools.partial(asked_of_server, path, url, setting)
+    return functools.partial(generated, *loaded_chat(path, device, setting))
 
 
 def loaded_chat(path: str, device: torch.device, setting: str):
@@ -93,7 +90,7 @@ def generated(tokenizer, model, messages: Messages) -> str:
     return without_thoughts(tokenizer.decode(new, skip_special_tokens=True))
 
 
-def asked_of_server(name: str, url: str, messages: Messages, setting: str) -> str:
+def asked_of_server(name: str, url: str, setting: str, messages: Messages) -> str:
     """The server's answer. UserError if it cannot be reached, or refuses."""
     base = url.rstrip("/")
     place = f"{base if base.endswith('/v1') else f'{base}/v1'}/chat/completions"

@@ -183,10 +183,10 @@ class GenerateTask(Task):
             found.append("task.prompt_separator is empty: the usual one is :::")
         if not self.seeds or min(self.seeds) < 0:
             found.append(f"task.seeds={self.seeds}: must be whole numbers, 0 or more: [0,1,2]")
-        if any(strength <= 0 for strength in self.strengths) or not self.strengths:
+        if any(strength < 0 for strength in self.strengths) or not self.strengths:
             found.append(
-                f"task.strengths={self.strengths}: must be numbers above 0. The base model "
-                f"(strength 0) is made with task.base=true"
+                f"task.strengths={self.strengths}: must be numbers of 0 (the base model) or more, "
+                f"such as [0,0.5,1,1.5]"
             )
         return found
 

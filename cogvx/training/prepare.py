@@ -391,7 +391,8 @@ def first_frame(example: Example, data: Data) -> numpy.ndarray:
     try:
         return to_bytes(image_of(example, data))[0]
     except BadClip as bad:
-        raise UserError(f"a validation video's {bad}") from bad
+        whose = f"the clip {example.video}" if example.image is None else "a video's prompt"
+        raise UserError(f"{whose} {bad}: {example.prompt!r}") from bad
 
 
 def read_tensor(path: Path, name: str, row: int | None = None) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from cogvx.evaluation.gallery import VideoGenerator
 from cogvx.model import lora
@@ -128,7 +129,13 @@ def test_loras_that_cannot_be_added_are_named(
     other = write_lora(tmp_path / "o", 2, 2, ["to_q"], 1, family_folder("2b"))
     dora = write_lora(tmp_path / "d", 2, 2, ["to_q"], 1, use_dora=True)
     (tmp_path / "text.safetensors").write_text("no")
+    half = load_file(loras[0] / lora.WEIGHTS)
+    lost = next(name for name in half if ".lora_B." in name)
+    save_file({n: t for n, t in half.items() if n != lost}, tmp_path / "half.safetensors")
+    save_file({f"x.{n}": t for n, t in half.items()}, tmp_path / "prefix.safetensors")
     said = {
+        tmp_path / "half.safetensors": " has down and no up matrix",
+        tmp_path / "prefix.safetensors": "is no LoRA for CogVideoX: its first tensor is x.",
         other: "o x 1 is for another base model: the weight of transformer_blocks.0.attn1.to_q is "
         "[64, 64] there, and [128, 128] in ",
         dora: f"{dora} is a DoRA",

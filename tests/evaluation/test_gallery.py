@@ -77,6 +77,8 @@ def test_the_base_model_alone_and_a_checkpoint_alone(run, trained):
     asked = ["task.prompt=one", "task.base=false", f"task.run={checkpoint}"]
     folder = run("h", "task=generate", *VIDEOS, *asked)
     assert files(folder) == ["videos/result/001_seed42.mp4"]
+    folder = run("i", "task=generate", *VIDEOS, *asked, "task.strengths=[0,1]")
+    assert files(folder) == ["videos/base/001_seed42.mp4", "videos/result/001_seed42.mp4"]
 
 
 def task(**given) -> tasks.GenerateTask:
@@ -139,7 +141,7 @@ def test_the_prompts_of_a_run(trained, tmp_path):
         (["task.prompt=a", "task.video_strength=1.1"], "task.video_strength=1.1"),
         (["task.prompt=a", "task.enhancer_url=http://x"], "give the model's name on that server"),
         (["task.prompt=a", "task.seeds=[]"], "task.seeds"),
-        (["task.prompt=a", "task.strengths=[0]"], "is made with task.base=true"),
+        (["task.prompt=a", "task.strengths=[-1]"], "must be numbers of 0 .the base model. or more"),
         (["task.prompt=a", "parallel=ddp", "parallel.num_processes=2"], "one process"),
     ],
 )

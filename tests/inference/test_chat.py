@@ -1,8 +1,10 @@
 """A language model writes prompts out: on this machine, and behind a server."""
 
+import gc
 import http.server
 import json
 import threading
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cogvx.errors import UserError
+from cogvx.evaluation import enhancing
 from cogvx.evaluation.enhancing import enhanced
 from cogvx.evaluation.wanted import Wanted
 from cogvx.inference import chat as chats
@@ -95,11 +98,10 @@ def test_a_model_on_this_machine_answers_and_repeats_itself(tiny_chat, monkeypat
     messages = [{"role": "user", "content": "a cat"}]
     answers = []
     for _ in range(2):
-        with opened_chat(str(tiny_chat), None, CPU, "task.enhancer") as chat:
-            answers.append(chat(messages))
+        chat = opened_chat(str(tiny_chat), None, CPU, "task.enhancer")
+        answers.append(chat(messages))
     assert answers[0] == answers[1] and 1 <= len(answers[0].split()) <= 5
-    with opened_chat(str(tiny_chat), None, CPU, "task.enhancer") as chat:
-        assert chat([{"role": "user", "content": "the dog runs"}]) != answers[0]
+    assert chat([{"role": "user", "content": "the dog runs"}]) != answers[0]
     assert not [each for each in recwarn if "do_sample" in str(each.message)]
 
 
@@ -153,3 +155,23 @@ def test_no_server_and_no_model_are_named(compose, server, tiny_chat, tmp_path):
     asked = task_of(compose, f"task.enhancer={tmp_path / 'plain'}")
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
         enhanced(asked, [Wanted("a")], None, CPU)
+
+
+def test_the_models_memory_is_free_before_the_text_encoder_comes(compose, tiny_chat, monkeypatch):
+    models, loaded = [], chats.loaded_chat
+
+    def watched(*given):
+        tokenizer, model = loaded(*given)
+        models.append(weakref.ref(model))
+        return tokenizer, model
+
+    def freed(*, collect):
+        gc.collect()
+        assert collect and [each() for each in models] == [None]
+        models.append("asked")
+
+    monkeypatch.setattr(chats, "MOST_TOKENS", 5)
+    monkeypatch.setattr(chats, "loaded_chat", watched)
+    monkeypatch.setattr(enhancing, "give_memory_back", freed)
+    [found] = enhanced(task_of(compose, f"task.enhancer={tiny_chat}"), [Wanted("a")], None, CPU)
+    assert models[-1] == "asked" and found.asked == "a" and found.prompt
