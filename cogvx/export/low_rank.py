@@ -61,8 +61,8 @@ def read_updates(path: Path, strength: float = 1.0) -> Updates:
     if file.is_dora:
         raise UserError(
             f"{path} is a DoRA, and a DoRA is not the product of two matrices: it cannot be added "
-            f"up, brought to another rank or renamed. What works, alone: task=generate task.run=RUN, "
-            f"and task=export task.run=RUN with task.format=diffusers or task.format=merged"
+            f"up, brought to another rank or renamed. What works, alone: task=generate "
+            f"task.run=..., and task=export with task.format=diffusers or task.format=merged"
         )
     problem = file.strength_problem()
     if problem is not None:
