@@ -182,10 +182,10 @@ def numpy_arrays() -> list:
 
 
 def only_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
-    """The tensors of a model's state, which DeepSpeed and others put into a dict of more."""
+    """The tensors of a model's state, which DeepSpeed, CogKit and others put into larger dicts."""
     import torch
 
-    for name in ("module", "model", "state_dict"):
+    for name in ("app", "module", "model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
             loaded = loaded[name]
     tensors = loaded if isinstance(loaded, dict) else {}

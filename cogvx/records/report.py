@@ -131,7 +131,7 @@ def values_of_page(run: Run) -> dict[str, object]:
         "curves": curves(run),
         "held_out": held_out(run),
         "usage": usage_of(folder),
-        "repeat": command_again(folder),
+        "repeat": command_of_import(run) or command_again(folder),
         "numbers": [group for group in numbers(run) if group[1]],
         "change": heldout_change(run),
         "scores": scores(run),
@@ -139,6 +139,13 @@ def values_of_page(run: Run) -> dict[str, object]:
         "changed": changed_settings(recorded),
         "config": recorded,
     }
+
+
+def command_of_import(run: Run) -> str | None:
+    """An import is repeated by its own command. Its record alone would start a training."""
+    if "imported_form" not in run.summary:
+        return None
+    return shlex.join(["python", "launch.py", *run.facts.get("command", [])[1:]])
 
 
 def command_again(folder: Path) -> str:

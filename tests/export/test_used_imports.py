@@ -57,6 +57,8 @@ def test_it_is_finished_and_has_nothing_to_resume_from(lora_run, launch):
     with pytest.raises(UserError, match="it was imported, and an import brings no optimizer state"):
         newest_checkpoint(lora_run)
     assert record.is_imported(lora_run)
+    page = (lora_run / "report.html").read_text(encoding="utf-8")
+    assert "<pre>python launch.py task=import task.file=" in page
 
 
 def test_training_goes_on_from_it(lora_run, run):

@@ -197,6 +197,20 @@ def test_folders(compose, nano_folder, tmp_path):
     assert "does not exist here" in refused(compose, nano_folder, tmp_path / "nothing")
 
 
+def test_a_distributed_checkpoint_is_read_when_it_is_joined(compose, nano_folder, tmp_path):
+    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    # As CogKit saves it (finetune/base/base_trainer.py).
+    names = {name.removeprefix("transformer."): tensor for name, tensor in pair(128).items()}
+    save({"app": {"model": names, "optim": {}}}, checkpoint_id=tmp_path / "theirs", no_dist=True)
+    said = refused(compose, nano_folder, tmp_path / "theirs")
+    joins = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+    assert f"{joins} {tmp_path / 'theirs'} joined.pt" in said
+    dcp_to_torch_save(tmp_path / "theirs", tmp_path / "joined.pt")
+    assert list(read_lora(tmp_path / "joined.pt").layers) == ["transformer_blocks.0.attn1.to_q"]
+
+
 def test_alphas_that_contradict_each_other(compose, nano_folder, tmp_path):
     file = tmp_path / "lora.safetensors"
     settings = {"lora_config": json.dumps({"r": 2, "lora_alpha": 4})}
