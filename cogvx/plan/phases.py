@@ -41,6 +41,7 @@ from cogvx.model.pretrained import PretrainedModel, placed
 from cogvx.model.released import SCHEDULER
 from cogvx.model.trained_weights import weights_of
 from cogvx.options import optimizers
+from cogvx.options.memory import Storage
 from cogvx.options.tracking import Tracking
 from cogvx.options.train import Attention, Precision
 from cogvx.options.validation import Sampler
@@ -230,6 +231,7 @@ def planned_run(
         patched(Draw, normal=no_noise),
         patched(accelerator, print=lambda *texts: None),
         contextlib.nullcontext() if on_gpu else eight_bits_without_kernels(),
+        nf4_without_numbers(config) if host is not None else contextlib.nullcontext(),
         attention.using(config.train.attention) if on_gpu else planned_attention(config),
     ):
         pretrained = PlannedModel(
@@ -281,6 +283,21 @@ def eight_bits_without_kernels() -> Iterator[None]:
         patched(optimizers.AdamW8bit, build=of_bitsandbytes),
         patched(optimizers.AdamW8bitTorchao, build=of_torchao),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def nf4_without_numbers(config: Config) -> Iterator[None]:
+    """bitsandbytes copies the 16 levels of nf4 to the device from a list, which has contents."""
+    if config.memory.base_storage is not Storage.nf4:
+        yield
+        return
+    import bitsandbytes.functional
+
+    def levels(kind: str, device: torch.device) -> torch.Tensor:
+        return torch.empty(16, device=device)
+
+    with patched(bitsandbytes.functional, get_4bit_type=levels):
         yield
 
 

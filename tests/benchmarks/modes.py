@@ -51,7 +51,7 @@ OPTIONS = [
     ("optimizer=adamw8bit", f"{AGAIN} lora.rank=256", "train", "another optimizer"),
     ("memory.vae_tiling=true", "", "encode clips", "blended seams"),
     ("memory.stream_text_encoder=true", "", "encode prompts", "same bits; bus"),
-    ("memory.frugal_videos=true", "memory.vae_tiling=true", "video", "same bits; bus"),
+    ("memory.frugal_videos=true", "memory.vae_tiling=true", "video", "rounding; bus"),
     (
         "memory.step_in_backward=true train.max_grad_norm=null",
         FULL,

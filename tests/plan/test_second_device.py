@@ -169,6 +169,7 @@ OPTIONS = [
     [AGAIN, "memory.feed_forward_chunks=4"],
     [AGAIN, "memory.base_storage=fp8"],
     [AGAIN, "memory.base_storage=int8"],
+    [AGAIN, "memory.base_storage=nf4"],
     [AGAIN, "memory.stream_weights=true"],
     [AGAIN, "memory.stream_weights=true", "memory.base_storage=int8"],
     [*FULL, AGAIN, "memory.offload_optimizer=true"],
