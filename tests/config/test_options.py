@@ -35,6 +35,7 @@ NEEDED = {
     "evaluate": ["task.run=outputs/RUN"],
     "generate": ["task.prompt=a"],
     "export": ["task.run=outputs/RUN"],
+    "import": ["task.file=lora.safetensors"],
     "report": ["task.run=outputs/RUN"],
     "compare": ["task.runs=[outputs/A,outputs/B]"],
 }

@@ -19,7 +19,7 @@ PATH_WORDS = {"path", "file", "dir", "folder", "root", "run", "runs", "page", "i
 # Texts that are a path or something else; their sections have a make_paths_absolute().
 PATH_OR_OTHER = {
     *("model.path", "train.resume", "validation.validation_images", "task.clip_path"),
-    *("task.add", "lora.init_from"),
+    *("task.add", "task.enhancer", "task.file", "lora.init_from"),
 }
 
 
