@@ -34,7 +34,7 @@ assert gc.isenabled() and frozen > 100_000
 load_libraries()
 assert gc.get_freeze_count() == frozen, "what a second run has made is collected"
 assert "torch" in sys.modules and None not in sys.modules.values()
-late = ("bitsandbytes", "scipy", "torchao", "matplotlib", "imageio", "decord", "wandb")
+late = ("bitsandbytes", "scipy", "torchao", "matplotlib", "imageio", "av", "wandb")
 print([name for name in late if name in sys.modules])
 import bitsandbytes, scipy.special, torchao
 """

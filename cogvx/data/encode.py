@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-VERSION = 2  # raise it when a change makes the same inputs encode to other values
+VERSION = 3  # raise it when a change makes the same inputs encode to other values
 THUMBNAIL = 96  # pixels of the longer side; thumbnails are for the contact sheet
 # The hidden states of the prompts that go through a streamed text encoder together. 36 prompts of
 # 226 tokens in bf16: a pass of T5-XXL then computes for longer than its 8.6 GiB take on the bus.
@@ -250,6 +250,7 @@ def facts_of(clip: Clip) -> dict[str, object]:
         "file_fps": round(clip.file_fps, 3),
         "file_width": clip.file_width,
         "file_height": clip.file_height,
+        "treatment": clip.treatment,
     }
 
 

@@ -21,6 +21,7 @@ COLUMNS = [
     "file_fps",
     "file_width",
     "file_height",
+    "treatment",
     "latent_shape",
     "prompt",
 ]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogvx.data.footage import BadClip, frames_of_footage, survey
 from cogvx.data.sources import Data, Reshape
 from cogvx.progress import counted
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 # Resized together. More would need more memory: 8 frames of 1080p are 200 MB in fp32.
 FRAMES_AT_ONCE = 8
-
-
-class BadClip(Exception):
-    """Why a clip cannot be used. The other clips still can."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ class Clip:
     file_fps: float
     file_width: int
     file_height: int
+    treatment: str  # what was done to its frames besides decoding and resizing them
 
 
 def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
@@ -47,14 +44,15 @@ def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
     """
     if path.stat().st_size == 0:
         raise BadClip("is empty (0 bytes)")
-    reader, stamps = open_video(path)
+    footage = survey(path)
+    stamps = footage.stamps
     first, last = data.skip_frames_start, len(stamps) - 1 - data.skip_frames_end
     if first > last:
         raise BadClip(
             f"has {counted(len(stamps), 'frame')}; none is left after skipping {first} at its "
             f"start and {data.skip_frames_end} at its end"
         )
-    indices = by_timestamp(stamps[first : last + 1].tolist(), data.fps, data.max_num_frames)
+    indices = by_timestamp(stamps[first : last + 1], data.fps, data.max_num_frames)
     count = (len(indices) - 1) // frame_multiple * frame_multiple + 1
     if count < data.min_num_frames:
         raise BadClip(
@@ -63,14 +61,16 @@ def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
             f"data.min_num_frames is {data.min_num_frames}"
         )
     indices = [first + index for index in indices[:count]]
-    pixels = decode(reader, indices)  # [F, H, W, C]
+    pixels = frames_of_footage(footage, indices)  # [F, H, W, C]
+    place = crop_place(path, data.video_reshape_mode)
     return Clip(
-        frames=resize_and_crop(pixels, data, place=crop_place(path, data.video_reshape_mode)),
+        frames=resize_and_crop(pixels, data, place, footage.upright_pixel_aspect),
         indices=indices,
         file_frames=len(stamps),
-        file_fps=float(reader.get_avg_fps()),
+        file_fps=footage.fps,
         file_height=pixels.shape[1],
         file_width=pixels.shape[2],
+        treatment=", ".join(footage.treatment),
     )
 
 
@@ -97,9 +97,12 @@ def read_image(path: Path, data: Data, video: Path) -> Tensor:
 
 def read_first_frame(path: Path, data: Data) -> Tensor:
     """The first frame that read_clip() takes, [1, C, H, W] in [-1, 1]."""
-    reader, _ = open_video(path)
-    pixels = decode(reader, [data.skip_frames_start])
-    return resize_and_crop(pixels, data, crop_place(path, data.video_reshape_mode))
+    footage = survey(path)
+    if data.skip_frames_start >= len(footage.times):
+        raise BadClip(f"has only {counted(len(footage.times), 'frame')}")
+    pixels = frames_of_footage(footage, [data.skip_frames_start])
+    place = crop_place(path, data.video_reshape_mode)
+    return resize_and_crop(pixels, data, place, footage.upright_pixel_aspect)
 
 
 def to_bytes(frames: Tensor) -> numpy.ndarray:
@@ -131,70 +134,6 @@ def by_timestamp(stamps: list[float], fps: float | None, most: int) -> list[int]
     return indices
 
 
-def missing_bytes(path: Path) -> int:
-    """How many bytes are missing at the end of an mp4 or mov file. 0 for other formats.
-
-    Every box in the file gives its length. Decoders ignore a missing part and return fewer frames
-    without an error.
-    """
-    size, place = path.stat().st_size, 0
-    with path.open("rb") as file:
-        while place + 8 <= size:
-            file.seek(place)
-            length, kind = struct.unpack(">I4s", file.read(8))
-            if place == 0 and kind != b"ftyp":
-                return 0
-            # 1: the length follows, in 8 bytes. 0: the box ends with the file.
-            if length == 1:
-                length = struct.unpack(">Q", file.read(8).rjust(8, b"\0"))[0]
-            if length < 8:
-                return 0
-            place += length
-    return max(0, place - size)
-
-
-def open_video(path: Path):
-    """The file's reader, and the second at which each frame appears."""
-    # decord can crash when it is imported before torch.
-    import torch  # noqa: F401
-
-    # isort: split
-    import decord
-
-    if missing := missing_bytes(path):
-        whole = missing + path.stat().st_size
-        raise BadClip(f"is cut off: the last {missing} of its {whole} bytes are missing")
-    decord.logging.set_level(decord.logging.QUIET)
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        stamps = reader.get_frame_timestamp(list(range(len(reader))))[:, 0]
-    except (decord.DECORDError, RuntimeError, OSError, IndexError) as error:
-        raise BadClip(
-            f"cannot be opened as a video ({path.stat().st_size} bytes): "
-            f"truncated, or another kind of file"
-        ) from error
-    if len(stamps) == 0:
-        raise BadClip("has no frames")
-    return reader, stamps
-
-
-def decode(reader, indices: list[int]) -> numpy.ndarray:
-    import decord
-
-    try:
-        return reader.get_batch(indices).asnumpy()
-    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as error:
-        if "from_size == to_size" in str(error):
-            # If the padding of a row is as long as a fourth channel, decord2 3.4.0 takes it for
-            # one. The padding depends on the processor: widths of 48, 96 and 144 pixels fail on
-            # one, 8, 16, 24, 48 and 72 on another.
-            raise BadClip(
-                "has one of the small widths that the decoder (decord2) cannot read on this "
-                "machine: scale it up to 160 pixels or more"
-            ) from error
-        raise BadClip("stops while its frames are decoded: truncated or damaged") from error
-
-
 def crop_place(path: Path, mode: Reshape) -> tuple[float, float]:
     """Where the crop lies in the frame: from (0, 0), top left, to (1, 1), bottom right.
 
@@ -206,15 +145,18 @@ def crop_place(path: Path, mode: Reshape) -> tuple[float, float]:
     return digest[0] / 255, digest[1] / 255
 
 
-def resize_and_crop(pixels: numpy.ndarray, data: Data, place: tuple[float, float]) -> Tensor:
+def resize_and_crop(
+    pixels: numpy.ndarray, data: Data, place: tuple[float, float], pixel_aspect: float = 1.0
+) -> Tensor:
     """[F, H, W, C] uint8 -> [F, C, data.height, data.width] in [-1, 1].
 
     Scaled (bicubic) until both sides are long enough, then cropped at `place`. Never stretched.
+    pixel_aspect: the width of a pixel of the file, divided by its height.
     """
     import torch
     import torch.nn.functional as F
 
-    _, height, width, _ = pixels.shape
+    height, width = pixels.shape[1], pixels.shape[2] * pixel_aspect
     scale = max(data.height / height, data.width / width)
     new_height = max(data.height, math.floor(height * scale + 0.5))
     new_width = max(data.width, math.floor(width * scale + 0.5))

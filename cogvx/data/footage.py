@@ -1,0 +1,307 @@
+"""What a video file holds, and its frames as a player shows them. Read by PyAV (FFmpeg).
+
+F frames, H height, W width, C is 3 (R, G, B).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy
+
+from cogvx.data import hdr
+from cogvx.errors import first_line
+
+if TYPE_CHECKING:
+    import av
+
+# Transparent parts are shown over black, as video editors show them.
+BACKGROUND = 0
+# A file is cut off if its frames end this many seconds before its header says.
+MISSING_SECONDS = 0.5
+LFS_POINTER = b"version https://git-lfs"
+
+
+class BadClip(Exception):
+    """Why a clip cannot be used. The other clips still can."""
+
+
+@dataclass(frozen=True)
+class Footage:
+    """The frames that a player shows, and what must be done to each."""
+
+    path: Path
+    stream: int  # its number in the file
+    times: list[int]  # when each frame is shown, in units of `unit`, in order
+    unit: float  # seconds
+    fps: float
+    pixel_aspect: float  # the width of a pixel, divided by its height
+    quarter_turns: int  # to the left
+    transfer: int  # the curve of the signal (ITU-T H.273, table 3)
+    alpha: bool
+    interlaced: bool
+    hidden: int  # frames that only help to decode others
+
+    @property
+    def stamps(self) -> list[float]:
+        """The second at which each frame is shown."""
+        return [time * self.unit for time in self.times]
+
+    @property
+    def upright_pixel_aspect(self) -> float:
+        """Of the frames as they are returned: a quarter turn swaps width and height."""
+        return 1 / self.pixel_aspect if self.quarter_turns % 2 else self.pixel_aspect
+
+    @property
+    def treatment(self) -> list[str]:
+        """What is done to its frames besides decoding them, for the report."""
+        found = {
+            f"{self.hidden} hidden frames left out": self.hidden,
+            "deinterlaced": self.interlaced,
+            "transparent parts over black": self.alpha,
+            f"from {hdr.HDR_NAMES.get(self.transfer)} to SDR": self.transfer in hdr.SDR_OF,
+            f"pixels {self.pixel_aspect:g} times as wide as high": self.pixel_aspect != 1,
+            f"turned by {90 * self.quarter_turns} degrees": self.quarter_turns,
+        }
+        return [name for name, holds in found.items() if holds]
+
+
+# -- what the file says --------------------------------------------------------------------------
+
+
+def survey(path: Path) -> Footage:
+    """Reads the whole file, and decodes its first frame. BadClip if it cannot be used."""
+    if missing := missing_bytes(path):
+        whole = missing + path.stat().st_size
+        raise BadClip(f"is cut off: the last {missing} of its {whole} bytes are missing")
+    # A stream is gone when its file is closed.
+    with opened(path) as container:
+        stream = best_stream(container)
+        # The packets themselves are the whole file.
+        found = [(p.pts, p.is_discard) for p in container.demux(stream) if p.size]
+        number, times = stream.index, shown_times(found)
+        require_whole(container, stream, len(found), times)
+    with opened(path) as container:
+        stream = container.streams[number]
+        first = next(decoded(container, stream), None)
+        if first is None:
+            raise BadClip("has no frame that can be decoded")
+        return Footage(
+            path=path,
+            stream=number,
+            times=times,
+            unit=float(stream.time_base),
+            fps=float(stream.average_rate or 0),
+            pixel_aspect=float(stream.sample_aspect_ratio or 1),
+            quarter_turns=round(first.rotation / 90) % 4,
+            transfer=int(stream.codec_context.color_trc),
+            alpha=has_alpha(stream, first),
+            interlaced=bool(first.interlaced_frame),
+            hidden=sum(discarded for _, discarded in found),
+        )
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[av.container.InputContainer]:
+    import av
+
+    # With PyAV's own log, a decoder's thread would wait for Python, and Python for the thread.
+    av.logging.restore_default_callback()
+    av.logging.set_libav_level(av.logging.PANIC)
+    try:
+        with av.open(str(path)) as container:
+            yield container
+    except (av.error.FFmpegError, OSError) as error:
+        raise BadClip(f"cannot be opened as a video: {what_it_is(path, error)}") from error
+
+
+def what_it_is(path: Path, error: Exception) -> str:
+    """What a file is that is no video, as far as its first bytes tell."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(LFS_POINTER):
+        return "it is a pointer of Git LFS; git lfs pull fetches the video itself"
+    if start.lstrip()[:1] in (b"<", b"{"):
+        return "it is a text file, perhaps an error page that was saved as a video"
+    said = first_line(error).split("; last error log")[0].split(": '")[0]
+    return f"{path.stat().st_size} bytes, truncated or of another kind ({said})"
+
+
+def best_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream:
+    """The largest picture that moves. The cover of a song is none."""
+    import av
+
+    cover = av.stream.Disposition.attached_pic
+    found = [s for s in container.streams.video if not s.disposition & cover]
+    if not found:
+        what = "holds no video" + (", only a cover picture" if container.streams.video else "")
+        raise BadClip(what)
+    return max(found, key=lambda stream: (stream.width or 0) * (stream.height or 0))
+
+
+def shown_times(found: list[tuple[int | None, bool]]) -> list[int]:
+    """When each frame is shown. found: the time of each packet, and whether it is not shown."""
+    if not found:
+        raise BadClip("has no frames")
+    if any(time is None for time, _ in found):
+        raise BadClip(
+            "has frames without a time. This writes a copy with times: "
+            "ffmpeg -i CLIP -c copy COPY.mkv"
+        )
+    # A file that was cut without encoding holds frames that only help to decode others.
+    shown = sorted({time for time, discarded in found if not discarded})
+    if not shown:
+        raise BadClip("has no frame that a player shows")
+    return shown
+
+
+def require_whole(container, stream, packets: int, shown: list[int]) -> None:
+    """BadClip if the frames end before the file's header says."""
+    missing = stream.frames - packets
+    if missing > MISSING_SECONDS * float(stream.average_rate or 1):
+        raise BadClip(
+            f"is cut off: its header says {stream.frames} frames, and {packets} are there"
+        )
+    expected = seconds_in_header(container, stream)
+    there = (shown[-1] - min(shown[0], stream.start_time or 0)) * float(stream.time_base)
+    if expected is None or there + MISSING_SECONDS + last_frame(stream, shown) >= expected:
+        return
+    raise BadClip(
+        f"is cut off: its header says {expected:.1f} s, and its frames end at {there:.1f} s"
+    )
+
+
+def last_frame(stream, shown: list[int]) -> float:
+    """How long the last frame is shown, in seconds: as long as the one before it."""
+    return (shown[-1] - shown[-2]) * float(stream.time_base) if len(shown) > 1 else 0.0
+
+
+def seconds_in_header(container, stream) -> float | None:
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    if "DURATION" in stream.metadata:
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        ends = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        return ends - float((stream.start_time or 0) * stream.time_base)
+    # A longer sound would count too.
+    alone = len(container.streams) == 1 and container.duration
+    return container.duration / 1e6 if alone else None
+
+
+def has_alpha(stream, frame) -> bool:
+    in_webm = stream.metadata.get("alpha_mode") == "1"
+    return in_webm or any(component.is_alpha for component in frame.format.components)
+
+
+def missing_bytes(path: Path) -> int:
+    """How many bytes are missing at the end of an mp4 or mov file. 0 for other formats.
+
+    Every box in the file gives its length. Decoders ignore a missing part and return fewer frames
+    without an error.
+    """
+    size, place = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while place + 8 <= size:
+            file.seek(place)
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if place == 0 and kind != b"ftyp":
+                return 0
+            # 1: the length follows, in 8 bytes. 0: the box ends with the file.
+            if length == 1:
+                length = struct.unpack(">Q", file.read(8).rjust(8, b"\0"))[0]
+            if length < 8:
+                return 0
+            place += length
+    return max(0, place - size)
+
+
+# -- its frames ----------------------------------------------------------------------------------
+
+
+def frames_of_footage(footage: Footage, indices: list[int]) -> numpy.ndarray:
+    """The frames with these numbers among those that a player shows, [F, H, W, C] uint8.
+
+    They are read from the start of the file to the last one. BadClip if one cannot be decoded.
+    """
+    wanted = {footage.times[index] for index in indices}
+    last, found = max(wanted), {}
+    with opened(footage.path) as container:
+        stream = container.streams[footage.stream]
+        frames = decoded(container, stream, alpha=footage.alpha)
+        if footage.interlaced:
+            frames = deinterlaced(frames, stream)
+        for time, frame in timed(frames, footage.unit):
+            if time in wanted:
+                found[time] = pixels_of(frame, footage)
+            if time >= last:
+                break
+    missing = len(wanted - found.keys())
+    if missing:
+        raise BadClip(f"is damaged: {missing} of its {len(wanted)} frames cannot be decoded")
+    return numpy.stack([found[footage.times[index]] for index in indices])
+
+
+def timed(frames: Iterator[av.VideoFrame], unit: float) -> Iterator[tuple[int, av.VideoFrame]]:
+    for frame in frames:
+        if frame.pts is not None:
+            yield round(float(frame.pts * frame.time_base) / unit), frame
+
+
+def decoded(container, stream, *, alpha: bool = False) -> Iterator[av.VideoFrame]:
+    """Every frame that a player shows. BadClip if the file is damaged."""
+    import av
+
+    try:
+        if alpha and stream.codec_context.name in ("vp8", "vp9"):
+            yield from decoded_with_alpha(container, stream)
+        else:
+            yield from container.decode(stream)
+    except av.error.FFmpegError as error:
+        raise BadClip("stops while its frames are decoded: truncated or damaged") from error
+
+
+def decoded_with_alpha(container, stream) -> Iterator[av.VideoFrame]:
+    """FFmpeg's own decoders of VP8 and VP9 leave out the transparency."""
+    import av
+
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name]
+    decoder = av.CodecContext.create(name, "r")
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet)
+
+
+def deinterlaced(frames: Iterator[av.VideoFrame], stream) -> Iterator[av.VideoFrame]:
+    """One frame for each, by FFmpeg's filter bwdif."""
+    import av
+
+    graph = av.filter.Graph()
+    source, sink = graph.add_buffer(template=stream), graph.add("buffersink")
+    filtered = graph.add("bwdif", "mode=send_frame")
+    source.link_to(filtered)
+    filtered.link_to(sink)
+    graph.configure()
+    for frame in [*frames, None]:
+        graph.push(frame)
+        while True:
+            try:
+                yield graph.pull()
+            except (av.error.BlockingIOError, av.error.EOFError):
+                break
+
+
+def pixels_of(frame: av.VideoFrame, footage: Footage) -> numpy.ndarray:
+    """[H, W, C] uint8, upright."""
+    if footage.transfer in hdr.SDR_OF:
+        pixels = hdr.sdr_bytes(frame.to_ndarray(format="rgb48le"), footage.transfer)
+    elif footage.alpha:
+        rgba = frame.to_ndarray(format="rgba").astype(numpy.float32)
+        pixels = BACKGROUND + (rgba[..., :3] - BACKGROUND) * rgba[..., 3:] / 255
+        pixels = pixels.round().astype(numpy.uint8)
+    else:
+        pixels = frame.to_ndarray(format="rgb24")
+    return numpy.rot90(pixels, footage.quarter_turns)
