@@ -46,9 +46,9 @@ def import_weights(config: Config, task: ImportTask) -> Path:
     UserError if the weights cannot be read, or are for another model; then nothing is written.
     """
     files = weight_files(local_adapter(task.file, "task.file"))
-    print(
-        f"import  {shown(files[0])}{f' and {len(files) - 1} more' if files[1:] else ''}", flush=True
-    )
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    print(f"import  {shown(files[0])}{more}", flush=True)
+    require_another_folder(config.output_dir, files)
     base = Base.of(config)
     imported = imported_weights(config, task, files, base)
     for line in imported.lines:
@@ -65,10 +65,20 @@ def import_weights(config: Config, task: ImportTask) -> Path:
         return folder
     with record.locked(folder):
         write_run(final, folder, imported, base, about)
-    how = f"python launch.py task=generate task.run={shown(folder)}"
+    image = " task.image=first.png" if base.geometry.image_to_video else ""
+    how = f'task.run={shown(folder)} task.prompt="a cat on a beach"{image}'
     print(f"result  {shown(folder / weights_of(final.lora).result)}")
-    print(f'use     {how} task.prompt="a cat on a beach"')
+    print(f"use     python launch.py task=generate {how}")
     return folder
+
+
+def require_another_folder(folder: Path | None, files: list[Path]) -> None:
+    """UserError if the run's folder would be written over the files."""
+    if folder is not None and any(folder in path.parents for path in files):
+        raise UserError(
+            f"output_dir={folder} is where {files[0].name} is, and would be written over it: "
+            f"choose another output_dir"
+        )
 
 
 # -- the base model ------------------------------------------------------------------------------

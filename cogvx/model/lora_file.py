@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # finetrainers (trainer/sft_trainer/trainer.py).
 SETTINGS_KEYS = ("lora_adapter_metadata", "lora_config")
 PEFT_FILE = "adapter_config.json"  # peft's own, beside the weights
+# peft's ways to begin that change the base model's weights too (tuners/lora/layer.py). Without
+# these changes such a LoRA means something else.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,7 @@ def lora_of(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
     parts, unread = sorted_by_layer(path, naming, tensors)
     layers = {module: layer_of(path, module, found) for module, found in sorted(parts.items())}
     settings = peft_settings(path, metadata)
-    if settings.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{path} is a {settings['peft_type']} of peft, and only LoRAs are read")
+    require_plain(path, settings)
     return LoraFile(path, naming, layers, settings, unread)
 
 
@@ -187,6 +189,8 @@ def layer_of(path: Path, module: str, parts: dict[str, Tensor]) -> LoraLayer:
     if not all(matrix.float().isfinite().all() for matrix in (down, up)):
         raise UserError(f"{path}: {module} holds numbers that are not finite (NaN or infinity)")
     alpha = float(parts[ALPHA]) if ALPHA in parts else None
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UserError(f"{path}: the alpha of {module} is {alpha:g}: it must be above 0")
     return LoraLayer(down, up, alpha, parts.get(MAGNITUDE))
 
 
@@ -201,6 +205,23 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict:
         return {name.removeprefix("transformer."): value for name, value in found.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: the settings of its LoRA are no JSON: {error}") from error
+
+
+def require_plain(path: Path, settings: dict) -> None:
+    """UserError if peft's settings say that the matrices are not the whole LoRA."""
+    kind, begun = settings.get("peft_type", "LORA"), settings.get("init_lora_weights")
+    if kind != "LORA":
+        raise UserError(f"{path} is a {kind} of peft, and only LoRAs are read")
+    if isinstance(begun, str) and begun.startswith(CHANGES_THE_BASE):
+        raise UserError(
+            f"{path} was trained with init_lora_weights={begun}, which changes the base model too. "
+            f"Convert it to a plain LoRA with peft first: path_initial_model_for_weight_conversion "
+            f"of save_pretrained"
+        )
+    alphas = [settings.get("lora_alpha", 1), *(settings.get("alpha_pattern") or {}).values()]
+    for alpha in alphas:
+        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise UserError(f"{path}: its settings have alpha {alpha!r}: it must be above 0")
 
 
 def misfits_in_words(file: LoraFile, shapes: dict[str, Shape], base: str) -> str | None:

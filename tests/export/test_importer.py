@@ -290,6 +290,56 @@ def test_what_was_exported_comes_back(
     assert same(through_diffusers(nano_folder, imported(out)), merged(matrices(), 0.5))
 
 
+# Inputs and outputs of layers that are not square.
+MORE_LAYERS = {
+    "transformer_blocks.0.ff.net.0.proj": (128, 512),
+    "transformer_blocks.3.ff.net.2": (512, 128),
+    "transformer_blocks.5.norm1.linear": (128, 768),
+    "patch_embed.text_proj": (64, 128),
+    "time_embedding.linear_1": (128, 128),
+    "norm_out.linear": (128, 256),
+    "proj_out": (128, 64),
+}
+
+
+def test_every_kind_of_layer_goes_out_and_comes_back(imported, nano_folder, tmp_path, compose):
+    generator = torch.Generator().manual_seed(1)
+    found = {
+        module: (
+            0.1 * torch.randn(RANK, inputs, generator=generator),
+            0.1 * torch.randn(outputs, RANK, generator=generator),
+        )
+        for module, (inputs, outputs) in MORE_LAYERS.items()
+    }
+    # A convolution: the matrix on the side of the input has its size.
+    found["patch_embed.proj"] = (
+        0.1 * torch.randn(RANK, 16, 2, 2, generator=generator),
+        0.1 * torch.randn(128, RANK, 1, 1, generator=generator),
+    )
+    first = imported(kohya(found, tmp_path / "l.safetensors", "lora_unet_", flat), name="first")
+    transformer = CogVideoXTransformer3DModel.from_pretrained(nano_folder / "transformer")
+    modules = dict(transformer.named_modules())
+    with torch.no_grad():
+        for name, (down, up) in found.items():
+            delta = (up.flatten(1) @ down.flatten(1)).reshape(modules[name].weight.shape)
+            modules[name].weight += 0.5 * delta
+    assert same(through_diffusers(nano_folder, first), output(transformer))
+    targets = configuration.read(first / record.CONFIG).lora.target_modules
+    assert "proj_out" in targets and "transformer_blocks.0.ff.net.0.proj" in targets
+    config = compose("task=export", f"task.run='{first}'", "task.format=comfyui")
+    again = imported(exporter.export_result(config, config.task), name="again")
+    assert same(through_diffusers(nano_folder, again), output(transformer))
+
+
+def test_an_export_adds_a_foreign_file(imported, merged, nano_folder, tmp_path, compose):
+    first = imported(FORMS["kohya"](matrices(), tmp_path / "lora.safetensors"))
+    other = FORMS["comfyui"](matrices(), tmp_path / "other.safetensors")
+    add = [f"task.add=['{other}']", "task.add_strengths=[0.5]", "task.format=folded"]
+    config = compose("task=export", f"task.run='{first}'", *add)
+    folder = exporter.export_result(config, config.task)
+    assert same(through_diffusers(nano_folder, folder), merged(matrices(), 0.75))
+
+
 # -- whole transformers ----------------------------------------------------------------------------
 
 

@@ -219,8 +219,35 @@ def test_alphas_that_contradict_each_other(compose, nano_folder, tmp_path):
     assert "task.alpha=2, but" in said and "says that alpha is 4" in said
     save_file(pair(128), file, metadata={"lora_config": json.dumps({"peft_type": "LOHA"})})
     assert "is a LOHA of peft" in refused(compose, nano_folder, file)
+    for settings, text in (
+        (
+            {"lora_alpha": 2, "init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights=pissa_niter_4",
+        ),
+        ({"lora_alpha": "64"}, "its settings have alpha '64'"),
+        ({"lora_alpha": 2, "alpha_pattern": {"to_q": 0}}, "its settings have alpha 0: it must be"),
+    ):
+        save_file(pair(128), file, metadata={"lora_config": json.dumps(settings)})
+        assert text in refused(compose, nano_folder, file)
+    stem = "lora_unet_transformer_blocks_0_attn1_to_q"
+    found = {f"{stem}.lora_down.weight": torch.ones(2, 128), f"{stem}.alpha": torch.tensor(0.0)}
+    save_file(found | {f"{stem}.lora_up.weight": torch.ones(128, 2)}, file)
+    assert "the alpha of transformer_blocks.0.attn1.to_q is 0" in refused(
+        compose, nano_folder, file
+    )
     with pytest.raises(UserError, match="must be above 0"):
         compose("task=import", f"task.file='{file}'", "task.alpha=0")
+
+
+def test_nothing_is_written_over_the_file(compose, nano_folder, tmp_path):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(pair(128), file)
+    where = [f"task.file='{file}'", f"output_dir='{tmp_path}'", f"model.path='{nano_folder}'"]
+    config = compose("task=import", "task.alpha=2", *where)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="choose another output_dir"):
+        importer.import_weights(config, config.task)
+    assert file.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
 
 
 def test_a_transformer_of_another_model(compose, nano_folder, family_folder, tmp_path):
