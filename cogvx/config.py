@@ -367,6 +367,8 @@ def upgraded(recorded: dict) -> dict:
         recorded["memory"].setdefault("gradient_checkpointing", recomputed)
     for section, values in ADDED_SETTINGS.items():
         recorded[section] = values | recorded[section]
+    if choices_of(recorded)["tracking"] == "wandb":
+        recorded["tracking"] = {"entity": None, "group": None, "tags": []} | recorded["tracking"]
     if choices_of(recorded)["task"] == "generate":
         recorded["task"] = ADDED_TO_GENERATE | recorded["task"]
     return recorded

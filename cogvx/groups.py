@@ -67,6 +67,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "tracking": {
         "none": tracking.Tracking,
         "tensorboard": tracking.TensorBoard,
+        "trackio": tracking.Trackio,
         "wandb": tracking.Wandb,
     },
 }

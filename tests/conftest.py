@@ -48,7 +48,7 @@ def pytest_collection_finish(session) -> None:
 MISSING = re.compile(r"needs the package (\w+), which is not|No module named '(\w+)")
 MAY_BE_MISSING = {
     *("bitsandbytes", "datasets", "optuna", "prodigyopt", "schedulefree", "torchao", "wandb"),
-    *("matplotlib", "tensorboard"),
+    *("matplotlib", "tensorboard", "trackio"),
 }
 
 

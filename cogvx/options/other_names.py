@@ -115,7 +115,7 @@ DIFFUSERS: dict[str, OtherName] = {
     "prodigy_safeguard_warmup": OtherName(
         "optimizer.safeguard_warmup", "with optimizer=prodigy, where it is on"
     ),
-    "tracker_name": OtherName("tracking.project", "with tracking=wandb"),
+    "tracker_name": OtherName("tracking.project", "with tracking=wandb or trackio"),
     "push_to_hub": OtherName(
         None, "Nothing is uploaded. After training: hf upload NAME/REPOSITORY outputs/RUN."
     ),
@@ -127,7 +127,7 @@ DIFFUSERS: dict[str, OtherName] = {
     "allow_tf32": OtherName(
         None, "TF32 is never switched on; train.mixed_precision=bf16 is faster."
     ),
-    "report_to": OtherName("tracking", "none, tensorboard or wandb"),
+    "report_to": OtherName("tracking", "none, tensorboard, trackio or wandb"),
     # image to video
     "validation_images": OtherName("validation.validation_images"),
     "noised_image_dropout": OtherName("train.image_dropout"),
@@ -290,12 +290,12 @@ ELSEWHERE: dict[str, OtherName] = {
     "save_dir": OtherName("output_dir"),
     "output_path": OtherName("output_dir"),
     "logging_steps": OtherName("train.logging_steps"),
-    "log_with": OtherName("tracking", "none, tensorboard or wandb"),
-    "logger": OtherName("tracking", "none, tensorboard or wandb"),
+    "log_with": OtherName("tracking", "none, tensorboard, trackio or wandb"),
+    "logger": OtherName("tracking", "none, tensorboard, trackio or wandb"),
     "wandb": OtherName("tracking=wandb"),
     "tensorboard": OtherName("tracking=tensorboard"),
-    "wandb_project": OtherName("tracking.project", "with tracking=wandb"),
-    "project": OtherName("tracking.project", "with tracking=wandb"),
+    "wandb_project": OtherName("tracking.project", "with tracking=wandb or trackio"),
+    "project": OtherName("tracking.project", "with tracking=wandb or trackio"),
     "num_gpus": OtherName("parallel.num_processes", "with parallel=ddp"),
     "num_processes": OtherName("parallel.num_processes", "with parallel=ddp"),
     "gpus": OtherName("parallel.num_processes", "with parallel=ddp"),

@@ -101,6 +101,9 @@ class TensorBoard(Tracking):
 class Wandb(Tracking):
     project: str
     mode: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
 
     def problems(self) -> list[str]:
         found = lacking("wandb", "tracking=wandb")
@@ -129,7 +132,9 @@ class Wandb(Tracking):
         )
         run = {
             "project": self.project,
-            "group": group,
+            "entity": self.entity,
+            "group": self.group or group,
+            "tags": self.tags,
             "name": folder.name,
             "id": id_of(folder),
             "resume": "allow",
@@ -180,6 +185,50 @@ class Wandb(Tracking):
         finally:
             # It returns when everything is on the disk.
             wandb.teardown()
+
+
+@dataclass
+class Trackio(Tracking):
+    """trackio 0.43, from its source: on this machine or in a Space of the hub."""
+
+    project: str
+    group: str | None
+    space_id: str | None
+
+    def problems(self) -> list[str]:
+        return lacking("trackio", "tracking=trackio")
+
+    def start(self, folder: Path, config: dict[str, object], step: int, group: str | None) -> None:
+        """A resumed run is the same run there: trackio goes on with the newest run of its name."""
+        import trackio
+
+        # The jobs of two sweeps may have the same names.
+        name = folder.name if group is None else f"{group}_{folder.name}"
+        self.run = trackio.init(
+            self.project,
+            name=name,
+            group=self.group or group,
+            space_id=self.space_id,
+            config=config,
+            resume="allow" if step else "never",
+            embed=False,
+            # Its own thread would ask the GPU every ten seconds.
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def videos(self, paths: list[Path], step: int) -> None:
+        import trackio
+
+        files = {f"validation/{path.stem}": trackio.Video(str(path)) for path in paths}
+        self.run.log(files, step=step)
+
+    def finish(self, status: str) -> None:
+        """trackio has no place for the status of a run that is not done. Waits for its thread."""
+        self.run.finish()
 
 
 def id_of(folder: Path) -> str | None:

@@ -13,6 +13,7 @@ from cogvx.records import figures
 NEEDED = {
     "bitsandbytes": ["memory.base_storage=nf4", "memory.gradient_checkpointing=true"],
     "wandb": ["tracking=wandb"],
+    "trackio": ["tracking=trackio"],
     "tensorboard": ["tracking=tensorboard"],
     "datasets": ["data=dataset", "data.dataset_name=mine"],
     "prodigyopt": ["optimizer=prodigy"],

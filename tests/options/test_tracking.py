@@ -1,7 +1,9 @@
 """Trackers mirror metrics.jsonl, tell how a run ended, and stop nothing."""
 
+import importlib.util
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ SHORT = [
     "train.logging_steps=3",
 ]
 VIDEO = ["validation.num_validation_videos=1", "validation.num_inference_steps=2"]
+OFFLINE_WANDB = tracking.Wandb("cogvx", "offline", entity=None, group=None, tags=[])
 OFFLINE = ["tracking=wandb", "tracking.mode=offline"]
 
 
@@ -125,7 +128,7 @@ def test_tensorboard_takes_back_what_a_resumed_run_does_again(tmp_path):
 
 def test_wandb_has_the_numbers_the_videos_and_the_settings(tmp_path, gif, capsys):
     folder = tmp_path / "run"
-    metrics = tracked(folder, tracking.Wandb("cogvx", "offline"))
+    metrics = tracked(folder, OFFLINE_WANDB)
     metrics.log(3, loss=0.5, highest_loss_clip="a clip")
     metrics.videos([gif], 3)
     metrics.log(6, loss=0.25)
@@ -145,22 +148,29 @@ def test_wandb_has_the_numbers_the_videos_and_the_settings(tmp_path, gif, capsys
 
 @pytest.mark.parametrize(("status", "code"), [("failed", 1), ("interrupted", 255)])
 def test_wandb_is_told_how_a_run_ended(tmp_path, status, code):
-    tracked(tmp_path, tracking.Wandb("cogvx", "offline")).finish(status)
+    tracked(tmp_path, OFFLINE_WANDB).finish(status)
     assert exit_code(tmp_path) == code
 
 
 def test_a_job_is_in_the_group_of_its_sweep_under_its_own_name(tmp_path):
     (tmp_path / "ranks_1f2e").mkdir()
     (tmp_path / "ranks_1f2e" / "sweep.json").write_text("{}")
-    tracked(tmp_path / "ranks_1f2e" / "rank-4", tracking.Wandb("cogvx", "offline")).finish("done")
+    tracked(tmp_path / "ranks_1f2e" / "rank-4", OFFLINE_WANDB).finish("done")
     run = run_of(tmp_path / "ranks_1f2e" / "rank-4")
     assert (run.run_group, run.display_name) == ("ranks_1f2e", "rank-4")
+
+
+def test_wandb_gets_the_group_the_team_and_the_tags_that_are_asked_for(tmp_path):
+    asked = tracking.Wandb("cogvx", "offline", entity="lab", group="rabbits", tags=["a", "b"])
+    tracked(tmp_path, asked).finish("done")
+    run = run_of(tmp_path)
+    assert (run.entity, run.run_group, list(run.tags)) == ("lab", "rabbits", ["a", "b"])
 
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_is_the_same_run_to_wandb(tmp_path):
     for name in ("one", "one", "other"):
-        tracked(tmp_path / name, tracking.Wandb("cogvx", "offline")).finish("done")
+        tracked(tmp_path / name, OFFLINE_WANDB).finish("done")
         time.sleep(1.1)  # wandb names its folders by the second
     ids = {tracking.id_of(tmp_path / "one")} | {
         path.name.rpartition("-")[2] for path in (tmp_path / "one").glob("wandb/offline-run-*")
@@ -217,6 +227,77 @@ def histories_of(offline: Path) -> list[dict]:
 
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "loss" in line]
+
+
+# -- trackio ---------------------------------------------------------------------------------------
+
+
+class ScriptedTrackio:
+    """What of trackio 0.43 is used, with the parameters that it has there."""
+
+    def __init__(self):
+        self.said = []
+
+    def init(
+        self, project, *, name, group, space_id, config, resume, embed, auto_log_gpu, auto_log_cpu
+    ):
+        self.said.append((project, name, group, space_id, config["model"], resume))
+        return self
+
+    def Video(self, value):
+        return f"video {Path(value).name}"
+
+    def log(self, metrics, step=None):
+        self.said.append((metrics, step))
+
+    def finish(self):
+        self.said.append("finished")
+
+
+@pytest.fixture
+def trackio(monkeypatch):
+    scripted = ScriptedTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", scripted)
+    return scripted
+
+
+def test_trackio_has_the_numbers_the_videos_and_the_settings(tmp_path, gif, trackio):
+    asked = tracking.Trackio("rabbits", group=None, space_id=None)
+    metrics = tracked(tmp_path / "run", asked)
+    metrics.log(3, loss=0.5, highest_loss_clip="a clip")
+    metrics.videos([gif], 3)
+    metrics.finish("done")
+    assert trackio.said == [
+        ("rabbits", "run", None, None, "nano", "never"),
+        ({"loss": 0.5}, 3),
+        ({"validation/01_seed42": "video 01_seed42.mp4"}, 3),
+        "finished",
+    ]
+    trackio.said.clear()
+    tracked(tmp_path / "run", asked, step=3)
+    assert trackio.said[0][-1] == "allow", "a run that goes on is the same run"
+
+
+def test_jobs_of_two_sweeps_are_two_groups_of_runs_in_trackio(tmp_path, trackio):
+    for sweep in ("one", "two"):
+        (tmp_path / sweep).mkdir()
+        (tmp_path / sweep / "sweep.json").write_text("{}")
+        tracked(tmp_path / sweep / "rank-4", tracking.Trackio("p", group=None, space_id=None))
+    assert [said[1:3] for said in trackio.said] == [("one_rank-4", "one"), ("two_rank-4", "two")]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="needs trackio")
+def test_the_real_trackio_keeps_what_it_is_given(tmp_path, gif, monkeypatch):
+    import trackio
+
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    metrics = tracked(tmp_path / "run", tracking.Trackio("rabbits", group=None, space_id=None))
+    metrics.log(3, loss=0.5)
+    metrics.videos([gif], 3)
+    metrics.finish("done")
+    assert not metrics.failed
+    [found] = [run for run in trackio.Api().runs("rabbits") if run.name == "run"]
+    assert found is not None
 
 
 # -- any -------------------------------------------------------------------------------------------
