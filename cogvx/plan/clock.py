@@ -1,8 +1,8 @@
-"""How long a step of this run should take on this card.
+"""How long a step of this run should take on this card, and how much memory each phase.
 
 It is planned while the run starts, in a process of its own that does not use the GPU.
 
-python -m cogvx.plan.clock RUN CARD        prints the seconds
+python -m cogvx.plan.clock RUN CARD        writes RUN/plan.json: first the time, then the memory
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 from cogvx import config as configuration
+from cogvx.files import read_json, write_json
 from cogvx.options.cards import CARDS, named
 from cogvx.records import record
 
+PLAN = "plan.json"
 # What tells a process that it is a rank, for torch.distributed's env:// start.
 RANK_VARIABLES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -35,15 +37,14 @@ class Expectation:
         here |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(configuration.PROJECT)}
         self.seconds, self.folder, self.process = None, folder, None
         if card is not None:
-            self.process = subprocess.Popen(
-                command, env=here, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
+            (folder / PLAN).unlink(missing_ok=True)  # of an earlier start, maybe on another card
+            silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            self.process = subprocess.Popen(command, env=here, **silent)
 
     def __call__(self) -> float | None:
-        if self.process is not None and self.process.poll() is not None:
-            said, self.process = self.process.communicate()[0], None
-            if said:
-                self.seconds = float(said.split()[-1])
+        if self.process is not None and self.seconds is None:
+            self.seconds = read_json(self.folder / PLAN).get("seconds_per_step")
+            if self.seconds is not None:
                 record.note(self.folder, planned_seconds_per_step=round(self.seconds, 3))
         return self.seconds
 
@@ -65,11 +66,18 @@ def present_card() -> str | None:
 
 
 def main(folder: Path, card: str) -> None:
-    from cogvx.plan.traces import step_seconds
+    from cogvx.plan.planner import IN_TWO_PROCESSES, phase_facts
+    from cogvx.plan.traces import step_seconds, trace
     from cogvx.progress import quiet_libraries
 
     quiet_libraries()
-    print(step_seconds(configuration.read(folder / record.CONFIG), CARDS[card]))
+    os.nice(10)
+    config, phases = configuration.read(folder / record.CONFIG), {}
+    found = {"card": card, "seconds_per_step": step_seconds(config, CARDS[card]), "phases": phases}
+    write_json(folder / PLAN, found)
+    for names in IN_TWO_PROCESSES:
+        phases |= {phase.name: phase_facts(phase) for phase in trace((config, names, None)).phases}
+        write_json(folder / PLAN, found)
 
 
 if __name__ == "__main__":
