@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError, listed
 from cogvx.model.geometry import read_config
+from cogvx.model.weight_files import require_weights
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,7 @@ def saved(folder: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
     for path in sorted((folder / FOLDER).glob("*.safetensors")):
+        require_weights(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 yield name, file.get_tensor(name)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from cogvx.errors import UserError, first_line, listed
 from cogvx.files import absolute, is_hub_id
 from cogvx.model.geometry import LAYOUT, Geometry, read_config, read_geometry, released
+from cogvx.model.weight_files import require_weights
 from cogvx.progress import heartbeat, library_bars
 
 if TYPE_CHECKING:
@@ -188,7 +189,10 @@ def require_parts(folder: Path) -> None:
     for part in ("transformer", "vae", "text_encoder"):
         if (folder / part).is_dir():
             read_config(folder, part)
-            if not any((folder / part).glob("*.safetensors")):
+            files = sorted((folder / part).glob("*.safetensors"))
+            for path in files:
+                require_weights(path)
+            if not files:
                 missing.append(f"{part}/ has no *.safetensors file")
     if missing:
         raise UserError(

@@ -108,16 +108,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     They stay in the file until they are used. UserError says why a file cannot be read.
     """
-    head = head_of(path)
-    if head.startswith(POINTER):
-        raise UserError(
-            f"{path} is a pointer of git LFS, not the weights: git lfs pull fetches them, or "
-            f"hf download"
-        )
-    if not head.strip(b"\0"):
-        raise UserError(f"{path} is empty: download or copy it again")
-    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        raise UserError(f"{path} is a web page, not weights: download the file itself")
+    head = require_weights(path)
     try:
         # A safetensors file begins with the length of its header, then the header as JSON.
         if head[8:9] == b"{":
@@ -131,6 +122,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} cannot be read as weights: {first_line(error)}. Is it complete? It "
             f"has {path.stat().st_size:,} bytes"
         ) from error
+
+
+def require_weights(path: Path) -> bytes:
+    """The first bytes of a file. UserError if they are not those of weights."""
+    head = head_of(path)
+    if head.startswith(POINTER):
+        raise UserError(
+            f"{path} is a pointer of git LFS, not the weights: git lfs pull fetches them, or "
+            f"hf download"
+        )
+    if not head.strip(b"\0"):
+        raise UserError(f"{path} is empty: download or copy it again")
+    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        raise UserError(f"{path} is a web page, not weights: download the file itself")
+    return head
 
 
 def head_of(path: Path) -> bytes:

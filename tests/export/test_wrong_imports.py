@@ -1,7 +1,9 @@
 """What cannot be imported is refused in one line that says what it is. Nothing is written."""
 
 import json
+import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 
 from cogvx.errors import UserError
 from cogvx.export import importer, low_rank
+from cogvx.model import lora
 from cogvx.model.lora_file import read_lora
 
 TO_Q = "transformer.transformer_blocks.{}.attn1.to_q.lora_{}.weight"
@@ -148,8 +151,19 @@ def test_files_that_are_no_weights(compose, nano_folder, tmp_path, case):
     file = tmp_path / "lora.safetensors"
     file.write_bytes(content)
     assert said in refused(compose, nano_folder, file)
-    with pytest.raises(UserError, match=said.split(":")[0]):
-        low_rank.read_updates(file)
+    for read in (low_rank.read_updates, lora.read_adapter):
+        with pytest.raises(UserError, match=said.split(":")[0]):
+            read(file)
+
+
+def test_a_model_of_pointers_is_named(nano_folder, tmp_path, compose):
+    """git clone without git LFS leaves such files."""
+    folder = Path(shutil.copytree(nano_folder, tmp_path / "model"))
+    [file] = (folder / "vae").glob("*.safetensors")
+    file.write_bytes(POINTER)
+    config = compose("model=2b", f"model.path='{folder}'", "data.height=64", "data.width=64")
+    with pytest.raises(UserError, match=f"{file} is a pointer of git LFS"):
+        config.model.prepare(frames=9, height=64, width=64, precision="no")
 
 
 def test_a_file_that_was_cut_off(compose, nano_folder, tmp_path):
