@@ -23,6 +23,7 @@ ROOMS = [
     "model",
     "data",
     "options",
+    "hub_upload",
     "hub_client",
     "files",
     "errors",
@@ -32,7 +33,7 @@ ROOMS = [
 ]
 WITHOUT_TORCH = {
     *("records", "command_line", "compose", "config", "wording", "rules", "groups", "options"),
-    *("hub_client", "files", "errors", "start", "libraries", "leaving"),
+    *("hub_upload", "hub_client", "files", "errors", "start", "libraries", "leaving"),
 }
 KNOW_HYDRA = {"compose", "config", "runs.grid", "runs.engines"}
 FILES = {

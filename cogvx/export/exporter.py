@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cogvx.config import Config
-from cogvx.data.cache import fill_under_another_name
+from cogvx.data.cache import content_key, fill_under_another_name
 from cogvx.errors import UserError
 from cogvx.export.low_rank import (
     Update,
@@ -24,8 +24,10 @@ from cogvx.export.low_rank import (
     save_adapter,
     share_kept,
 )
+from cogvx.export.publish import publish, relative
 from cogvx.export.result import AVERAGED
 from cogvx.files import read_json, shown, write_json
+from cogvx.hub_upload import Upload
 from cogvx.model import full, lora
 from cogvx.model.hub import local_adapter
 from cogvx.model.naming import NAMING_OF_FORMAT
@@ -59,14 +61,18 @@ def export_result(config: Config, task: ExportTask) -> Path:
     UserError if there are no weights, if the format cannot hold them, or if the folder exists.
     """
     source, run = weights_folder(config, task.run), run_of(task.run)
-    folder = task.to or run / "export" / task.format.name
-    if folder.exists():
+    folder, upload = task.to or run / "export" / task.format.name, upload_of(task)
+    again = upload is not None and read_json(folder / ABOUT).get("asked") == asked_of(task)
+    if folder.exists() and not again:
         raise UserError(
             f"{folder} exists already: remove it, or write to another folder: task.to=..."
         )
     require_holdable(config, task)
+    if upload is not None:
+        upload.require_writer()
     print(f"export  {shown(source)} as {task.format.name}", flush=True)
-    fill_under_another_name(folder, lambda partial: write(config, task, source, partial))
+    if not again:
+        fill_under_another_name(folder, lambda partial: write(config, task, source, partial))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"result  {shown(folder)}, {size / 1e6:,.1f} MB")
     whole = is_full(config) and task.format is Format.diffusers and task.rank is None
@@ -74,7 +80,23 @@ def export_result(config: Config, task: ExportTask) -> Path:
     how = HOW_TO_TRANSFORMER if whole else HOW_TO[task.format]
     file = lora_file(task)
     print(f"use     {how.format(folder=str(folder), pipeline=pipeline, file=file)}")
+    if upload is not None:
+        files, about = relative(sorted(folder.rglob("*")), folder), read_json(folder / ABOUT)
+        summary = read_json(run / record.SUMMARY)
+        publish(config, run, upload, files, task.format, about, summary)
     return folder
+
+
+def upload_of(task: ExportTask) -> Upload | None:
+    if task.hub_repo_id is None:
+        return None
+    return Upload(task.hub_repo_id, task.hub_private, task.hub_checkpoints, "task.hub_repo_id")
+
+
+def asked_of(task: ExportTask) -> str:
+    """What decides the contents of an export, as a hash: paths are in it."""
+    places = ("hub_repo_id", "hub_private", "hub_checkpoints", "to")
+    return content_key({k: str(v) for k, v in sorted(vars(task).items()) if k not in places})
 
 
 def is_full(config: Config) -> bool:
@@ -121,6 +143,9 @@ def write(config: Config, task: ExportTask, source: Path, folder: Path) -> None:
         "base_model": config.model.path,
         "revision": config.model.revision,
         "strength": task.strength,
+        "added": len(task.add),
+        "checkpoint": None if task.run == run_of(task.run) else task.run.name,
+        "asked": asked_of(task),
     }
     if task.format is Format.merged:
         write_pipeline(config, task, source, folder)

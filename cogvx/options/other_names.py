@@ -117,12 +117,10 @@ DIFFUSERS: dict[str, OtherName] = {
     ),
     "tracker_name": OtherName("tracking.project", "with tracking=wandb or trackio"),
     "push_to_hub": OtherName(
-        None, "Nothing is uploaded. After training: hf upload NAME/REPOSITORY outputs/RUN."
+        None, "The name of the repository is enough: train.hub_repo_id=NAME/REPOSITORY."
     ),
     "hub_token": OtherName(None, "Log in once: hf auth login."),
-    "hub_model_id": OtherName(
-        None, "Nothing is uploaded. After training: hf upload NAME/REPOSITORY outputs/RUN."
-    ),
+    "hub_model_id": OtherName("train.hub_repo_id"),
     "logging_dir": OtherName(None, "All logs are in the run's folder, output_dir."),
     "allow_tf32": OtherName(
         None, "TF32 is never switched on; train.mixed_precision=bf16 is faster."

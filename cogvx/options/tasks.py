@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from cogvx.errors import did_you_mean
 from cogvx.files import absolute, is_hub_id
+from cogvx.hub_upload import repo_id_problems
 from cogvx.options.cards import CARDS
 from cogvx.options.train import Precision
 
@@ -211,6 +212,9 @@ class ExportTask(Task):
     add_strengths: list[float]
     dtype: Precision | None
     to: Path | None
+    hub_repo_id: str | None
+    hub_private: bool
+    hub_checkpoints: bool
     makes_a_run: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
 
@@ -223,6 +227,7 @@ class ExportTask(Task):
             found.append(f"task.rank={self.rank}: must be 1 or more; null: the LoRA's own")
         if self.strength == 0:
             found.append("task.strength=0: nothing of the LoRA would be left; 1.0: as trained")
+        found += repo_id_problems("task.hub_repo_id", self.hub_repo_id)
         found += strengths_to_add_problems(self.add, self.add_strengths)
         if self.rank is not None and self.format is Format.merged:
             found.append("task.rank is for a LoRA, and task.format=merged writes a whole model")

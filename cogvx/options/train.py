@@ -5,6 +5,7 @@ from enum import Enum
 from pathlib import Path
 
 from cogvx.files import absolute
+from cogvx.hub_upload import repo_id_problems
 
 
 class Precision(Enum):
@@ -84,6 +85,9 @@ class Train:
     checkpointing_steps: int
     checkpoints_total_limit: int | None
     resume: str | None  # a folder, or auto
+    hub_repo_id: str | None
+    hub_private: bool
+    hub_checkpoints: bool
 
     def make_paths_absolute(self) -> None:
         if self.resume not in (None, "auto"):
@@ -139,4 +143,4 @@ class Train:
             found.append(
                 f"train.max_grad_norm={self.max_grad_norm}: must be above 0; null: no clipping"
             )
-        return found
+        return found + repo_id_problems("train.hub_repo_id", self.hub_repo_id)

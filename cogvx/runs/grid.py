@@ -81,9 +81,22 @@ def sweep_of(
         jobs = composed_jobs([(grid.fixed, grid.values()) for grid in grids], composer)
     if not jobs[0][1].task.makes_a_run:
         raise UserError(f"task={jobs[0][1].choices['task']} makes no run of a sweep: leave out -m")
+    require_own_repositories([config for _, config in jobs])
     called = "-".join([*(["search"] if is_search(base) else []), *short_names(swept).values()])
     folder = base.output_dir or str(PLACE / f"{named or short_enough(called)}_{mark(base, swept)}")
     return Sweep(Path(folder).expanduser().absolute(), named, swept), jobs, base
+
+
+def require_own_repositories(jobs: list[Config]) -> None:
+    """UserError if jobs would upload to one repository: the last one would replace the others."""
+    names = [job.train.hub_repo_id for job in jobs if job.train.hub_repo_id is not None]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"train.hub_repo_id={twice}: several jobs of the sweep would upload to one "
+            f"repository. Leave it null, and upload the best run afterwards: "
+            f"task=export task.run=outputs/SWEEP/JOB task.hub_repo_id={twice}"
+        )
 
 
 def search_of(

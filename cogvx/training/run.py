@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cogvx.config import Config
+from cogvx.export.publish import publish_run, upload_of_run
 from cogvx.files import read_json
 from cogvx.inference import scores
 from cogvx.model import attention
@@ -46,11 +47,13 @@ def train_model(
     started, ranks = time.monotonic(), start_processes(config)
     with telling(folder, ranks.about):
         summary = prepare_and_train(config, folder, ranks, expected)
-    return {
-        **summary,
-        "seconds": round(time.monotonic() - started, 1),
-        **ranks.peaks.summary(),
-    }
+    summary |= {"seconds": round(time.monotonic() - started, 1), **ranks.peaks.summary()}
+    upload = upload_of_run(config)
+    if upload is not None and ranks.logs and summary["status"] == "done":
+        # The run is done, whatever becomes of the upload.
+        record.finish(folder, summary)
+        summary["hub"] = publish_run(config, folder, upload, summary)
+    return summary
 
 
 def prepare_and_train(
@@ -61,6 +64,9 @@ def prepare_and_train(
     if source is None:
         weights_of(config.lora).require_start()
     config.tracking.require_login()
+    upload = upload_of_run(config)
+    if upload is not None and ranks.logs:
+        upload.require_writer()
     attention.require(config.train.attention, ranks.accelerator.device)
     prompts = scores.scored_prompts_of(config, config.validation.scored_prompts)
     scored = scores.video_requests(prompts, seed=0)

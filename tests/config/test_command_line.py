@@ -76,7 +76,7 @@ def test_stray_words_are_named(door):
     said = door("lora.rank=16", "32").stderr
     assert "32, after lora.rank=16, is not KEY=VALUE" in said
     said = door("frobnicate", "--push_to_hub").stderr
-    assert "frobnicate is not KEY=VALUE" in said and "hf upload" in said
+    assert "frobnicate is not KEY=VALUE" in said and "train.hub_repo_id=NAME" in said
 
 
 def test_help_names_every_group_and_option_and_says_what_tasks_and_data_do(launch):
