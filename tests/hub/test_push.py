@@ -249,11 +249,12 @@ def test_what_an_earlier_upload_left_is_removed(hub, set_up):
 
 
 @pytest.fixture
-def train(launch, hub, tmp_path, cache):
+def train(launch, hub, tmp_path, cache, clips):
     def start(*overrides, token=OWNER, expect=0, **variables):
         from settings import QUICK
 
         more = [f"output_dir='{tmp_path / 'run'}'", f"data.cache_dir='{cache}'"]
+        more.append(f"data.instance_data_root='{clips}'")
         env = hub.environment(tmp_path / "home", token=token, **variables)
         said = launch(*QUICK, "train.max_train_steps=3", *more, *overrides, env=env)
         assert said.returncode == expect, said.stdout + said.stderr
