@@ -101,7 +101,7 @@ ENTRIES = [
     ),
     Entry(
         "plan_measure",
-        "task=plan with task.measure=true",
+        "task=plan with task.measure=true, of training and of a video",
         "cogvx/plan/planner.py",
         limit=120,
         alone=False,

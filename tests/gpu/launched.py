@@ -249,15 +249,18 @@ def sweep(here: Here) -> None:
 
 
 def plan_measure(here: Here) -> None:
-    folder = here.folder("plan")
     real = ["model=2b", "memory=balanced", "data.max_num_frames=9", "task.card=h100_80gb"]
     overrides = ["model=nano"] if here.small else real
-    launch(here, "task=plan", "task.measure=true", *overrides, f"output_dir='{folder}'")
-    found = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["measured"]
-    for name, row in found["phases"].items():
-        measured, planned = row["measured_reserved_gib"], row["planned_reserved_gib"]
-        here.line(f"{name}: reserved", measured, "GiB", note=f"planned {planned}")
-    here.line("seconds per step", found["seconds_per_step"], "s")
+    for of in ("train", "generate"):
+        folder = here.folder(f"plan_{of}")
+        asked = ["task=plan", f"task.of={of}", "task.measure=true", *overrides]
+        launch(here, *asked, f"output_dir='{folder}'")
+        found = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["measured"]
+        for name, row in found["phases"].items():
+            measured, planned = row["measured_reserved_gib"], row["planned_reserved_gib"]
+            here.line(f"{of}, {name}: reserved", measured, "GiB", note=f"planned {planned}")
+        if found["seconds_per_step"] is not None:
+            here.line("seconds per step", found["seconds_per_step"], "s")
 
 
 # -- the real path of loading ----------------------------------------------------------------------
