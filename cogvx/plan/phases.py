@@ -37,6 +37,7 @@ from cogvx.inference import generate
 from cogvx.model import attention, lora
 from cogvx.model.geometry import Geometry
 from cogvx.model.lean_vae import keep_less
+from cogvx.model.offload import stored_parts
 from cogvx.model.pretrained import PretrainedModel, placed
 from cogvx.model.released import SCHEDULER
 from cogvx.model.trained_weights import weights_of
@@ -378,7 +379,7 @@ def run_generating(run: PlannedRun) -> None:
         ranks = Ranks(run.accelerator)
         transformers = frozen_variants(config, run.pretrained, ranks, [(place, 1.0)])
         transformer = next(transformers)
-    recorder.call(transformer.parameters(), "frozen weights")
+    name_frozen(transformer, recorder)
     data = planned_data(config, run.pretrained)
     generator, vae = generator_of(run, data)
     run_alone, encode = generate.vae_alone, vae.encode
@@ -392,7 +393,10 @@ def run_generating(run: PlannedRun) -> None:
     # A video without a clip to start from runs the VAE alone only to decode.
     def decode(*given):
         recorder.begin("decode")
-        return run_alone(*given)
+        video = run_alone(*given)
+        # With memory.frugal_videos they are back on the device.
+        name_frozen(transformer, recorder)
+        return video
 
     recorder.begin("denoise")
     with (
@@ -442,6 +446,13 @@ def name_weights(trainer: Trainer, recorder: Recorder | Meter) -> None:
         return
     for parameter in state.parameters:
         parameter.register_post_accumulate_grad_hook(functools.partial(name_gradient, recorder))
+
+
+def name_frozen(transformer: torch.nn.Module, recorder: Recorder | Meter) -> None:
+    recorder.call(transformer.parameters(), "frozen weights")
+    offloader = getattr(transformer, "offloader", None)
+    for weights in [] if offloader is None else offloader.stored:
+        recorder.call(stored_parts(weights), "frozen weights")
 
 
 def generator_of(run: PlannedRun, data: Prepared) -> tuple[VideoGenerator, torch.nn.Module]:
