@@ -218,8 +218,13 @@ def three_frames(path: Path) -> numpy.ndarray:
 
 
 def write_index(folder: Path, variants: list[Variant], asked: list[GalleryRow]) -> None:
-    """What the page shows: for each prompt and seed the label and file of each video."""
-    rows = []
+    """What the page shows: for each prompt and seed the label and file of each video.
+
+    With several checkpoints at several strengths, each checkpoint is a row of the page.
+    """
+    first = {v.place: v.name for v in reversed(variants) if v.place is not None}
+    is_grid = 1 < len(first) < sum(v.place is not None for v in variants)
+    starts, rows = list(first.values()) if is_grid else [], []
     for each in asked:
         beside = [] if each.start.beside is None else [each.start.beside[0]]
         files = [
@@ -227,7 +232,7 @@ def write_index(folder: Path, variants: list[Variant], asked: list[GalleryRow]) 
             for name in [*beside, *(variant.name for variant in variants)]
         ]
         wanted = each.wanted
-        about = {"prompt": wanted.prompt, "seed": each.seed, "videos": files}
+        about = {"prompt": wanted.prompt, "seed": each.seed, "videos": files, "row_starts": starts}
         about |= {} if wanted.asked is None else {"asked": wanted.asked}
         rows.append(about)
     write_json(folder / VIDEO_INDEX, rows)

@@ -343,7 +343,9 @@ def generated_of_all(found: Compared, here: Path) -> list[VideoGroup]:
         for title, those in pages.generated_videos(found.runs[row["folder"]]).items():
             named = [(f"{found.name(row)}: {label}", path) for label, path in those]
             groups.setdefault(title, []).extend(named)
-    embed = pages.can_embed([path for those in groups.values() for _, path in those])
+    embed = not found.goes_on and pages.can_embed(
+        [path for those in groups.values() for _, path in those]
+    )
     return [
         VideoGroup(title, pages.panels(those, here, embed=embed)) for title, those in groups.items()
     ]

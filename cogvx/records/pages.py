@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 PAGE = "report.html"
-# Of task=generate: a list of {prompt, seed, videos: [[label, path in the folder], ...]}.
+# Of task=generate: a list of {prompt, seed, videos: [[label, path in the folder], ...], ...}.
 VIDEO_INDEX = "videos.json"
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_EMBEDDED = (
@@ -42,6 +42,7 @@ class Panel:
 
     label: str
     source: str  # a data: URL, or the file's address
+    starts_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,12 @@ def generated_videos(folder: Path) -> dict[str, list[tuple[str, Path]]]:
     return found
 
 
+def row_starts(folder: Path) -> set[str]:
+    """The labels of videos of task=generate that begin a row of the page."""
+    rows = read_json(folder / VIDEO_INDEX) or []
+    return {label for row in rows for label in row.get("row_starts", [])}
+
+
 def title_of(row: dict) -> str:
     """Of a prompt and seed in VIDEO_INDEX. `asked`: what task.enhancer wrote the prompt out of."""
     if "asked" in row:
@@ -196,10 +203,18 @@ def clip_beside(folder: Path, name: str) -> tuple[str, Path] | None:
     return (label, path) if path.is_file() else None
 
 
-def panels(found: list[tuple[str, Path]], here: Path, *, embed: bool) -> list[Panel]:
-    """`found`: labels and mp4 files; `here`: the page's folder."""
+def panels(
+    found: list[tuple[str, Path]], here: Path, *, embed: bool, starts: set[str] = frozenset()
+) -> list[Panel]:
+    """`found`: labels and mp4 files; `here`: the page's folder.
+
+    `starts`: the labels that begin a row.
+    """
     sources = [video_url(path) if embed else address(path, here) for _, path in found]
-    return [Panel(label, source) for (label, _), source in zip(found, sources, strict=True)]
+    return [
+        Panel(label, source, label in starts)
+        for (label, _), source in zip(found, sources, strict=True)
+    ]
 
 
 def can_embed(paths: list[Path]) -> bool:

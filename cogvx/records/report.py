@@ -275,9 +275,11 @@ def videos(run: Run) -> list[VideoGroup]:
     embed = run.doing is None and pages.can_embed(
         [path for those in found.values() for _, path in those]
     )
+    starts = pages.row_starts(run.folder)
     return [
         VideoGroup(
-            pages.prompt_of_video(run.folder, name), pages.panels(those, run.folder, embed=embed)
+            pages.prompt_of_video(run.folder, name),
+            pages.panels(those, run.folder, embed=embed, starts=starts),
         )
         for name, those in found.items()
     ]
@@ -511,7 +513,8 @@ def said_of_place(run: Run):
         changes = " with uncommitted changes (uncommitted.patch)" if facts.get("git_dirty") else ""
         yield "Code", f"commit {facts['git_commit'][:8]}{changes}"
     if facts.get("rerun_of"):
-        yield "Repeats", facts["rerun_of"]
+        is_repeated = run.choices.get("task") == "train"
+        yield "Repeats" if is_repeated else "Settings from", facts["rerun_of"]
 
 
 def scores(run: Run) -> list[dict]:

@@ -54,6 +54,7 @@ def test_strengths_checkpoints_and_seeds_stand_beside_each_other(run, trained, m
     assert len({path.read_bytes() for path in result.glob("*.mp4")}) == 4, "seeds and prompts tell"
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("<video") == 4 * len(names) and "two (seed 2)" in page
+    assert page.count('class="row"') == 4 * 3, "each checkpoint begins a row"
     # A run that was interrupted makes only what is missing.
     (folder / "summary.json").unlink()
     whole = (result / "003_seed1.mp4").read_bytes()

@@ -63,7 +63,7 @@ def made_by_diffusers(folder, pipeline, config, scheduler=None, **given) -> nump
 @pytest.mark.parametrize(
     ("asked", "scheduler", "given"),
     [
-        ([], None, {}),
+        pytest.param([], None, {}, marks=pytest.mark.slow),
         (
             ["validation.scheduler=dpm", "validation.use_dynamic_cfg=true"],
             "CogVideoXDPMScheduler",
@@ -95,6 +95,7 @@ def test_the_lines_for_plain_diffusers_name_the_scheduler(tmp_path):
         "lora_scale": 1.0,
         "image": None,
         "revision": None,
+        "call": {"prompt": "a"},
     }
     assert "Scheduler" not in snippet(tmp_path, settings)
     lines = snippet(tmp_path, settings | {"scheduler": "CogVideoXDPMScheduler"}).splitlines()
