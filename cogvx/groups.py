@@ -15,6 +15,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "task": {
         "train": tasks.TrainTask,
         "encode": tasks.EncodeTask,
+        "caption": tasks.CaptionTask,
         "plan": tasks.PlanTask,
         "nano_vae": tasks.NanoVaeTask,
         "evaluate": tasks.EvaluateTask,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogvx.data import sources
+from cogvx.data.folder import Folder
 from cogvx.model import pretrained
 from cogvx.options import optimizers, parallel, schedules, tasks
 from cogvx.options.memory import Memory, Recompute, Storage
@@ -50,6 +51,13 @@ def clips_are_given(s: Sections) -> list[str]:
     if not s.task.needs_data or not s.data.needs_root or s.data.instance_data_root is not None:
         return []
     return ["data.instance_data_root must be given: data.instance_data_root=..."]
+
+
+def captions_are_written_beside_clips(s: Sections) -> list[str]:
+    if not isinstance(s.task, tasks.CaptionTask) or isinstance(s.data, Folder):
+        return []
+    option = s.choices["data"]
+    return [f"task=caption writes a text file beside each clip: data=folder, not data={option}"]
 
 
 def model_takes_the_clips(s: Sections) -> list[str]:
@@ -187,6 +195,7 @@ def videos_are_made_in_one_process(s: Sections) -> list[str]:
 
 RULES = (
     clips_are_given,
+    captions_are_written_beside_clips,
     model_takes_the_clips,
     images_need_image_to_video,
     compile_needs_whole_feed_forwards,

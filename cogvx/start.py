@@ -46,6 +46,13 @@ def start_encoding(config: Config, folder: Path) -> dict:
     return encode_data(config, folder)
 
 
+def start_captions(config: Config, folder: Path) -> dict:
+    from cogvx.inference.captions import write_captions
+
+    write_captions(config, config.task)
+    return {}
+
+
 def start_nano_vae(config: Config, folder: Path) -> dict:
     load_libraries()
     from cogvx.training.autoencoder import train_vae
@@ -144,6 +151,7 @@ STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.TrainTask: start_training,
     tasks.PlanTask: start_plan,
     tasks.EncodeTask: start_encoding,
+    tasks.CaptionTask: start_captions,
     tasks.NanoVaeTask: start_nano_vae,
     tasks.EvaluateTask: start_evaluation,
     tasks.GenerateTask: start_generating,

@@ -26,15 +26,8 @@ class Folder(Data):
     needs_root: ClassVar[bool] = True
 
     def rows(self) -> list[ListedClip]:
-        root, endings = self.root(), self.video_column.lower().split()
-        files = sorted(visible_files(root))
-        clips = [path for path in files if path.suffix.lower() in endings]
-        if not clips:
-            found = sorted({path.suffix for path in files if path.suffix})
-            raise UserError(
-                f"{root} has no clip: no file ends in {', '.join(endings)} (data.video_column). "
-                f"Endings there now: {', '.join(found) or 'none'}"
-            )
+        root, files = self.root(), self.files()
+        clips = self.clips(files)
         captions = {path: self.caption_of(path) for path in clips}
         missing = [path for path, caption in captions.items() if not caption]
         if missing:
@@ -45,22 +38,40 @@ class Folder(Data):
             for path, caption in captions.items()
         ]
 
+    def files(self) -> list[Path]:
+        return sorted(visible_files(self.root()))
+
+    def clips(self, files: list[Path]) -> list[Path]:
+        """Those of the files that are clips. UserError if there is none."""
+        endings = self.video_column.lower().split()
+        clips = [path for path in files if path.suffix.lower() in endings]
+        if clips:
+            return clips
+        found = sorted({path.suffix for path in files if path.suffix})
+        raise UserError(
+            f"{self.root()} has no clip: no file ends in {', '.join(endings)} "
+            f"(data.video_column). Endings there now: {', '.join(found) or 'none'}"
+        )
+
+    def caption_file(self, clip: Path) -> Path:
+        return clip.with_suffix(self.caption_column)
+
     def caption_of(self, clip: Path) -> str | None:
         """The file's text as one line."""
-        path = clip.with_suffix(self.caption_column)
+        path = self.caption_file(clip)
         written = " ".join(text_of(path).split()) if path.is_file() else ""
         return written or self.caption
 
     def captions_missing(self, root: Path, clips: list[Path], missing: list[Path]) -> str:
         problems = [
-            f"{path.relative_to(root)} has no caption: {path.with_suffix(self.caption_column).name}"
-            f" {'is blank' if path.with_suffix(self.caption_column).is_file() else 'is not there'}"
+            f"{path.relative_to(root)} has no caption: {self.caption_file(path).name} "
+            f"{'is blank' if self.caption_file(path).is_file() else 'is not there'}"
             for path in missing
         ]
         headline = (
             f"{len(missing)} of {counted(len(clips), 'clip')} in {root} have no caption. Write "
-            f"one into a text file beside each clip, or give them all the same: "
-            f'data.caption="..."'
+            f"one into a text file beside each clip, have a model write them (task=caption), or "
+            f'give them all the same: data.caption="..."'
         )
         return listed(headline, problems)
 
@@ -74,7 +85,7 @@ class Folder(Data):
 
     def said_of_captions_alone(self, files: list[Path], clips: list[Path]) -> Iterator[str]:
         """A warning, if caption files belong to no clip."""
-        named = {clip.with_suffix(self.caption_column) for clip in clips}
+        named = {self.caption_file(clip) for clip in clips}
         alone = [p for p in files if p.suffix == self.caption_column and p not in named]
         if alone:
             names = shortened(", ".join(path.name for path in alone))

@@ -60,6 +60,25 @@ class EncodeTask(Task):
 
 
 @dataclass
+class CaptionTask(Task):
+    captioner: str  # its name on the server
+    captioner_url: str
+    frames: int
+    instructions: str
+    overwrite: bool
+    makes_a_run: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+
+    def problems(self) -> list[str]:
+        found = []
+        if not 1 <= self.frames <= 64:
+            found.append(f"task.frames={self.frames}: must be from 1 to 64")
+        if not self.instructions.strip():
+            found.append("task.instructions is blank: say what the model should write")
+        return found
+
+
+@dataclass
 class NanoVaeTask(Task):
     steps: int
     batch: int

@@ -34,6 +34,7 @@ NEEDED = {
     "low_full": ["lora=null"],
     "evaluate": ["task.run=outputs/RUN"],
     "generate": ["task.prompt=a"],
+    "caption": ["data=folder", *ROOT, "task.captioner=small"],
     "export": ["task.run=outputs/RUN"],
     "import": ["task.file=lora.safetensors"],
     "report": ["task.run=outputs/RUN"],

@@ -1,13 +1,12 @@
 """A language model writes prompts out: on this machine, and behind a server."""
 
 import gc
-import http.server
-import json
-import threading
 import weakref
 
 import pytest
+import scripted
 import torch
+from scripted import said
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -55,38 +54,10 @@ def tiny_chat(tmp_path_factory):
     return folder
 
 
-class Scripted(http.server.BaseHTTPRequestHandler):
-    """Answers with what the server's list of answers gives next."""
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, asked))
-        code, body = self.server.answers.pop(0)
-        self.send_response(code)
-        self.end_headers()
-        self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
-
-    def log_message(self, *about):
-        pass
-
-
 @pytest.fixture
 def server(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    found = http.server.HTTPServer(("127.0.0.1", 0), Scripted)
-    found.asked, found.answers = [], []
-    found.url = f"http://127.0.0.1:{found.server_port}"
-    thread = threading.Thread(target=found.serve_forever)
-    thread.start()
-    yield found
-    found.shutdown()
-    thread.join()
-    found.server_close()
-
-
-def said(text):
-    return 200, {"choices": [{"message": {"content": text}}]}
+    with scripted.chat_server(monkeypatch) as found:
+        yield found
 
 
 def task_of(compose, *overrides):
