@@ -32,6 +32,7 @@ SOON = 3.0  # seconds between two writings at least, when there is something new
 SHARE, FIRST_SECONDS = 0.01, 3.0
 # Seconds that a command waits at its end for the last page.
 LAST_PAGE_WITHIN = 30
+ENDED = b"."  # said by the process that started this one, when the run is over
 # What is new to see when one of these appears.
 NEWS = ("validation/step_*", "previews/step_*", "checkpoints/step_*", "*/summary.json")
 
@@ -53,7 +54,10 @@ def following(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        process.stdin.close()
+        # Without this byte it would wait for the folder's lock, which this process still holds.
+        with contextlib.suppress(OSError):
+            process.stdin.write(ENDED)
+            process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(LAST_PAGE_WITHIN)
 
@@ -72,17 +76,21 @@ class Follower:
 
     def follow(self) -> None:
         """Returns when the run has ended and its page says so."""
-        over = False
-        while not over or is_locked(self.folder):
-            if self.is_due(time.monotonic()):
-                # A file may be half there, or gone again: the next writing comes soon.
-                with contextlib.suppress(Exception):
-                    self.write()
-            # After the parent's end, processes that it started may still stop with a checkpoint.
-            over = over or input_has_ended(POLL_EVERY)
-            if over:
-                time.sleep(0.05)
+        said = None
+        while said is None:
+            self.write_if_due()
+            said = heard(POLL_EVERY)
+        # The other process was killed. Processes that it started may still stop with a checkpoint.
+        while said != ENDED and is_locked(self.folder):
+            self.write_if_due()
+            time.sleep(POLL_EVERY)
         self.write_last()
+
+    def write_if_due(self) -> None:
+        if self.is_due(time.monotonic()):
+            # A file may be half there, or gone again: the next writing comes soon.
+            with contextlib.suppress(Exception):
+                self.write()
 
     def is_due(self, now: float) -> bool:
         if self.spent + self.longest > FIRST_SECONDS + SHARE * (now - self.started):
@@ -128,14 +136,18 @@ class Follower:
 
     def write_last(self) -> None:
         self.write_ended()
-        if self.is_sweep() and not is_final(self.folder / PAGE):
-            comparison.write_sweep(Sweep.read(self.folder))
+        if is_final(self.folder / PAGE):
+            return
+        if self.is_sweep():
+            comparison.write_sweep(Sweep.read(self.folder), over=True)
+        else:
+            report.write_page(self.folder, over=True)
 
 
-def input_has_ended(seconds: float) -> bool:
-    """Waits so long for the end of standard input: that of the process that started this one."""
+def heard(seconds: float) -> bytes | None:
+    """Waits so long for what comes from the process that started this one; b"" if it was killed."""
     readable, _, _ = select.select([sys.stdin], [], [], seconds)
-    return bool(readable) and not os.read(sys.stdin.fileno(), 1)
+    return os.read(sys.stdin.fileno(), 1) if readable else None
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ class PageState:
 
     @property
     def left(self) -> str | None:
-        return None if self.seconds_left is None else duration(self.seconds_left)
+        """None if it is not known, or as good as nothing."""
+        return duration(self.seconds_left) if self.seconds_left and self.seconds_left >= 1 else None
 
     @property
     def until(self) -> str:

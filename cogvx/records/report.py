@@ -33,7 +33,7 @@ from cogvx.records.pages import (
     size_text,
 )
 from cogvx.records.present import Doing
-from cogvx.records.sweep import State, is_locked, state_of
+from cogvx.records.sweep import State, is_locked, state_after
 
 KIND_NAMES = {"taught": "What it was taught", "other": "The rest of its world"}
 MEASURE_NAMES = {
@@ -67,7 +67,7 @@ class Run:
     doing: Doing | None  # None: it does not go on
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
+    def read(cls, folder: Path, *, over: bool = False) -> Run:
         metrics = read_json_lines(folder / "metrics.jsonl")
         logged = max((line["step"] for line in metrics), default=0)
         return cls(
@@ -79,7 +79,7 @@ class Run:
             read_json(folder / "evaluation.json"),
             rows_of_report(folder / "dataset_report.csv"),
             read_json(folder / "plan.json"),
-            Doing.read(folder, logged) if goes_on(folder) else None,
+            Doing.read(folder, logged) if not over and goes_on(folder) else None,
         )
 
     @property
@@ -106,9 +106,12 @@ def goes_on(folder: Path) -> bool:
     return is_locked(folder) and record.finished(folder) is None
 
 
-def write_page(folder: Path) -> Path:
-    """Writes the page from what the run has left in its folder so far; returns its path."""
-    run = Run.read(folder)
+def write_page(folder: Path, *, over: bool = False) -> Path:
+    """Writes the page from what the run has left in its folder so far; returns its path.
+
+    over: the run has ended, and its folder may still be locked.
+    """
+    run = Run.read(folder, over=over)
     values, live = values_of_page(run), run.doing is not None
     # It may have ended, and written its last page, in the meantime.
     if live and not goes_on(folder):
@@ -189,7 +192,7 @@ def state_in_words(run: Run) -> PageState | None:
         share = doing.step / doing.steps if doing.steps else None
         words = f"This run is still running. {doing.words}."
         return PageState("run", words, doing.seconds_left, share)
-    state = state_of(run.folder, run.summary, started=bool(run.facts))
+    state = state_after(run.summary, started=bool(run.facts))
     reason = run.summary.get("reason")
     if state is State.pending:
         return PageState("run", "This run has not been started.")

@@ -251,8 +251,11 @@ def progress_of(folder: Path) -> Progress:
 
 
 def state_of(folder: Path, summary: dict, *, started: bool) -> State:
-    if is_locked(folder):
-        return State.running
+    return State.running if is_locked(folder) else state_after(summary, started=started)
+
+
+def state_after(summary: dict, *, started: bool) -> State:
+    """Of a run that does not go on."""
     if summary:
         status = summary["status"]
         return State[status] if status in State.__members__ else State.failed

@@ -128,26 +128,35 @@ def test_writing_stays_within_its_share_of_the_time(folder):
 
 
 def test_a_run_that_was_killed_ends_early_on_its_page(folder):
-    lock = os.fork()
-    if lock == 0:  # the run, which holds the lock until it is killed
+    tell(folder, phases=["train"], step=20, steps=960)
+    run = os.fork()
+    if run == 0:
         try:
-            with record.locked(folder):
+            with record.locked(folder), live.following(folder):
                 time.sleep(60)
         finally:
             os._exit(0)
     try:
-        wait_for(lambda: live.is_locked(folder))
-        tell(folder, phases=["train"], step=20, steps=960)
+        wait_for((folder / "report_stamp.js").is_file)
+        assert "Step 20 of 960: training." in (folder / pages.PAGE).read_text()
+    finally:
+        os.kill(run, signal.SIGKILL)
+        os.waitpid(run, 0)
+    wait_for(lambda: pages.is_final(folder / pages.PAGE))
+    assert "This run ended early (killed)" in (folder / pages.PAGE).read_text()
+
+
+def test_a_run_that_ends_does_not_wait_for_its_last_page(folder):
+    """Its folder is still locked then."""
+    with record.locked(folder):
         with live.following(folder):
             wait_for((folder / "report_stamp.js").is_file)
-            assert "Step 20 of 960: training." in (folder / pages.PAGE).read_text()
-            os.kill(lock, signal.SIGKILL)
-            os.waitpid(lock, 0)
-    finally:
-        if live.is_locked(folder):
-            os.kill(lock, signal.SIGKILL)
-    text = (folder / pages.PAGE).read_text()
-    assert "This run ended early (killed)" in text and pages.is_final(folder / pages.PAGE)
+            record.finish(folder, {"status": "failed", "reason": "no <b>clips</b>"})
+            began = time.monotonic()
+        assert time.monotonic() - began < 10
+        text = (folder / pages.PAGE).read_text()
+    assert "ended early (failed): no &lt;b&gt;clips" in text
+    assert pages.is_final(folder / pages.PAGE)
 
 
 def wait_for(done, seconds: float = 20) -> None:
