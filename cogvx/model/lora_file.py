@@ -161,7 +161,9 @@ def sorted_by_layer(
             unread.append(key)
         else:
             module, part = read
-            parts.setdefault(module, {})[part] = tensor
+            if part in parts.setdefault(module, {}):
+                raise UserError(f"{path} has the {part} of {module} twice, once as {key}")
+            parts[module][part] = tensor
     base = [key for key in unread if naming.has_base_model and "matrix_" not in key]
     unread = sorted({*unread} - {*base})
     if unread:
@@ -188,10 +190,12 @@ def layer_of(path: Path, module: str, parts: dict[str, Tensor]) -> LoraLayer:
         )
     if not all(matrix.float().isfinite().all() for matrix in (down, up)):
         raise UserError(f"{path}: {module} holds numbers that are not finite (NaN or infinity)")
-    alpha = float(parts[ALPHA]) if ALPHA in parts else None
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UserError(f"{path}: the alpha of {module} is {alpha:g}: it must be above 0")
-    return LoraLayer(down, up, alpha, parts.get(MAGNITUDE))
+    alphas = parts[ALPHA].flatten().tolist() if ALPHA in parts else []
+    if len(alphas) > 1 or any(not 0 < alpha < math.inf for alpha in alphas):
+        raise UserError(
+            f"{path}: the alpha of {module} is {alphas[:3]}: one number above 0 is needed"
+        )
+    return LoraLayer(down, up, alphas[0] if alphas else None, parts.get(MAGNITUDE))
 
 
 def peft_settings(path: Path, metadata: dict[str, str]) -> dict:

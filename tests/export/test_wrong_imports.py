@@ -62,6 +62,10 @@ WRONG_TENSORS = {
         pair(128) | {TO_Q.format(0, "B"): torch.full((128, 2), torch.nan)},
         "holds numbers that are not finite",
     ),
+    "twice": (
+        pair(128) | {TO_Q.format(0, "A").removeprefix("transformer."): torch.ones(2, 128)},
+        "has the down of transformer_blocks.0.attn1.to_q twice",
+    ),
     "text encoder": (
         pair(128) | {"text_encoder.layers.0.q.lora_A.weight": torch.ones(2, 2)},
         "1 of 3 tensors are not of a LoRA for CogVideoX. The first is text_encoder.layers.0.q."
@@ -246,7 +250,7 @@ def test_alphas_that_contradict_each_other(compose, nano_folder, tmp_path):
     stem = "lora_unet_transformer_blocks_0_attn1_to_q"
     found = {f"{stem}.lora_down.weight": torch.ones(2, 128), f"{stem}.alpha": torch.tensor(0.0)}
     save_file(found | {f"{stem}.lora_up.weight": torch.ones(128, 2)}, file)
-    assert "the alpha of transformer_blocks.0.attn1.to_q is 0" in refused(
+    assert "the alpha of transformer_blocks.0.attn1.to_q is [0.0]" in refused(
         compose, nano_folder, file
     )
     with pytest.raises(UserError, match="must be above 0"):
