@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def source_clip(config: Config, task: GenerateTask, path: Path, geometry: Geomet
     if steps == 0:
         raise UserError(
             f"task.video_strength={task.video_strength} leaves none of the {sampled} sampling "
-            f"steps: task.video_strength={1 / sampled:.3g} or more"
+            f"steps: task.video_strength={math.ceil(1000 / sampled) / 1000} or more"
         )
     frames = frames_at(path, config, own_length=True)
     # diffusers' pipeline does not fill the latent frames of 1.5 up to whole tokens.

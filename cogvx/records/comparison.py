@@ -337,15 +337,18 @@ def videos_of_all(found: Compared, here: Path) -> list[VideoGroup]:
 
 
 def generated_of_all(found: Compared, here: Path) -> list[VideoGroup]:
-    """Of task=generate: for each prompt and seed the videos of all runs."""
+    """Of task=generate: for each prompt and seed the videos of all runs, a row for each run."""
     groups: dict[str, list[tuple[str, Path]]] = {}
+    starts = set()
     for row in found.rows[:MOST_VIDEOS]:
         for title, those in pages.generated_videos(found.runs[row["folder"]]).items():
             named = [(f"{found.name(row)}: {label}", path) for label, path in those]
             groups.setdefault(title, []).extend(named)
+            starts |= {label for label, _ in named[:1] if len(named) > 1}
     embed = not found.goes_on and pages.can_embed(
         [path for those in groups.values() for _, path in those]
     )
     return [
-        VideoGroup(title, pages.panels(those, here, embed=embed)) for title, those in groups.items()
+        VideoGroup(title, pages.panels(those, here, embed=embed, starts=starts))
+        for title, those in groups.items()
     ]
