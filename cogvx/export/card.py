@@ -220,8 +220,8 @@ def base_in_words(published: Published) -> str:
         if config.model.is_built_in:
             return "the built-in nano model of cogvx, which is not on the hub"
         return f"a local CogVideoX checkpoint (cogvx: model={config.choices['model']})"
-    revision = published.inference.get("revision") or "the newest revision"
-    return f"[{base}]({hub_page(base)}) ({revision})"
+    revision = published.inference.get("revision")
+    return f"[{base}]({hub_page(base)})" + (f" (commit {revision[:8]})" if revision else "")
 
 
 def introduction(published: Published) -> str:
@@ -357,7 +357,7 @@ def training_rows(published: Published):
     yield "Seed", config.seed
     yield "Machine", facts.get("device")
     seconds = published.summary.get("seconds")
-    yield "Time", None if seconds is None else f"{seconds / 60:.0f} min"
+    yield "Time", None if seconds is None else f"{seconds / 60:.1f} min"
     used = [name for name in ("torch", "diffusers", "peft") if name in packages]
     yield "Packages", ", ".join(f"{name} {packages[name]}" for name in used)
 

@@ -1,6 +1,7 @@
 """A stand-in for the hub, and this process pointed at it."""
 
 import os
+import shutil
 
 import pytest
 from stand_in import StandIn, reread_environment
@@ -50,3 +51,25 @@ def waited(monkeypatch):
     found = []
     monkeypatch.setattr(time, "sleep", found.append)
     return found
+
+
+@pytest.fixture(scope="session")
+def checkpoint(family_folder, tmp_path_factory):
+    """A tiny model in the form of the released 5B: transformer and T5 in two files each."""
+    from diffusers import CogVideoXTransformer3DModel
+    from transformers import T5EncoderModel
+
+    folder = shutil.copytree(family_folder("5b"), tmp_path_factory.mktemp("model") / "tiny")
+    for part, model_class in (
+        ("transformer", CogVideoXTransformer3DModel),
+        ("text_encoder", T5EncoderModel),
+    ):
+        model = model_class.from_pretrained(folder, subfolder=part)
+        size = sum(path.stat().st_size for path in (folder / part).glob("*.safetensors"))
+        shutil.rmtree(folder / part)
+        model.save_pretrained(folder / part, max_shard_size=int(0.7 * size))
+        assert len([*(folder / part).glob("*.safetensors")]) == 2
+    (folder / "README.md").write_text("a card of the model\n")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "film.mp4").write_bytes(b"of the model's card")
+    return folder

@@ -1,7 +1,6 @@
 """A model from the hub is trained as the same model in a folder is, and its commit is recorded."""
 
 import json
-import shutil
 
 import pytest
 from safetensors.torch import load_file
@@ -10,32 +9,9 @@ from stand_in import Fault
 
 from cogvx import config as configuration
 
-FAMILY = "5b"
 NAME = "zai/tiny-5b"
 SMALL = ["model=5b", "data.height=64", "data.width=64", "data.max_num_frames=9"]
 STEPS = ["train.max_train_steps=3", "train.mixed_precision=no"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(family_folder, tmp_path_factory):
-    """A tiny model in the form of the released 5B: transformer and T5 in two files each."""
-    from diffusers import CogVideoXTransformer3DModel
-    from transformers import T5EncoderModel
-
-    folder = shutil.copytree(family_folder(FAMILY), tmp_path_factory.mktemp("model") / "tiny")
-    for part, model_class in (
-        ("transformer", CogVideoXTransformer3DModel),
-        ("text_encoder", T5EncoderModel),
-    ):
-        model = model_class.from_pretrained(folder, subfolder=part)
-        size = sum(path.stat().st_size for path in (folder / part).glob("*.safetensors"))
-        shutil.rmtree(folder / part)
-        model.save_pretrained(folder / part, max_shard_size=int(0.7 * size))
-        assert len([*(folder / part).glob("*.safetensors")]) == 2
-    (folder / "README.md").write_text("a card of the model\n")
-    (folder / "assets").mkdir()
-    (folder / "assets" / "film.mp4").write_bytes(b"of the model's card")
-    return folder
 
 
 @pytest.fixture
