@@ -257,6 +257,8 @@ def state_of_job(row: dict, folder: Path) -> str:
     if row["state"] != State.running.value:
         return row["state"]
     doing = present.Doing.read(folder)
+    if not doing.words:
+        return row["state"]
     left = "" if doing.seconds_left is None else f", {duration(doing.seconds_left)} left"
     return f"{row['state']}: {doing.words[:1].lower()}{doing.words[1:]}{left}"
 

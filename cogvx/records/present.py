@@ -134,12 +134,14 @@ class Doing:
 
 
 def in_words(facts: dict) -> str:
-    """`Step 300 of 960: making videos`."""
+    """`Step 300 of 960: making videos`. Empty if the task does not tell what it is doing."""
+    if not facts:
+        return ""
     phases, step = facts.get("phases", []), facts.get("step")
     phase = phases[-1] if phases else None
     words = PHASE_WORDS.get(phase, phase)
     if phase is None:
-        words = facts.get("sign", "").partition(" ")[2].strip() or "at work"
+        words = facts.get("sign", "").partition(" ")[2].strip() or "preparing"
     elif "counted" in facts:
         words += ": {} of {}".format(*facts["counted"])
     if step is not None:

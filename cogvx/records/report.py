@@ -190,7 +190,11 @@ def state_in_words(run: Run) -> PageState | None:
     if run.doing is not None:
         doing = run.doing
         share = doing.step / doing.steps if doing.steps else None
-        words = f"This run is still running. {doing.words}."
+        words = (
+            f"This run is still running. {doing.words}."
+            if doing.words
+            else "This run is still running."
+        )
         return PageState("run", words, doing.seconds_left, share)
     state = state_after(run.summary, started=bool(run.facts))
     reason = run.summary.get("reason")

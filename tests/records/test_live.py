@@ -82,7 +82,8 @@ def test_a_run_that_is_done_has_all_in_one_file_again(folder):
         ({"phases": ["train", "video"], "step": 5, "steps": 9}, "Step 5 of 9: making videos"),
         ({"phases": ["video"], "trained": True}, "All steps are done: making videos"),
         ({"phases": [], "sign": "hash    still reading a.bin"}, "Still reading a.bin"),
-        ({}, "At work"),
+        ({"phases": []}, "Preparing"),
+        ({}, ""),
     ],
 )
 def test_what_a_run_does_is_said_in_words(facts, words):
