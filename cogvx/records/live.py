@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cogvx.config import PROJECT
 from cogvx.files import read_json
-from cogvx.records import comparison, present, report
+from cogvx.records import comparison, present, record, report
 from cogvx.records.pages import PAGE, is_final
 from cogvx.records.sweep import SWEEP, Sweep, is_locked
 
@@ -111,7 +111,9 @@ class Follower:
         try:
             for run in self.runs():
                 self.followed.add(run)
-                report.write_page(run)
+                # One page that cannot be written keeps no other from being written.
+                with contextlib.suppress(Exception):
+                    report.write_page(run)
             self.write_ended()
             if self.is_sweep():
                 comparison.write_sweep(Sweep.read(self.folder))
@@ -126,7 +128,8 @@ class Follower:
     def runs(self) -> list[Path]:
         """The runs that go on here: this one, or jobs of this sweep."""
         found = Sweep.read(self.folder).runs().values() if self.is_sweep() else [self.folder]
-        return [run for run in found if is_locked(run)]
+        # A sweep has no jobs, and no list of them, before all are checked.
+        return [run for run in found if (run / record.CONFIG).is_file() and is_locked(run)]
 
     def write_ended(self) -> None:
         """Pages of runs that have ended without writing them: they were killed, or have failed."""

@@ -167,6 +167,26 @@ def wait_for(done, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
+def test_a_sweep_that_is_killed_has_a_last_page_also_of_its_jobs(tmp_path):
+    follower = live.Follower(tmp_path / "s")
+    (tmp_path / "s").mkdir()
+    with record.locked(tmp_path / "s"):
+        assert follower.runs() == [], "its jobs are not checked yet"
+        sweep, jobs, _ = grid.sweep_of(
+            ["lora.rank=4,8", f"output_dir={tmp_path / 's'}"], grid.Composer()
+        )
+        sweep.freeze(jobs, ["launch.py", "-m", "lora.rank=4,8"])
+        first, _ = sweep.runs().values()
+        record.note(first, steps=100)
+        with record.locked(first):
+            follower.write()
+            assert "still running" in (first / pages.PAGE).read_text(encoding="utf-8")
+    follower.write_last()
+    assert "ended early (killed)" in (first / pages.PAGE).read_text(encoding="utf-8")
+    text = (sweep.folder / pages.PAGE).read_text(encoding="utf-8")
+    assert "1 killed, 1 pending" in text and "still runs" not in text
+
+
 def test_the_page_of_a_sweep_says_how_far_each_job_is(tmp_path):
     sweep, jobs, _ = grid.sweep_of(
         ["lora.rank=4,8,16", f"output_dir={tmp_path / 's'}"], grid.Composer()
