@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from cogvx.errors import UserError
 from cogvx.hub_client import Causes, offline, patiently
 from cogvx.progress import counted, heartbeat
 
+# Videos and checkpoints. The user's own files are left alone.
+OF_AN_UPLOAD = re.compile(r"videos/\d+_seed\d+|step_\d{6}/")
 LOG_IN = "log in with a token that may write: hf auth login"
 
 
@@ -122,10 +125,10 @@ class Upload:
 
 
 def deletions(there: Iterable[str], files: dict[str, Path | bytes]) -> list:
-    """What an earlier upload left in the folders of videos and checkpoints, and this one lacks."""
+    """The videos and checkpoints of an earlier upload that this one lacks."""
     from huggingface_hub import CommitOperationDelete
 
-    ours = [name for name in there if name.startswith(("videos/", "step_"))]
+    ours = [name for name in there if OF_AN_UPLOAD.match(name)]
     return [CommitOperationDelete(name) for name in ours if name not in files]
 
 

@@ -272,11 +272,12 @@ def hub_snippet(published: Published) -> str:
     if whole:
         lines.append(f"pipe = {pipeline}.from_pretrained({repo}, {dtype})")
     elif published.is_lora:
-        lines.append(f"pipe = {pipeline}.from_pretrained({base}, {dtype})")
+        lines += [f"pipe = {pipeline}.from_pretrained(", f"    {base},", f"    {dtype},", ")"]
         lines.append(f"pipe.load_lora_weights({repo})")
     else:
         lines.append(f"tuned = {model}.from_pretrained({repo}, subfolder='transformer', {dtype})")
-        lines.append(f"pipe = {pipeline}.from_pretrained({base}, transformer=tuned, {dtype})")
+        lines += [f"pipe = {pipeline}.from_pretrained(", f"    {base},", "    transformer=tuned,"]
+        lines += [f"    {dtype},", ")"]
     if scheduler is not None:
         lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
     lines += ["pipe.to(device)", "video = pipe("]

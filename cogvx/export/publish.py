@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogvx.config import Config
-from cogvx.errors import UserError
+from cogvx.errors import first_line
 from cogvx.export.card import (
     CURVE,
     SAMPLES,
@@ -41,8 +41,10 @@ def publish_run(config: Config, run: Path, upload: Upload, summary: dict) -> dic
     try:
         commit = publish(config, run, upload, relative(paths, run), Format.diffusers, {}, summary)
         return {"repo_id": upload.repo_id, "commit": commit}
-    except (UserError, KeyboardInterrupt) as error:
-        reason = str(error) or "stopped by Ctrl-C"
+    # Whatever it is, days of training must not count as failed because of it.
+    except (Exception, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        reason = "stopped by Ctrl-C" if stopped else first_line(error)
         again = f"python launch.py task=export task.run={shown(run)} "
         again += f"task.hub_repo_id={upload.repo_id}"
         again += "" if upload.private else " task.hub_private=false"

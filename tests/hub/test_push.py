@@ -240,9 +240,11 @@ def test_rights_that_the_hub_alone_knows_of(hub, set_up, waited):
 
 def test_what_an_earlier_upload_left_is_removed(hub, set_up):
     set_up(HF_TOKEN=OWNER)
-    send(hub, "me/twice", **{"videos/01.mp4": b"1", "videos/02.mp4": b"2", "mine.txt": b"3"})
-    send(hub, "me/twice", **{"videos/01.mp4": b"1"})
-    assert {*uploaded(hub, "me/twice")} == {".gitattributes", "videos/01.mp4", "mine.txt"}
+    mine = {"videos/my.mp4": b"3", "step_by_step.md": b"4"}
+    more = {"videos/02_seed7_base.mp4": b"2", f"step_000004/{LORA}": b"5"}
+    send(hub, "me/twice", **{"videos/01_seed7.mp4": b"1"}, **more, **mine)
+    send(hub, "me/twice", **{"videos/01_seed7.mp4": b"1"})
+    assert {*uploaded(hub, "me/twice")} == {".gitattributes", "videos/01_seed7.mp4", *mine}
 
 
 # -- when a run is done --------------------------------------------------------------------------
