@@ -181,6 +181,36 @@ def test_other_formats_too(copied, hub, push):
     assert "The videos and numbers below are of the run's own result at its end." in text
 
 
+def test_json_files_lose_the_paths_of_this_machine(compose, tmp_path):
+    config = compose("data.cache_dir=/home/me/cache")
+    settings = {"_name_or_path": "/home/me/cache/models/nano_4", "sizes": [1, 2], "asked": "a hash"}
+    settings |= {"base_model": "/models/of a client", "image": "~/pictures/one.png"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings))
+    assert json.loads(card.shareable_json(path, config)) == {
+        "_name_or_path": "outputs/cache/models/nano_4",
+        "sizes": [1, 2],
+        "base_model": "your_base_model",
+        "image": "your_image",
+    }
+
+
+def test_an_error_of_our_own_is_no_failed_run(a_run, monkeypatch, capsys):
+    from cogvx import config as configuration
+    from cogvx.export import publish
+
+    def broken(*_):
+        raise KeyError("a fault in the card")
+
+    monkeypatch.setattr(publish, "model_card", broken)
+    config = configuration.read(a_run / "config.yaml")
+    upload = Upload("me/broken", False, True, "train.hub_repo_id")
+    said = publish.publish_run(config, a_run, upload, {"status": "done"})
+    assert "a fault in the card" in said["error"]
+    assert said["again"].endswith("task.hub_private=false task.hub_checkpoints=true")
+    assert said["again"] in capsys.readouterr().out
+
+
 # -- what goes wrong -----------------------------------------------------------------------------
 
 
