@@ -54,7 +54,7 @@ def loaded_chat(path: str, device: torch.device, setting: str):
     except Exception as error:
         raise UserError(
             f"{setting}={path} cannot be loaded as a chat model of transformers, from a folder or "
-            f"the hub: {first_line(error)}. A model behind a server: {setting}_url=..."
+            f"the hub: {first_line(error).rstrip('.')}. A model behind a server: {setting}_url=..."
         ) from error
     if tokenizer.chat_template is None:
         raise UserError(

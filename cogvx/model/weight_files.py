@@ -118,8 +118,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise
     # Damaged files raise errors of many kinds.
     except Exception as error:
+        # torch would advise to load the file without its protection from foreign code.
+        reason = "it is none" if "Weights only load" in str(error) else first_line(error)
         raise UserError(
-            f"{path} cannot be read as weights: {first_line(error)}. Is it complete? It "
+            f"{path} cannot be read as weights: {reason.rstrip('.')}. Is it complete? It "
             f"has {path.stat().st_size:,} bytes"
         ) from error
 

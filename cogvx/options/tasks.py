@@ -190,6 +190,9 @@ class GenerateTask(Task):
                 f"task.video_strength={self.video_strength}: must be above 0 (the clip itself) "
                 f"and at most 1 (nothing of it is left)"
             )
+        url = self.enhancer_url
+        if url is not None and not url.startswith(("http://", "https://")):
+            found.append(f"task.enhancer_url={url}: must begin with http:// or https://")
         if self.enhancer_url is not None and self.enhancer is None:
             found.append(
                 "task.enhancer_url without task.enhancer: give the model's name on that server"

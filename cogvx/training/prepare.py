@@ -391,8 +391,9 @@ def first_frame(example: Example, data: Data) -> numpy.ndarray:
     try:
         return to_bytes(image_of(example, data))[0]
     except BadClip as bad:
-        whose = f"the clip {example.video}" if example.image is None else "a video's prompt"
-        raise UserError(f"{whose} {bad}: {example.prompt!r}") from bad
+        image = example.image is not None
+        whose = f"the prompt {example.prompt!r}" if image else f"the clip {example.video}"
+        raise UserError(f"{whose} {bad}") from bad
 
 
 def read_tensor(path: Path, name: str, row: int | None = None) -> torch.Tensor:

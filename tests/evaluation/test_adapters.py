@@ -11,6 +11,8 @@ from diffusers import CogVideoXTransformer3DModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from cogvx.errors import UserError
+from cogvx.evaluation.adapters import require_low_rank
 from cogvx.evaluation.gallery import VideoGenerator
 from cogvx.model import lora
 
@@ -129,6 +131,7 @@ def test_loras_that_cannot_be_added_are_named(
     other = write_lora(tmp_path / "o", 2, 2, ["to_q"], 1, family_folder("2b"))
     dora = write_lora(tmp_path / "d", 2, 2, ["to_q"], 1, use_dora=True)
     (tmp_path / "text.safetensors").write_text("no")
+    (tmp_path / "text.json").write_text('{"step": 1, "loss": 0.5}\n' * 40)
     half = load_file(loras[0] / lora.WEIGHTS)
     lost = next(name for name in half if ".lora_B." in name)
     save_file({n: t for n, t in half.items() if n != lost}, tmp_path / "half.safetensors")
@@ -139,6 +142,7 @@ def test_loras_that_cannot_be_added_are_named(
         other: "o x 1 is for another base model: the weight of transformer_blocks.0.attn1.to_q is "
         "[64, 64] there, and [128, 128] in ",
         dora: f"{dora} is a DoRA",
+        tmp_path / "text.json": "text.json cannot be read as weights: it is none.",
         tmp_path / "text.safetensors": "text.safetensors cannot be read as weights",
         tmp_path / "nothing": "task.add=",
     }
@@ -146,6 +150,13 @@ def test_loras_that_cannot_be_added_are_named(
         run(f"x{number}", *ASKED, f"task.add=[{place}]", expect=2)
         errors = capfd.readouterr().err
         assert text in errors and str(place) in errors and "Traceback" not in errors
+
+
+def test_a_lora_on_top_of_a_full_fine_tuning_needs_a_whole_model(compose):
+    task = compose("task=generate", "task.run=outputs/RUN", "task.add=[a.safetensors]").task
+    require_low_rank(compose(), task)
+    with pytest.raises(UserError, match=r"trained every weight .*task.format=merged"):
+        require_low_rank(compose("lora=null"), task)
 
 
 def test_a_file_as_task_run_is_sent_to_task_add(launch, loras):

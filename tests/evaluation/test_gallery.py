@@ -141,6 +141,7 @@ def test_the_prompts_of_a_run(trained, tmp_path):
         (["task.prompt=a", "task.video_strength=0"], "above 0 .the clip itself. and at most 1"),
         (["task.prompt=a", "task.video_strength=1.1"], "task.video_strength=1.1"),
         (["task.prompt=a", "task.enhancer_url=http://x"], "give the model's name on that server"),
+        (["task.prompt=a", "task.enhancer=x", "task.enhancer_url=x:1"], "must begin with http://"),
         (["task.prompt=a", "task.seeds=[]"], "task.seeds"),
         (["task.prompt=a", "task.strengths=[-1]"], "must be numbers of 0 .the base model. or more"),
         (["task.prompt=a", "parallel=ddp", "parallel.num_processes=2"], "one process"),
@@ -164,6 +165,10 @@ def test_images_that_are_missing_or_not_wanted(run, tmp_path, capfd):
     assert "image-to-video needs the first frame of 'a'. Give one" in capfd.readouterr().err
     run("b", *asked, "model=nano_i2v", f"task.image={tmp_path / 'x.png'}", expect=2)
     assert "x.png does not exist. Give one: task.image=" in capfd.readouterr().err
+    (tmp_path / "text.png").write_text("no picture")
+    run("d", *asked, "model=nano_i2v", f"task.image={tmp_path / 'text.png'}", expect=2)
+    assert "the prompt 'a' has an image" in (said := capfd.readouterr().err)
+    assert "text.png, that is no picture (10 bytes)" in said
     run("c", *asked, f"task.image={tmp_path / 'x.png'}", expect=2)
     assert "is for image-to-video, and this is text-to-video" in capfd.readouterr().err
 
