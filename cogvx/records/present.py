@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from cogvx.files import read_json, write_json
@@ -68,7 +68,6 @@ class Teller:
 
     folder: Path
     about: Callable[[], tuple[list[str], dict]]
-    started: float = field(default_factory=time.monotonic)
     first: tuple[float, int] | None = None  # when the first step was seen, and which it was
     base_videos: float = 0.0  # seconds that the base model's videos took
     last: float | None = None  # when facts() was called last

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import imageio.v3
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -69,6 +70,8 @@ def settings_of(family: str, folder: Path) -> list[str]:
         "train.max_train_steps=12",
         "train.checkpointing_steps=6",
         "optimizer.learning_rate=5e-3",
+        "validation.preview=latents",
+        "validation.preview_steps=6",
     ]
     return [f"model={family}", f"model.path='{folder}'", *size, *short]
 
@@ -101,6 +104,9 @@ def test_clips_become_a_result_that_plain_diffusers_reproduces(
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["heldout_loss_after"] < summary["heldout_loss_before"], "it trains"
     note(family, TRAINS[kind], kind)
+    previews = sorted(whole.glob("previews/*/01_preview.mp4"))
+    assert [path.parent.name for path in previews] == ["step_000006", "step_000012"]
+    assert len(imageio.v3.imread(previews[0])) == 9, "without the frames that 1.5 needs in front"
 
     pipeline = in_plain_diffusers(whole, family, folder, kind)
     loaded = answer(pipeline.transformer, geometry, pipeline.scheduler)
