@@ -53,6 +53,7 @@ from cogvx.training import prepare
 from cogvx.training.prepare import Prepared
 from cogvx.training.ranks import Ranks
 from cogvx.training.setup import build_trainer, frozen_variants
+from cogvx.training.state import TrainingState
 from cogvx.training.step import Draw, on_device
 from cogvx.training.trainer import Trainer
 from cogvx.training.videos import VideoGenerator
@@ -351,8 +352,7 @@ def run_training(run: PlannedRun, phases: list[str], begun: bool, steps: int) ->
             trainer.heldout_loss()
     # The optimizer's states appear in the first step, after its peak.
     if {"train", "video"} & set(phases) and begun:
-        for parameter in trainer.state.parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        give_gradients(trainer.state)
         trainer.state.optimizer.step()
         trainer.state.optimizer.zero_grad()
         recorder.call(states_of(trainer.state.optimizer), "optimizer states")
@@ -367,6 +367,14 @@ def run_training(run: PlannedRun, phases: list[str], begun: bool, steps: int) ->
         recorder.begin("video")
         generator, vae = generator_of(run, trainer.data)
         generate_video(run, generator, vae, trainer.state.transformer)
+
+
+def give_gradients(state: TrainingState) -> None:
+    """On the CPU they have a place already."""
+    on_cpu = state.fp32_weights
+    places = map(torch.zeros_like, state.parameters) if on_cpu is None else on_cpu.gradients.places
+    for parameter, place in zip(state.parameters, places, strict=True):
+        parameter.grad = place
 
 
 def run_generating(run: PlannedRun) -> None:
