@@ -87,7 +87,7 @@ OTHERS = [c for c in COMMANDS if not c.startswith("python launch.py") and is_tri
 def folder(tmp_path_factory) -> Path:
     """A folder with the runs and the sweep that the pages speak of."""
     place = tmp_path_factory.mktemp("docs")
-    for name in ("RUN", "A", "B", "sweeps/NAME"):
+    for name in ("RUN", "bunny", "A", "B", "sweeps/NAME"):
         record.open_folder(composing.compose_config([f"output_dir='{place}/outputs/{name}'"]))
     return place
 

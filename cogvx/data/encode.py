@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 VERSION = 3  # raise it when a change makes the same inputs encode to other values
 THUMBNAIL = 96  # pixels of the longer side; thumbnails are for the contact sheet
-# The hidden states of the prompts that go through a streamed text encoder together. 36 prompts of
-# 226 tokens in bf16: a pass of T5-XXL then computes for longer than its 8.6 GiB take on the bus.
-HIDDEN_BYTES = 64 * 2**20
+# So many prompts go through a streamed text encoder together, if their hidden states fit. 36 of 226
+# tokens in bf16 do: a pass of T5-XXL then computes for longer than its 8.6 GiB take on the bus.
+HIDDEN_BYTES, MOST_PROMPTS = 64 * 2**20, 36
 # Of prompts that are warned of: how many are named, and how many of their characters.
 MOST_NAMED, SHOWN_OF_PROMPT = 3, 60
 
@@ -328,8 +328,8 @@ def warn_of_long_prompts(
     if not long:
         return
     say(
-        f"warning {len(long)} of {counted(len(about), 'prompt')} have more tokens than the model "
-        f"reads ({max_length}): it sees only their beginning"
+        f"warning {counted(len(long), 'prompt has', 'prompts have')} more tokens than the model "
+        f"reads ({max_length}), of {len(about)}: it sees only the beginning"
     )
     long.sort(key=lambda prompt: -about[prompt]["tokens"])
     for prompt in long[:MOST_NAMED]:
@@ -363,7 +363,7 @@ def prompts_at_once(model: T5EncoderModel, text: Encoder, max_length: int) -> in
     if not text.streamed:
         return 1
     hidden_bytes = max_length * model.config.d_model * text.dtype.itemsize
-    return max(1, HIDDEN_BYTES // hidden_bytes)
+    return max(1, min(MOST_PROMPTS, HIDDEN_BYTES // hidden_bytes))
 
 
 def prompt_embeds(

@@ -175,7 +175,7 @@ def test_prompts_are_embedded_as_the_pipeline_does(nano_folder, tmp_path):
                 prompt, do_classifier_free_guidance=False, max_sequence_length=nano.TEXT_TOKENS
             )
         assert torch.equal(load_file(paths[prompt])["prompt_embeds"], expected[0])
-    assert "1 of 2 prompts have more tokens than the model reads (32)" in said[-2]
+    assert "1 prompt has more tokens than the model reads (32), of 2" in said[-2]
 
 
 def test_words_that_are_cut_off_or_unknown_are_named(nano_folder, tmp_path):
@@ -189,7 +189,7 @@ def test_words_that_are_cut_off_or_unknown_are_named(nano_folder, tmp_path):
         said = []
         encode_prompts(["", *prompts], Cache(tmp_path), encoder, nano.TEXT_TOKENS, said.append)
         warnings = [each for each in said if each.startswith(("warning", " "))]
-        assert "1 of 4 prompts have more tokens than the model reads (32)" in warnings[0]
+        assert "1 prompt has more tokens than the model reads (32), of 4" in warnings[0]
         tokens = len(tokenizer(long).input_ids)
         assert tokens > 32 and f"{tokens} tokens: 'A red circle" in warnings[1]
         cut = warnings[1].partition("it does not see '")[2].rstrip("'")
