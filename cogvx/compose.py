@@ -16,6 +16,13 @@ from cogvx.config import CONF, Config, check, choices_of, flat
 from cogvx.errors import UserError
 from cogvx.groups import GROUPS, SECTIONS
 
+BACKSLASH = "\\"
+# What is typed for these is text, also if it looks like a number, a list or another setting.
+PROSE = {
+    *("data.id_token", "data.caption", "task.prompt", "task.instructions"),
+    *("task.enhancer_instructions", "validation.validation_prompt", "validation.negative_prompt"),
+}
+
 
 def compose_config(
     overrides: list[str], folder: Path = CONF, searchpath: tuple[str, ...] = ()
@@ -107,11 +114,18 @@ def quoted(argument: str, *, sweeping: bool) -> str:
             f"{argument}: one text with a comma, or several values? Quotes within quotes tell:  "
             f"\"{key}='one, text'\"  or  \"{key}='this','that'\""
         )
-    is_text = key.lstrip("+") in text_settings()
-    if override is not None and (sweeping or not override.is_sweep_override() or not is_text):
+    name, several = key.lstrip("+"), override is not None and override.is_sweep_override()
+    if name in PROSE and value != "null" and value[:1] not in ("'", '"', "") and not several:
+        # ${...} would be another setting's value.
+        return f"{key}={in_quotes(value.replace('${', BACKSLASH + '${'))}"
+    if override is not None and (sweeping or not several or name not in text_settings()):
         return argument
-    escaped = value.replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    return f"{key}={in_quotes(value)}"
+
+
+def in_quotes(text: str) -> str:
+    escaped = text.replace("'", BACKSLASH + "'")
+    return f"'{escaped}'"
 
 
 def settings() -> dict[str, str]:

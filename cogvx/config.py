@@ -238,7 +238,7 @@ def assign(
     if OmegaConf.is_missing(node, name):
         return f"{full} must be given: {full}=..."
     try:
-        given[name] = node[name]
+        given[name] = escaped(node[name])
     except InterpolationResolutionError as error:
         return f"{full}: {first_line(error)}"
     except OmegaConfBaseException:
@@ -323,9 +323,21 @@ def to_yaml(config: Config) -> str:
     defaults = [*({group: choice} for group, choice in config.choices.items()), "_self_"]
     values = as_dict(config)
     values["output_dir"] = None
+    # A text with ${...} is no other setting's value.
+    values = escaped(values)
     return yaml.safe_dump(
         {"defaults": defaults, **values}, sort_keys=False, allow_unicode=True, width=1000
     )
+
+
+def escaped(value: object) -> object:
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    return value
 
 
 def read(path: Path) -> Config:

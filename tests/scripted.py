@@ -12,6 +12,7 @@ class Scripted(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, asked))
+        self.server.keys.append(self.headers["Authorization"])
         code, body = self.server.answers.pop(0)
         self.send_response(code)
         self.end_headers()
@@ -23,11 +24,11 @@ class Scripted(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def chat_server(monkeypatch):
-    """A server with `asked` [(path, body)], `answers` [(code, body)] and `url`."""
+    """A server with `asked` [(path, body)], `keys`, `answers` [(code, body)] and `url`."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     found = http.server.HTTPServer(("127.0.0.1", 0), Scripted)
-    found.asked, found.answers = [], []
+    found.asked, found.answers, found.keys = [], [], []
     found.url = f"http://127.0.0.1:{found.server_port}"
     thread = threading.Thread(target=found.serve_forever)
     thread.start()

@@ -12,6 +12,7 @@ from cogvx.files import replacing, write_csv
 COLUMNS = [
     "origin",
     "video",
+    "image",
     "use",
     "frames",
     "first_frame",
@@ -38,6 +39,7 @@ def write_report(
             **{name: clip.about[name] for name in COLUMNS if name in clip.about},
             "origin": clip.example.origin,
             "video": str(clip.example.video),
+            "image": clip.example.image,
             "use": use,
             "latent_shape": "x".join(map(str, clip.latent_shape)),
             "prompt": clip.example.prompt,
@@ -48,6 +50,7 @@ def write_report(
         {
             "origin": bad.example.origin,
             "video": str(bad.example.video),
+            "image": bad.example.image,
             "use": f"left out: it {bad.reason}",
             "prompt": bad.example.prompt,
         }

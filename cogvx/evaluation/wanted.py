@@ -5,8 +5,6 @@ F frames, H height, W width.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy
 from cogvx.config import Config
 from cogvx.data.listed import text_of
 from cogvx.data.sources import Example
+from cogvx.data.tables import READERS, comma_rows
 from cogvx.data.video import BadClip, read_clip, to_bytes
 from cogvx.errors import UserError
 from cogvx.export.exporter import run_of
@@ -83,51 +82,40 @@ def prompts_of_run(run: Path) -> list[str]:
 def held_out_captions(run: Path, most: int) -> list[Wanted]:
     """The captions of the clips that the run held out, with these clips."""
     report = run / "dataset_report.csv"
-    rows = [row for _, row in csv_rows(text_of(report))] if report.is_file() else []
+    rows = [row for _, row in comma_rows(report)] if report.is_file() else []
     held_out = [row for row in rows if row["use"] == "held out"]
     if not held_out:
         raise UserError(
             f"task.held_out_clips={most}: {run} held out no clip (its dataset_report.csv says "
             f"what it used each clip for). Give prompts: task.prompt=..."
         )
-    return [Wanted(row["prompt"], held_out=Path(row["video"])) for row in held_out[:most]]
+    return [
+        # Reports of earlier versions have no column of images.
+        Wanted(
+            row["prompt"],
+            image=Path(row["image"]) if row.get("image") else None,
+            held_out=Path(row["video"]),
+        )
+        for row in held_out[:most]
+    ]
 
 
 def prompts_of_file(path: Path) -> list[Wanted]:
-    """.jsonl and .csv have fields prompt, image and video; another file has a prompt per line.
+    """A table has fields prompt, image and video; another file has a prompt per line.
 
     UserError names the line that cannot be read.
     """
-    text = text_of(path)
-    if path.suffix not in (".jsonl", ".csv"):
-        return [Wanted(line.strip()) for line in text.splitlines()]
-    rows = json_rows(path, text) if path.suffix == ".jsonl" else csv_rows(text)
-    return [wanted_row(path, number, row) for number, row in rows]
+    if path.suffix.lower() not in READERS:
+        return [Wanted(line.strip()) for line in text_of(path).splitlines()]
+    return [wanted_row(path, number, row) for number, row in READERS[path.suffix.lower()](path)]
 
 
-def json_rows(path: Path, text: str) -> list[tuple[int, object]]:
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((number, json.loads(line)))
-        except ValueError as error:
-            raise UserError(f"{path}:{number} is not JSON: {error}") from error
-    return rows
-
-
-def csv_rows(text: str) -> list[tuple[int, object]]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    return [(reader.line_num, row) for row in reader]
-
-
-def wanted_row(path: Path, number: int, row: object) -> Wanted:
-    prompt = row.get("prompt") if isinstance(row, dict) else None
+def wanted_row(path: Path, number: int, row: dict[str, object]) -> Wanted:
+    prompt = row.get("prompt")
     if not isinstance(prompt, str):
         raise UserError(
             f'{path}:{number} has no text called prompt: {{"prompt": "a cat"}} in a .jsonl file, '
-            f"a column prompt in a .csv file"
+            f"a column prompt in a table"
         )
     given = {name: path.parent / row[name] for name in ("image", "video") if row.get(name)}
     return Wanted(prompt.strip(), **given)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import urllib.error
 import urllib.request
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Messages = list[dict[str, object]]
 Chat = Callable[[Messages], str]
 
+KEY = "OPENAI_API_KEY"  # a server's key is read from the environment only
 MOST_TOKENS = 1024  # of an answer
 TIMEOUT = 600  # seconds that a server may take for an answer
 # Some models write down their thoughts before the answer.
@@ -101,9 +103,10 @@ def asked_of_server(name: str, url: str, setting: str, messages: Messages) -> st
         "seed": 0,
         "max_tokens": MOST_TOKENS,
     }
-    request = urllib.request.Request(
-        place, json.dumps(asked).encode(), {"Content-Type": "application/json"}
-    )
+    key = os.environ.get(KEY)
+    headers = {"Content-Type": "application/json"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(place, json.dumps(asked).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             said = json.loads(answer.read())

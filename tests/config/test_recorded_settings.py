@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from cogvx import config as configuration
+from cogvx.compose import quoted
 from cogvx.errors import UserError
 from cogvx.records import record
 
@@ -165,3 +166,23 @@ def test_a_plan_that_read_no_data_is_recorded_and_read_back(compose, tmp_path):
     for data in ("text_files", "csv", "dataset"):
         config = compose(f"output_dir={tmp_path / data}", "task=plan", f"data={data}")
         assert configuration.read(record.open_folder(config) / "config.yaml").data == config.data
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["costs ${amount}", "${seed}", "1e5", "true", "[V]", "it's {a} = b", "a, b", "null and void"],
+)
+def test_what_is_typed_for_a_text_is_text_also_in_the_record(compose, tmp_path, text):
+    """The shell's quotes are gone. Hydra and OmegaConf would read numbers and settings in it."""
+    arguments = [f"{key}={text}" for key in ("data.id_token", "validation.validation_prompt")]
+    config = compose(*[quoted(each, sweeping=False) for each in arguments])
+    (tmp_path / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+    again = configuration.read(tmp_path / "config.yaml")
+    for each in (config, again):
+        assert (each.data.id_token, each.validation.validation_prompt) == (text, text)
+
+
+def test_a_text_may_still_be_swept_null_or_in_quotes():
+    for typed in ("data.id_token=A,B", "data.id_token=null", "data.id_token='a','b'"):
+        assert quoted(typed, sweeping=True) == typed
+    assert quoted('data.id_token="a, b"', sweeping=False) == 'data.id_token="a, b"'

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_prompts_from_files(tmp_path):
     [
         ("p.txt", "\n \n", "holds no prompt: give at least one"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', r"p.jsonl:2 is not JSON"),
-        ("p.jsonl", '["a"]', r"p.jsonl:1 has no text called prompt"),
+        ("p.jsonl", '["a"]', r"p.jsonl:1 is no object"),
         ("p.csv", "text\na\n", r"p.csv:2 has no text called prompt"),
     ],
 )
@@ -234,3 +235,23 @@ def test_a_sweep_of_sampling_settings_shows_its_videos(launch, trained, tmp_path
         for label in ("base", "result"):
             assert f"<figcaption>guidance_scale {scale}: {label}</figcaption>" in page
     assert page.count("<video") == 4 and "one (seed 42)" in page
+
+
+def test_held_out_clips_start_from_the_images_that_they_were_trained_with(tmp_path):
+    report = tmp_path / "dataset_report.csv"
+    report.write_text(
+        "origin,video,image,use,prompt\n"
+        "v:1,/clips/a.mp4,/clips/a.png,held out,one\n"
+        "v:2,/clips/b.mp4,,held out,two\n"
+        "v:3,/clips/c.mp4,,train,three\n"
+    )
+    one, two = wanted.held_out_captions(tmp_path, 9)
+    assert (one.prompt, one.image, one.held_out) == (
+        "one",
+        Path("/clips/a.png"),
+        Path("/clips/a.mp4"),
+    )
+    assert (two.prompt, two.image) == ("two", None)
+    # The report of an earlier version.
+    report.write_text("origin,video,use,prompt\nv:1,/clips/a.mp4,held out,one\n")
+    assert wanted.held_out_captions(tmp_path, 9)[0].image is None

@@ -93,6 +93,16 @@ def test_a_server_is_asked_as_openai_is(compose, server):
     assert body["messages"][1]["content"] == "a cat"
 
 
+def test_a_servers_key_is_read_from_the_environment(server, monkeypatch):
+    for key, sent in (("abc", "Bearer abc"), (None, None)):
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        if key is not None:
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+        server.answers += [said("yes")]
+        opened_chat("small", server.url, CPU, "task.enhancer")([])
+        assert server.keys[-1] == sent
+
+
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
