@@ -25,7 +25,7 @@ PROGRAMS = [
     if not path.stem.startswith("test_")
 ]
 # Packages whose absence a message names with what installs them.
-OPTIONAL = {"vbench"}
+OPTIONAL = {"trackio", "vbench"}
 # Needed without an import of ours.
 NOT_IMPORTED = {"protobuf", "pytest-xdist", "ruff"}
 sys.path += [str(BENCHMARKS), str(BATTERY)]

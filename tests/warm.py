@@ -18,6 +18,7 @@ import gc
 import io
 import itertools
 import json
+import logging
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
@@ -193,6 +194,11 @@ def take_streams(streams: list[int], kept: tuple[int, ...]) -> None:
     )
     sys.stdout = sys.__stdout__ = text_to(1, errors="strict")
     sys.stderr = sys.__stderr__ = text_to(2, errors="backslashreplace", line_buffering=True)
+    # Handlers of the parent's libraries write to a stream that pytest may have closed.
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+        for handler in getattr(logger, "handlers", []):
+            if type(handler) is logging.StreamHandler:
+                handler.stream = sys.stderr
 
 
 def text_to(descriptor: int, **how) -> io.TextIOWrapper:

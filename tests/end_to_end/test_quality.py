@@ -61,7 +61,7 @@ def share(found: list[dict], measure: str) -> float:
 def test_nano_does_what_a_prompt_of_its_world_says(compose, nano_folder):
     """A guess would be right for a third of the shapes."""
     found = judged(
-        nano_folder, [scene.caption() for scene in world.scenes(64, seed=7)], compose().model
+        nano_folder, [scene.caption() for scene in world.scenes(32, seed=7)], compose().model
     )
     figures = {
         measure: share(found, measure) for measure in ("shape", "colour", "direction", "background")
