@@ -235,7 +235,7 @@ def frames_of_footage(footage: Footage, indices: list[int]) -> numpy.ndarray:
         frames = decoded(container, stream, alpha=footage.alpha)
         if footage.interlaced:
             frames = deinterlaced(frames, stream)
-        for time, frame in timed(frames, footage.unit):
+        for time, frame in timed(frames, footage, container):
             if time in wanted:
                 found[time] = pixels_of(frame, footage)
             if time >= last:
@@ -246,10 +246,17 @@ def frames_of_footage(footage: Footage, indices: list[int]) -> numpy.ndarray:
     return numpy.stack([found[footage.times[index]] for index in indices])
 
 
-def timed(frames: Iterator[av.VideoFrame], unit: float) -> Iterator[tuple[int, av.VideoFrame]]:
+def timed(
+    frames: Iterator[av.VideoFrame], footage: Footage, container
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Each frame with its time."""
+    if container.format.name == "avi":
+        # It numbers frames as they are stored. The decoder brings them into the order of showing.
+        yield from zip(footage.times, frames, strict=False)
+        return
     for frame in frames:
         if frame.pts is not None:
-            yield round(float(frame.pts * frame.time_base) / unit), frame
+            yield round(float(frame.pts * frame.time_base) / footage.unit), frame
 
 
 def decoded(container, stream, *, alpha: bool = False) -> Iterator[av.VideoFrame]:

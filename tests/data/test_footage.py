@@ -83,6 +83,7 @@ def test_the_decoder_of_before_had_other_frames(made):
         ("a.mkv", ["-c", "copy", "-output_ts_offset", 3600]),
         ("a.webm", ["-c:v", "libvpx-vp9", "-crf", 10, "-b:v", 0]),
         ("a.avi", ["-c:v", "mjpeg", "-q:v", 2]),
+        ("b.avi", ["-c:v", "libx264", "-crf", 4, "-bf", 3]),
         ("a.mov", ["-c:v", "prores_ks", "-profile:v", 3]),
         ("b.mp4", ["-c", "copy", "-movflags", "frag_keyframe+empty_moov"]),
     ],
