@@ -126,6 +126,10 @@ def corrected(typed: str, key: str, value: str) -> tuple[list[str], str]:
 
 
 def explain(error: Exception, overrides: list[str], composer: Composer) -> str:
+    return str(Wrong(refusals(error, overrides, composer)))
+
+
+def refusals(error: Exception, overrides: list[str], composer: Composer) -> list[str]:
     """Everything that is wrong with a command line that Hydra refused.
 
     Hydra stops at the first mistake, so the overrides are tried one by one. Where one has several
@@ -145,7 +149,7 @@ def explain(error: Exception, overrides: list[str], composer: Composer) -> str:
         problems += found.problems
     except HYDRAS as found:
         problems.append(hydra_says(found))
-    return str(Wrong(problems or [hydra_says(error)]))
+    return problems or [hydra_says(error)]
 
 
 def known_keys(composer: Composer) -> list[str]:

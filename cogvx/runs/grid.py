@@ -20,6 +20,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from cogvx import config as configuration
+from cogvx.command_line import refusals
 from cogvx.compose import Composer, checked
 from cogvx.config import Config
 from cogvx.errors import UserError, listed
@@ -237,7 +238,8 @@ def composed_jobs(
                     problems.setdefault(problem, " ".join(overrides))
                 continue
             except configuration.HYDRAS as error:
-                problems.setdefault(configuration.hydra_says(error), " ".join(overrides))
+                for problem in refusals(error, [*fixed, *overrides], composer):
+                    problems.setdefault(problem, " ".join(overrides))
                 continue
             found = {names[key]: job_value(composed, config, key) for key in swept}
             jobs.setdefault(folder_name(found), (Job(folder_name(found), found), config))

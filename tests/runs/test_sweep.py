@@ -146,6 +146,10 @@ def test_each_optimizer_is_tried_at_its_own_rates():
             "one text with a comma, or several values?",
         ),
         (["sweep=rank_alpha_lt"], "did you mean rank_alpha_lr"),
+        (
+            ["-m", "optimizer.lr=1e-3,1e-4"],
+            "optimizer.lr is optimizer.learning_rate here: type optimizer.learning_rate=0.001",
+        ),
         (["sweep=rank_alpha_lr", "train.resume=x"], "Give one of them"),
         (["-m", "optimizer.learning_rate=interval(1e-5,1e-3)"], "hydra/sweeper=optuna"),
         (
