@@ -151,7 +151,8 @@ def test_a_plan_prints_what_is_asked_and_leaves_it_in_the_folder(run, nano_folde
 
 @pytest.mark.slow
 def test_what_does_not_fit_comes_with_what_would(run, capfd):
-    run("a", "task=plan", "model=2b", "task.card=rtx4060_8gb", "lora.rank=64")
+    small = ["data.max_num_frames=9", "data.height=160", "data.width=240"]
+    run("a", "task=plan", "model=2b", "task.card=rtx4060_8gb", "lora.rank=64", *small)
     said = capfd.readouterr().out
     assert "rtx4060_8gb has 7.1 GiB free: it does NOT fit" in said
     assert "try     add one of these to the command" in said and "\n        memory=" in said
