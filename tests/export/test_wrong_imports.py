@@ -216,12 +216,14 @@ def test_folders(compose, nano_folder, tmp_path):
 
 
 def test_a_distributed_checkpoint_is_read_when_it_is_joined(compose, nano_folder, tmp_path):
-    from torch.distributed.checkpoint import save
+    from torch.distributed.checkpoint import FileSystemWriter, save
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     # As CogKit saves it (finetune/base/base_trainer.py).
     names = {name.removeprefix("transformer."): tensor for name, tensor in pair(128).items()}
-    save({"app": {"model": names, "optim": {}}}, checkpoint_id=tmp_path / "theirs", no_dist=True)
+    # One thread would ask for streams of the second device, if a test before has made it.
+    writer = FileSystemWriter(tmp_path / "theirs", thread_count=2)
+    save({"app": {"model": names, "optim": {}}}, storage_writer=writer, no_dist=True)
     said = refused(compose, nano_folder, tmp_path / "theirs")
     joins = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
     assert f"{joins} {tmp_path / 'theirs'} joined.pt" in said

@@ -7,9 +7,9 @@ import pytest
 from stand_in import StandIn, reread_environment
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server():
-    """The stand-in of the session. Tests give their repositories names of their own."""
+    """The stand-in of a file. Its tests give their repositories names of their own."""
     found = StandIn()
     yield found
     found.stop()

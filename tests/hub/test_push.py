@@ -173,8 +173,8 @@ def test_scores_have_their_intervals(a_run, tmp_path):
 
 
 def test_other_formats_too(copied, hub, push):
-    push(copied, "task.format=comfyui", "task.hub_repo_id=me/comfy", "task.strength=0.5")
-    files = uploaded(hub, "me/comfy")
+    push(copied, "task.format=comfyui", "task.hub_repo_id=me/for-comfyui", "task.strength=0.5")
+    files = uploaded(hub, "me/for-comfyui")
     assert "my-run_comfyui.safetensors" in files and LORA not in files
     text = files["README.md"].decode()
     assert "For ComfyUI: `my-run_comfyui.safetensors`, node Load LoRA, strength 1.0." in text
