@@ -10,6 +10,9 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+# How a file begins that Git LFS, or a download without it, has put in the place of the real one.
+LFS_POINTER = b"version https://git-lfs"
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:

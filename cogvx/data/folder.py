@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from cogvx.data.listed import ListedClip, shortened, text_of
 from cogvx.data.sources import Data
 from cogvx.errors import UserError, listed
 from cogvx.progress import counted
+
+ENDING = re.compile(r"(\.\w+)+")
 
 
 @dataclass
@@ -25,6 +28,19 @@ class Folder(Data):
 
     needs_root: ClassVar[bool] = True
 
+    def problems(self) -> list[str]:
+        endings = {
+            "caption_column": [self.caption_column],
+            "video_column": self.video_column.split() or [""],
+            "image_column": [] if self.image_column is None else [self.image_column],
+        }
+        return super().problems() + [
+            f"data.{name}={getattr(self, name)}: with data=folder it is the ending of files: a dot "
+            f"and letters or digits, such as {'.mp4' if name == 'video_column' else '.txt'}"
+            for name, found in endings.items()
+            if not all(ENDING.fullmatch(each) for each in found)
+        ]
+
     def rows(self) -> list[ListedClip]:
         root, files = self.root(), self.files()
         clips = self.clips(files)
@@ -32,9 +48,16 @@ class Folder(Data):
         missing = [path for path, caption in captions.items() if not caption]
         if missing:
             raise UserError(self.captions_missing(root, clips, missing))
+        images = {path: self.image_of(path) for path in clips}
+        if without := [path for path, image in images.items() if image and not image.is_file()]:
+            headline = f"{len(without)} of {counted(len(clips), 'clip')} in {root} have no image:"
+            names = [
+                f"{path.relative_to(root)}: {images[path].name} is not there" for path in without
+            ]
+            raise UserError(listed(headline, names))
         self.said = tuple(self.said_of_captions_alone(files, clips))
         return [
-            ListedClip(caption, path, self.image_of(path), str(path.relative_to(root)))
+            ListedClip(caption, path, images[path], str(path.relative_to(root)))
             for path, caption in captions.items()
         ]
 
@@ -76,12 +99,7 @@ class Folder(Data):
         return listed(headline, problems)
 
     def image_of(self, clip: Path) -> Path | None:
-        if self.image_column is None:
-            return None
-        image = clip.with_suffix(self.image_column)
-        if not image.is_file():
-            raise UserError(f"{clip} has no image: {image.name} is not there (data.image_column)")
-        return image
+        return None if self.image_column is None else clip.with_suffix(self.image_column)
 
     def said_of_captions_alone(self, files: list[Path], clips: list[Path]) -> Iterator[str]:
         """A warning, if caption files belong to no clip."""

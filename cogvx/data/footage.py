@@ -16,6 +16,7 @@ import numpy
 
 from cogvx.data import hdr
 from cogvx.errors import first_line
+from cogvx.files import LFS_POINTER
 
 if TYPE_CHECKING:
     import av
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 BACKGROUND = 0
 # A file is cut off if its frames end this many seconds before its header says.
 MISSING_SECONDS = 0.5
-LFS_POINTER = b"version https://git-lfs"
 
 
 class BadClip(Exception):

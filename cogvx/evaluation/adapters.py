@@ -13,11 +13,11 @@ from cogvx.config import Config
 from cogvx.data.cache import filled
 from cogvx.errors import UserError
 from cogvx.export.exporter import save_for_diffusers
-from cogvx.export.low_rank import Updates, added, of_one_rank, read_updates
+from cogvx.export.low_rank import Updates, added, of_one_rank, read_updates, require_fit
 from cogvx.files import shown
 from cogvx.model import lora
+from cogvx.model.geometry import read_config
 from cogvx.model.hub import local_adapter
-from cogvx.model.layers import fits_in_words
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.tasks import GenerateTask
@@ -51,7 +51,9 @@ def with_added(
     `places`: the folder of each weights of the run that the adapters are added to; {}: they are
     added to each other. UserError if an adapter is for another base model.
     """
-    require_fit(adapters, pretrained)
+    settings = read_config(pretrained.folder, "transformer")
+    for place, updates in adapters.items():
+        require_fit(f"task.add: {place}", updates, settings, pretrained.folder)
     names = {f"{name} and added": place for name, place in places.items()} or {SUMS: None}
 
     def write(partial: Path) -> None:
@@ -80,27 +82,6 @@ def require_low_rank(config: Config, task: GenerateTask) -> None:
         f"model of it, and add the LoRA to that: task=export task.run={task.run} "
         f"task.format=merged, then task=generate model.path={task.run}/export/merged task.add=..."
     )
-
-
-def require_fit(adapters: dict[str, Updates], pretrained: PretrainedModel) -> None:
-    """UserError if a LoRA changes layers that the base model does not have like this."""
-    modules = dict(pretrained.unread_transformer().named_modules())
-    for place, updates in adapters.items():
-        unknown = [name for name in updates if name not in modules]
-        if unknown:
-            raise UserError(
-                f"task.add: {place} is for another base model: {len(unknown)} of its "
-                f"{len(updates)} layers are not in {pretrained.folder}, such as {unknown[0]}"
-            )
-        shapes = {name: (len(u.up), *u.down.shape[1:]) for name, u in updates.items()}
-        for name, shape in shapes.items():
-            theirs = list(shape)
-            ours = list(modules[name].weight.shape)
-            if theirs != ours:
-                raise UserError(
-                    f"task.add: {place} is for another base model: the weight of {name} is "
-                    f"{theirs} there, and {ours} in {pretrained.folder}. {fits_in_words(shapes)}"
-                )
 
 
 def settings_of(folder: Path) -> lora.Lora:

@@ -8,7 +8,7 @@ import torch
 
 from cogvx.errors import UserError
 from cogvx.evaluation.wanted import Wanted
-from cogvx.inference.chat import Chat, opened_chat
+from cogvx.inference.chat import Chat, in_one_line, opened_chat
 from cogvx.options.tasks import GenerateTask
 from cogvx.progress import bar
 from cogvx.training.peaks import give_memory_back
@@ -46,7 +46,7 @@ def written_out(task: GenerateTask, prompt: str, id_token: str | None, chat: Cha
         {"role": "system", "content": task.enhancer_instructions},
         {"role": "user", "content": prompt},
     ]
-    answer = " ".join(chat(messages).split()).strip('"')
+    answer = in_one_line(chat(messages))
     if not answer:
         raise UserError(
             f"task.enhancer={task.enhancer} answers nothing to {prompt!r}: take another model, or "

@@ -21,6 +21,7 @@ from cogvx.export.low_rank import (
     of_one_rank,
     read_updates,
     renamed,
+    require_fit,
     save_adapter,
     share_kept,
 )
@@ -306,19 +307,12 @@ def with_dora(
 
 @torch.no_grad()
 def merge(transformer: torch.nn.Module, updates: Updates) -> None:
-    """Adds the updates to the weights. The sums are made in fp32."""
+    """Adds the updates to the weights. The sums are made in fp32. UserError if they do not fit."""
+    require_fit("the LoRA", updates, dict(transformer.config), "the base model")
     modules = dict(transformer.named_modules())
-    unknown = [name for name in updates if name not in modules]
-    if unknown:
-        raise UserError(f"the LoRA is for another model: it has {unknown[0]}, which this lacks")
     for name, update in bar(updates.items(), desc="export", unit="layer", leave=False):
-        weight, delta = modules[name].weight, update.delta()
-        if weight.shape != delta.shape:
-            raise UserError(
-                f"the LoRA is for another model: {name} is {list(delta.shape)} there, and "
-                f"{list(weight.shape)} here"
-            )
-        weight.copy_(weight.float() + delta)
+        weight = modules[name].weight
+        weight.copy_(weight.float() + update.delta())
 
 
 def copy_part(source: Path, place: Path) -> None:

@@ -27,9 +27,9 @@ from cogvx.files import shown, write_json
 from cogvx.model import full
 from cogvx.model.geometry import Geometry, read_config, read_geometry, released
 from cogvx.model.hub import local_adapter
-from cogvx.model.layers import Shape, layer_shapes
+from cogvx.model.layers import Shape, layer_shapes, misfit_in_words
 from cogvx.model.lora import Lora
-from cogvx.model.lora_file import LoraFile, lora_of, misfits_in_words
+from cogvx.model.lora_file import LoraFile, lora_of
 from cogvx.model.pretrained import Model
 from cogvx.model.released import NAMES, RELEASED
 from cogvx.model.trained_weights import weights_of
@@ -171,7 +171,7 @@ def imported_weights(
 
 
 def imported_lora(config: Config, task: ImportTask, file: LoraFile, base: Base) -> ImportedLora:
-    problem = misfits_in_words(file, base.shapes, base.called)
+    problem = misfit_in_words(file.path, file.shapes, base.shapes, base.called)
     if problem is not None:
         raise UserError(problem)
     asked = weights_of(config.lora)

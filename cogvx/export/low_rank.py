@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cogvx.errors import UserError
 from cogvx.model import lora
+from cogvx.model.layers import Shape, layer_shapes, misfit_in_words
 from cogvx.model.lora_file import LoraFile, read_lora
 from cogvx.model.naming import ALPHA, DOWN, UP, Naming
 
@@ -36,6 +37,11 @@ class Update:
     def rank(self) -> int:
         return len(self.down)
 
+    @property
+    def shape(self) -> Shape:
+        """Of the layer's weight."""
+        return (len(self.up), *self.down.shape[1:])
+
     def matrices(self) -> tuple[Tensor, Tensor]:
         """up [out, r] and down [r, in]."""
         return self.up.flatten(1), self.down.flatten(1)
@@ -43,7 +49,7 @@ class Update:
     def delta(self) -> Tensor:
         """[out, in], or [out, in, h, w]."""
         up, down = self.matrices()
-        return (up @ down).reshape(len(up), *self.down.shape[1:])
+        return (up @ down).reshape(self.shape)
 
 
 # A LoRA: the update of each layer, by the layer's name in the diffusers transformer.
@@ -78,6 +84,17 @@ def updates_of(file: LoraFile, strength: float = 1.0) -> Updates:
         module: Update(layer.down.float(), layer.up.float() * (strength * file.scale_of(module)))
         for module, layer in file.layers.items()
     }
+
+
+def require_fit(place: object, updates: Updates, transformer_config: dict, base: object) -> None:
+    """UserError if a LoRA changes layers that the base model does not have like this.
+
+    transformer_config: the transformer's config.json. place, base: how both are called.
+    """
+    shapes = {module: update.shape for module, update in updates.items()}
+    problem = misfit_in_words(place, shapes, layer_shapes(transformer_config), base)
+    if problem is not None:
+        raise UserError(problem)
 
 
 def added(adapters: list[Updates]) -> Updates:

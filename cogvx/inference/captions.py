@@ -14,7 +14,7 @@ from cogvx.data.footage import BadClip
 from cogvx.data.video import read_clip, to_bytes
 from cogvx.errors import UserError
 from cogvx.files import shown, write_text
-from cogvx.inference.chat import Chat, Messages, asked_of_server
+from cogvx.inference.chat import Chat, Messages, asked_of_server, in_one_line
 from cogvx.options.tasks import CaptionTask
 from cogvx.progress import bar, counted
 
@@ -64,7 +64,7 @@ def caption_of_clip(clip: Path, config: Config, task: CaptionTask, chat: Chat) -
         for frame in chosen
     ]
     text = {"type": "text", "text": task.instructions}
-    answer = " ".join(chat([{"role": "user", "content": [text, *pictures]}]).split()).strip(' "')
+    answer = in_one_line(chat([{"role": "user", "content": [text, *pictures]}]))
     if not answer:
         raise UserError(
             f"task.captioner={task.captioner} answers nothing to the frames of {clip}: take a "

@@ -142,5 +142,10 @@ def reason_in(error: urllib.error.HTTPError) -> str:
         return first_line(text or error.reason)
 
 
+def in_one_line(answer: str) -> str:
+    """Without line breaks, and without quote marks around it."""
+    return " ".join(answer.split()).strip(' "')
+
+
 def without_thoughts(text: str) -> str:
     return THOUGHTS.sub("", text).strip()

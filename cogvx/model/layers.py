@@ -80,3 +80,22 @@ def fits_in_words(layers: dict[str, Shape]) -> str:
     if not options:
         return "It fits none of the released CogVideoX models"
     return f"It fits {' and '.join(f'model={option}' for option in options)}"
+
+
+def misfit_in_words(
+    place: object, layers: dict[str, Shape], of_base: dict[str, Shape], base: object
+) -> str | None:
+    """What is wrong if a LoRA of these layers is for another base model; None if it fits.
+
+    place, base: how the LoRA and the base model are called to the user.
+    """
+    wrong = [layer for layer, shape in layers.items() if of_base.get(layer) != shape]
+    if not wrong:
+        return None
+    first = wrong[0]
+    here = list(of_base[first]) if first in of_base else "not there"
+    return (
+        f"{place} is for another base model: {len(wrong)} of its {len(layers)} layers do not fit "
+        f"{base}. The first is {first}: {list(layers[first])} in the file, {here} in the model. "
+        f"{fits_in_words(layers)}"
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError
-from cogvx.model.layers import Shape, fits_in_words
+from cogvx.model.layers import Shape
 from cogvx.model.naming import (
     ALPHA,
     DOWN,
@@ -226,20 +226,3 @@ def require_plain(path: Path, settings: dict) -> None:
     for alpha in alphas:
         if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
             raise UserError(f"{path}: its settings have alpha {alpha!r}: it must be above 0")
-
-
-def misfits_in_words(file: LoraFile, shapes: dict[str, Shape], base: str) -> str | None:
-    """What is wrong if the LoRA is for another base model; None if it fits.
-
-    shapes: of the base model's layers. base: how it is called to the user.
-    """
-    wrong = [module for module, shape in file.shapes.items() if shapes.get(module) != shape]
-    if not wrong:
-        return None
-    module = wrong[0]
-    here = list(shapes[module]) if module in shapes else "not there"
-    return (
-        f"{file.path} is for another base model: {len(wrong)} of its {len(file.layers)} layers do "
-        f"not fit {base}. The first is {module}: {list(file.shapes[module])} in the file, {here} "
-        f"in the model. {fits_in_words(file.shapes)}"
-    )

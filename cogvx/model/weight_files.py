@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError, first_line
+from cogvx.files import LFS_POINTER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,6 @@ ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 NOT_WEIGHTS = re.compile(r"^(optimizer|scheduler|scaler|sampler|random_states|training_args)")
 # DeepSpeed's and SAT's file of the whole model, when nothing is divided over GPUs.
 DEEPSPEED = "mp_rank_00_model_states.pt"
-POINTER = b"version https://git-lfs.github.com"
 
 
 def weight_files(place: Path) -> list[Path]:
@@ -129,7 +129,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def require_weights(path: Path) -> bytes:
     """The first bytes of a file. UserError if they are not those of weights."""
     head = head_of(path)
-    if head.startswith(POINTER):
+    if head.startswith(LFS_POINTER):
         raise UserError(
             f"{path} is a pointer of git LFS, not the weights: git lfs pull fetches them, or "
             f"hf download"

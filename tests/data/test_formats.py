@@ -6,6 +6,8 @@ import unicodedata
 
 import pytest
 
+from cogvx.compose import quoted
+from cogvx.config import Wrong
 from cogvx.errors import UserError
 
 
@@ -86,6 +88,21 @@ def test_captions_without_a_clip_are_said_and_other_endings_can_be_chosen(listin
     assert "no file ends in .webm" in said and "Endings there now: .caption, .mp4" in said
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("data.caption_column=txt", "data.caption_column=txt: with data=folder it is the ending"),
+        ("data.caption_column=a/.txt", "a dot and letters or digits, such as .txt"),
+        ("data.video_column=.mp4,.mov", "data.video_column=.mp4,.mov: with data=folder"),
+        ("data.video_column=' '", "a dot and letters or digits, such as .mp4"),
+    ],
+)
+def test_an_ending_that_is_none_is_named_before_anything_starts(listing, setting, said):
+    with pytest.raises(Wrong) as raised:
+        listing.data("folder", quoted(setting, sweeping=False))
+    assert said in str(raised.value)
+
+
 def test_links_in_a_circle_end(listing):
     listing.write("a.txt", "a")
     listing.write("b.txt", "b")
@@ -96,7 +113,8 @@ def test_links_in_a_circle_end(listing):
 def test_a_folder_has_first_images_beside_its_clips(listing):
     listing.files("a.png")
     how = ["model=nano_i2v", "data.caption=x", "data.image_column=.png"]
-    assert "b.png is not there" in listing.refusal("folder", *how)
+    said = listing.refusal("folder", *how)
+    assert "1 of 2 clips" in said and "b.mp4: b.png is not there" in said
     listing.files("b.png")
     assert [e.image.name for e in listing.data("folder", *how).read()] == ["a.png", "b.png"]
 

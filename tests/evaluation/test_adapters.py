@@ -139,8 +139,8 @@ def test_loras_that_cannot_be_added_are_named(
     said = {
         tmp_path / "half.safetensors": " has down and no up matrix",
         tmp_path / "prefix.safetensors": "is no LoRA for CogVideoX: its first tensor is x.",
-        other: "o x 1 is for another base model: the weight of transformer_blocks.0.attn1.to_q is "
-        "[64, 64] there, and [128, 128] in ",
+        other: "The first is transformer_blocks.0.attn1.to_q: [64, 64] in the file, [128, 128] in "
+        "the model",
         dora: f"{dora} is a DoRA",
         tmp_path / "text.json": "text.json cannot be read as weights: it is none.",
         tmp_path / "text.safetensors": "text.safetensors cannot be read as weights",
