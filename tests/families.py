@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 from cogvx.data.cache import filled
+from cogvx.data.cuts import head
 from cogvx.data.encode import Encoder, image_moments, image_of, prompt_embeds
 from cogvx.data.sources import Example
 from cogvx.model import nano
@@ -164,7 +165,7 @@ def passed_by_training(folder, compose, frames, height, width, picture, theirs):
         ).data
         example = Example("", None, "", image=folder.parent / f"{picture.size}.png")
         picture.save(example.image)
-        image = image_of(example, data)
+        image = image_of(example, head(data), data)
         images = image_moments(pretrained.vae(tiling=False), image, encoder, 0, seed="0")
         assert images.shape[0] == 1
     moments = torch.randn((1, 32, (frames - 1) // 4 + 1, height // 4, width // 4))

@@ -8,6 +8,7 @@ the same time do not make it too.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogvx.data.footage import FileFacts, survey
 from cogvx.errors import UserError
 from cogvx.files import replacing, write_text
 from cogvx.progress import heartbeat
@@ -83,17 +85,32 @@ class Cache:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
             return content_key(*((str(p.relative_to(path)), self.fingerprint(p)) for p in files))
-        real = path.resolve()
-        stat = real.stat()
-        remembered = (
-            self.folder / "fingerprints" / content_key(str(real), stat.st_size, stat.st_mtime_ns)
-        )
+        remembered = self.remembered("fingerprints", path)
         if remembered.is_file() and len(digest := remembered.read_text()) == 64:
             return digest
+        real = path.resolve()
         with real.open("rb") as file, heartbeat(f"hash    still reading {real.name}"):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         write_text(remembered, digest)
         return digest
+
+    def facts(self, path: Path) -> FileFacts:
+        """What is known of a video file. It is remembered, as fingerprints are.
+
+        BadClip if the file cannot be used.
+        """
+        remembered = self.remembered("facts", path)
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return FileFacts(**json.loads(remembered.read_text()))
+        found = survey(path).facts
+        write_text(remembered, json.dumps(dataclasses.asdict(found)))
+        return found
+
+    def remembered(self, kind: str, path: Path) -> Path:
+        """Where something about a file is kept, by its path, size and time of change."""
+        real = path.resolve()
+        stat = real.stat()
+        return self.folder / kind / content_key(str(real), stat.st_size, stat.st_mtime_ns)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvx.data.cache import Cache, content_key
+from cogvx.data.cuts import Cut, cuts_of
 from cogvx.data.listed import shortened
 from cogvx.data.sharing import Share, make_missing
 from cogvx.data.sources import Data, Example, Reshape
@@ -51,14 +53,32 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class EncodedClip:
-    example: Example
+class EncodedCut:
+    """One cut of a clip, encoded."""
+
+    cut: Cut
     # In the cache: latent_moments [2C, F', H', W'] and thumbnails.
     path: Path
     # What facts_of() returns, and the shapes of the tensors.
     about: dict
-    # In the cache, for image-to-video: image_moments [1 + variants, 2C, 1, H', W'].
+    # In the cache, for image-to-video: image_moments [1 + noisy images, 2C, 1, H', W'].
     image_path: Path | None = None
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """Training draws one of the cuts for each epoch. Everything else uses the first."""
+
+    example: Example
+    cuts: tuple[EncodedCut, ...]
+
+    @property
+    def first(self) -> EncodedCut:
+        return self.cuts[0]
+
+    @property
+    def about(self) -> dict:
+        return self.first.about
 
     @property
     def latent_shape(self) -> list[int]:
@@ -79,31 +99,47 @@ def encode_clips(
     Returns the clips, and the examples that cannot be used. UserError if these are more than
     data.max_bad_fraction.
     """
-    paths = [
-        cache.path("latents", clip_key(example.video, data, cache, vae)) for example in examples
+    # Of each example, the cuts and their files.
+    wanted = [
+        {
+            cut: cache.path("latents", clip_key(example.video, data, cut, cache, vae))
+            for cut in cuts_of(example, data)
+        }
+        for example in examples
     ]
     # A file that is listed twice is encoded once; messages name its first line.
-    example_of = dict(zip(reversed(paths), reversed(examples), strict=True))
+    sources = {
+        path: (example.video, cut)
+        for example, files in zip(reversed(examples), reversed(wanted), strict=True)
+        for cut, path in files.items()
+    }
     # Loaded only if there is something to encode.
     model = functools.cache(vae.load)
 
     def encode(share: Share) -> None:
         multiple = model().config.temporal_compression_ratio
-        read = functools.partial(read_clip, data=data, frame_multiple=multiple)
-        for path, clip in share.read_ahead(lambda path: read(example_of[path].video)):
+
+        def read(path: Path) -> Clip:
+            video, cut = sources[path]
+            return read_clip(video, data, cut, frame_multiple=multiple)
+
+        for path, clip in share.read_ahead(read):
             tensors = {
                 "latent_moments": latent_moments(model(), clip.frames, vae),
                 "thumbnails": thumbnails(clip.frames),
             }
             cache.write(path, tensors, about=facts_of(clip))
 
+    paths = [path for files in wanted for path in files.values()]
     reasons = make_missing(paths, cache, encode, "clip", say)
     encoded, rejected = [], []
-    for example, path in zip(examples, paths, strict=True):
-        about = None if path in reasons else cache.about(path)
-        reason = reasons.get(path) or too_short(about["frames"], data)
+    for example, files in zip(examples, wanted, strict=True):
+        reason = next(filter(None, map(reasons.get, files.values())), None)
         if reason is None:
-            encoded.append(EncodedClip(example, path, about))
+            cuts = [EncodedCut(cut, path, cache.about(path)) for cut, path in files.items()]
+            reason = too_short(min(each.about["frames"] for each in cuts), data)
+        if reason is None:
+            encoded.append(EncodedClip(example, tuple(cuts)))
         else:
             rejected.append(Rejected(example, reason))
     report_rejected(rejected, len(examples), data.max_bad_fraction, say)
@@ -153,31 +189,48 @@ def encode_images(
     spread standard deviations. Training uses these in turn and samples from their posteriors
     anew in every step. An encoded image is small: 0.35 MB at 480x720 in bf16.
     """
-    paths = [cache.path("images", image_key(clip.example, data, cache, vae)) for clip in clips]
-    starts = dict(zip(reversed(paths), (clip.example for clip in reversed(clips)), strict=True))
+    wanted = [
+        [
+            cache.path("images", image_key(clip.example, data, each.cut, cache, vae))
+            for each in clip.cuts
+        ]
+        for clip in clips
+    ]
+    starts = {
+        path: (clip.example, each.cut)
+        for clip, files in zip(reversed(clips), reversed(wanted), strict=True)
+        for each, path in zip(clip.cuts, files, strict=True)
+    }
     model = functools.cache(vae.load)
 
     def encode(share: Share) -> None:
-        for path, image in share.read_ahead(lambda path: image_of(starts[path], data)):
+        for path, image in share.read_ahead(lambda path: image_of(*starts[path], data)):
             variants = data.image_noise_variants
             moments = image_moments(model(), image, vae, variants, seed=path.stem)
             cache.write(path, {"image_moments": moments})
 
-    reasons = make_missing(paths, cache, encode, "image", say)
-    pairs = list(zip(clips, paths, strict=True))
-    rejected = [Rejected(clip.example, reasons[path]) for clip, path in pairs if path in reasons]
+    reasons = make_missing([*itertools.chain(*wanted)], cache, encode, "image", say)
+    encoded, rejected = [], []
+    for clip, files in zip(clips, wanted, strict=True):
+        reason = next(filter(None, map(reasons.get, files)), None)
+        if reason is None:
+            pairs = zip(clip.cuts, files, strict=True)
+            cuts = tuple(replace(each, image_path=path) for each, path in pairs)
+            encoded.append(replace(clip, cuts=cuts))
+        else:
+            rejected.append(Rejected(clip.example, reason))
     report_rejected(rejected, len(clips), data.max_bad_fraction, say)
-    return [replace(clip, image_path=path) for clip, path in pairs if path not in reasons], rejected
+    return encoded, rejected
 
 
-def image_of(example: Example, data: Data) -> Tensor:
+def image_of(example: Example, cut: Cut, data: Data) -> Tensor:
     """The image that an image-to-video clip starts from, [1, C, H, W] in [-1, 1].
 
     BadClip if its file cannot be read.
     """
     if example.image is None:
-        return read_first_frame(example.video, data)
-    return read_image(example.image, data, example.video)
+        return read_first_frame(example.video, data, cut)
+    return read_image(example.image, data, example.video, cut)
 
 
 def image_moments(
@@ -207,10 +260,10 @@ def noise_levels(count: int) -> list[float]:
     return [math.exp(normal.inv_cdf((k + 0.5) / count)) for k in range(count)]
 
 
-def image_key(example: Example, data: Data, cache: Cache, vae: Encoder) -> str:
+def image_key(example: Example, data: Data, cut: Cut, cache: Cache, vae: Encoder) -> str:
     """A hash of everything that decides an image's latents."""
     if example.image is None:
-        source = ("frame", data.skip_frames_start)
+        source = ("frame", cut.first)
     else:
         # A random crop of the image lies where the crop of its video does.
         is_random = data.video_reshape_mode is Reshape.random
@@ -221,11 +274,18 @@ def image_key(example: Example, data: Data, cache: Cache, vae: Encoder) -> str:
         cache.fingerprint(example.image or example.video),
         vae.identity,
         str(vae.dtype),
-        data.height,
-        data.width,
+        cut.size.height,
+        cut.size.width,
         data.video_reshape_mode.name,
         data.image_noise_variants,
+        *(["flipped"] if cut.flipped else []),
     )
+
+
+def frames_of(clip: EncodedClip, data: Data, *, frame_multiple: int = 4) -> Tensor:
+    """The clip as the model sees it, [F, C, H, W] in [-1, 1]. Read from its file again."""
+    cut = clip.first.cut
+    return read_clip(clip.example.video, data, cut, frame_multiple=frame_multiple).frames
 
 
 def thumbnails(frames: Tensor) -> Tensor:
@@ -254,20 +314,21 @@ def facts_of(clip: Clip) -> dict[str, object]:
     }
 
 
-def clip_key(video: Path, data: Data, cache: Cache, vae: Encoder) -> str:
+def clip_key(video: Path, data: Data, cut: Cut, cache: Cache, vae: Encoder) -> str:
     """A hash of everything that decides a clip's latents: its bytes, frames, crop, and the VAE."""
     return content_key(
         VERSION,
         cache.fingerprint(video),
         vae.identity,
         str(vae.dtype),
-        data.height,
-        data.width,
+        cut.size.height,
+        cut.size.width,
         data.fps,
-        data.max_num_frames,
-        data.skip_frames_start,
-        data.skip_frames_end,
+        cut.size.frames,
+        cut.first,
+        cut.skipped_at_end,
         data.video_reshape_mode.name,
+        *(["flipped"] if cut.flipped else []),
     )
 
 

@@ -32,6 +32,17 @@ class BadClip(Exception):
 
 
 @dataclass(frozen=True)
+class FileFacts:
+    """What is known of a video file without its frames."""
+
+    frames: int  # that a player shows
+    fps: float
+    seconds: float  # from the first frame to the last
+    width: int  # pixels, upright, as wide as high
+    height: int
+
+
+@dataclass(frozen=True)
 class Footage:
     """The frames that a player shows, and what must be done to each."""
 
@@ -40,6 +51,8 @@ class Footage:
     times: list[int]  # when each frame is shown, in units of `unit`, in order
     unit: float  # seconds
     fps: float
+    width: int  # of a frame as it is stored
+    height: int
     pixel_aspect: float  # the width of a pixel, divided by its height
     quarter_turns: int  # to the left
     transfer: int  # the curve of the signal (ITU-T H.273, table 3)
@@ -56,6 +69,14 @@ class Footage:
     def upright_pixel_aspect(self) -> float:
         """Of the frames as they are returned: a quarter turn swaps width and height."""
         return 1 / self.pixel_aspect if self.quarter_turns % 2 else self.pixel_aspect
+
+    @property
+    def facts(self) -> FileFacts:
+        width, height = self.width * self.pixel_aspect, self.height
+        if self.quarter_turns % 2:
+            width, height = height, width
+        seconds = self.stamps[-1] - self.stamps[0]
+        return FileFacts(len(self.times), self.fps, seconds, round(width), round(height))
 
     @property
     def treatment(self) -> list[str]:
@@ -97,6 +118,8 @@ def survey(path: Path) -> Footage:
             times=times,
             unit=float(stream.time_base),
             fps=float(stream.average_rate or 0),
+            width=first.width,
+            height=first.height,
             pixel_aspect=float(stream.sample_aspect_ratio or 1),
             quarter_turns=round(first.rotation / 90) % 4,
             transfer=int(stream.codec_context.color_trc),

@@ -65,7 +65,7 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], uses: list[str])
     from safetensors.torch import load_file
 
     shown = list(zip(clips, uses, strict=True))[:MOST_ON_SHEET]
-    strips = [load_file(clip.path)["thumbnails"].numpy() for clip, _ in shown]  # [3, h, w, C]
+    strips = [load_file(clip.first.path)["thumbnails"].numpy() for clip, _ in shown]  # [3, h, w, C]
     _, height, width, _ = strips[0].shape
     columns, gap, text = min(3, len(shown)), 8, 30
     cell_width, cell_height = 3 * width + gap, height + text + gap
@@ -96,7 +96,7 @@ def write_held_out(folder: Path, clips: list[EncodedClip], uses: list[str]) -> N
 
     aside = [clip for clip, use in zip(clips, uses, strict=True) if use == "held out"]
     for number, clip in enumerate(aside[:MOST_HELD_OUT], start=1):
-        frames = load_file(clip.path)["thumbnails"].numpy()  # [3, h, w, C]
+        frames = load_file(clip.first.path)["thumbnails"].numpy()  # [3, h, w, C]
         with replacing(folder / "held_out" / f"{number:02d}.png") as partial:
             Image.fromarray(numpy.concatenate(list(frames), axis=1)).save(partial, format="png")
 

@@ -25,6 +25,13 @@ class Example:
     origin: str  # where it is listed, for messages: "prompts.txt:4"
     # Image-to-video: the image that the clip starts from. None: its first frame.
     image: Path | None = None
+    # Training draws one caption for each epoch: `prompt` or one of these.
+    other_captions: tuple[str, ...] = ()
+    source: str = ""  # the name of its part of data=mix
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.prompt, *self.other_captions)
 
 
 class Reshape(Enum):

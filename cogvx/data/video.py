@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogvx.data.buckets import Size
+from cogvx.data.cuts import Cut, head
 from cogvx.data.footage import BadClip, frames_of_footage, survey
 from cogvx.data.sources import Data, Reshape
 from cogvx.progress import counted
@@ -36,23 +38,25 @@ class Clip:
     treatment: str  # what was done to its frames besides decoding and resizing them
 
 
-def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
-    """Frames at data.fps, resized and cropped to data.height x data.width.
+def read_clip(path: Path, data: Data, cut: Cut | None = None, *, frame_multiple: int = 4) -> Clip:
+    """Frames at data.fps, resized and cropped to the cut's size.
 
-    Frames are chosen by their timestamps. Their number is frame_multiple * k + 1, as the VAE needs
-    it. BadClip if the file gives too few.
+    cut: None for the beginning of the file, at the size of `data`. Frames are chosen by their
+    timestamps. Their number is frame_multiple * k + 1, as the VAE needs it. BadClip if the file
+    gives too few.
     """
+    cut = cut or head(data)
     if path.stat().st_size == 0:
         raise BadClip("is empty (0 bytes)")
     footage = survey(path)
     stamps = footage.stamps
-    first, last = data.skip_frames_start, len(stamps) - 1 - data.skip_frames_end
+    first, last = cut.first, len(stamps) - 1 - cut.skipped_at_end
     if first > last:
         raise BadClip(
             f"has {counted(len(stamps), 'frame')}; none is left after skipping {first} at its "
-            f"start and {data.skip_frames_end} at its end"
+            f"start and {cut.skipped_at_end} at its end"
         )
-    indices = by_timestamp(stamps[first : last + 1], data.fps, data.max_num_frames)
+    indices = by_timestamp(stamps[first : last + 1], data.fps, cut.size.frames)
     count = (len(indices) - 1) // frame_multiple * frame_multiple + 1
     if count < data.min_num_frames:
         raise BadClip(
@@ -64,7 +68,7 @@ def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
     pixels = frames_of_footage(footage, indices)  # [F, H, W, C]
     place = crop_place(path, data.video_reshape_mode)
     return Clip(
-        frames=resize_and_crop(pixels, data, place, footage.upright_pixel_aspect),
+        frames=fitted_to(cut, pixels, place, footage.upright_pixel_aspect),
         indices=indices,
         file_frames=len(stamps),
         file_fps=footage.fps,
@@ -74,7 +78,7 @@ def read_clip(path: Path, data: Data, *, frame_multiple: int = 4) -> Clip:
     )
 
 
-def read_image(path: Path, data: Data, video: Path) -> Tensor:
+def read_image(path: Path, data: Data, video: Path, cut: Cut) -> Tensor:
     """A picture, resized and cropped like the first frame of `video`.
 
     [1, C, H, W] in [-1, 1]. BadClip if the file cannot be read.
@@ -92,17 +96,17 @@ def read_image(path: Path, data: Data, video: Path) -> Tensor:
     # All of these are raised by PIL for damaged files.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadClip(f"has an image, {path}, that cannot be read: {error}") from error
-    return resize_and_crop(pixels[None], data, place=crop_place(video, data.video_reshape_mode))
+    return fitted_to(cut, pixels[None], crop_place(video, data.video_reshape_mode))
 
 
-def read_first_frame(path: Path, data: Data) -> Tensor:
+def read_first_frame(path: Path, data: Data, cut: Cut) -> Tensor:
     """The first frame that read_clip() takes, [1, C, H, W] in [-1, 1]."""
     footage = survey(path)
-    if data.skip_frames_start >= len(footage.times):
+    if cut.first >= len(footage.times):
         raise BadClip(f"has only {counted(len(footage.times), 'frame')}")
-    pixels = frames_of_footage(footage, [data.skip_frames_start])
+    pixels = frames_of_footage(footage, [cut.first])
     place = crop_place(path, data.video_reshape_mode)
-    return resize_and_crop(pixels, data, place, footage.upright_pixel_aspect)
+    return fitted_to(cut, pixels, place, footage.upright_pixel_aspect)
 
 
 def to_bytes(frames: Tensor) -> numpy.ndarray:
@@ -145,10 +149,18 @@ def crop_place(path: Path, mode: Reshape) -> tuple[float, float]:
     return digest[0] / 255, digest[1] / 255
 
 
-def resize_and_crop(
-    pixels: numpy.ndarray, data: Data, place: tuple[float, float], pixel_aspect: float = 1.0
+def fitted_to(
+    cut: Cut, pixels: numpy.ndarray, place: tuple[float, float], pixel_aspect: float = 1.0
 ) -> Tensor:
-    """[F, H, W, C] uint8 -> [F, C, data.height, data.width] in [-1, 1].
+    """[F, H, W, C] uint8 -> [F, C, height, width] of the cut, in [-1, 1]."""
+    frames = resize_and_crop(pixels, cut.size, place, pixel_aspect)
+    return frames.flip(-1) if cut.flipped else frames
+
+
+def resize_and_crop(
+    pixels: numpy.ndarray, size: Size, place: tuple[float, float], pixel_aspect: float = 1.0
+) -> Tensor:
+    """[F, H, W, C] uint8 -> [F, C, size.height, size.width] in [-1, 1].
 
     Scaled (bicubic) until both sides are long enough, then cropped at `place`. Never stretched.
     pixel_aspect: the width of a pixel of the file, divided by its height.
@@ -157,11 +169,11 @@ def resize_and_crop(
     import torch.nn.functional as F
 
     height, width = pixels.shape[1], pixels.shape[2] * pixel_aspect
-    scale = max(data.height / height, data.width / width)
-    new_height = max(data.height, math.floor(height * scale + 0.5))
-    new_width = max(data.width, math.floor(width * scale + 0.5))
-    top = round((new_height - data.height) * place[0])
-    left = round((new_width - data.width) * place[1])
+    scale = max(size.height / height, size.width / width)
+    new_height = max(size.height, math.floor(height * scale + 0.5))
+    new_width = max(size.width, math.floor(width * scale + 0.5))
+    top = round((new_height - size.height) * place[0])
+    left = round((new_width - size.width) * place[1])
     parts = []
     for part in torch.from_numpy(pixels).split(FRAMES_AT_ONCE):
         # [F, H, W, C] -> [F, C, H, W]
@@ -169,7 +181,7 @@ def resize_and_crop(
         part = F.interpolate(
             part, (new_height, new_width), mode="bicubic", antialias=True, align_corners=False
         )
-        part = part[:, :, top : top + data.height, left : left + data.width].clamp(0, 255)
+        part = part[:, :, top : top + size.height, left : left + size.width].clamp(0, 255)
         # In this order it rounds as diffusers' VideoProcessor does.
         parts.append(2 * (part / 255) - 1)
     return torch.cat(parts)

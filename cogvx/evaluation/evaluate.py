@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
+from cogvx.data.encode import frames_of
 from cogvx.data.listed import text_of
-from cogvx.data.video import read_clip, to_bytes
+from cogvx.data.video import to_bytes
 from cogvx.errors import UserError, first_line
 from cogvx.files import read_json, replacing, shown
 from cogvx.inference import scores
@@ -36,7 +37,6 @@ from cogvx.training.videos import VideoGenerator
 
 if TYPE_CHECKING:
     from cogvx.config import Config
-    from cogvx.data.encode import EncodedClip
     from cogvx.options.tasks import EvaluateTask
 
 BASE = "base"
@@ -279,7 +279,7 @@ def nearest_clip(data: Prepared, config: Config) -> Measure:
 
     It is the root mean square difference of the pixels, as a share of their range.
     """
-    clips = [small(frames_of(clip, config)) for clip in data.train[:MOST_CLIPS]]
+    clips = [small(to_bytes(frames_of(clip, config.data))) for clip in data.train[:MOST_CLIPS]]
 
     def measure(frames: numpy.ndarray, prompt: str) -> float:
         return float(min(distance(small(frames), clip) for clip in clips))
@@ -290,13 +290,8 @@ def nearest_clip(data: Prepared, config: Config) -> Measure:
 def nearness_of_held_out(data: Prepared, config: Config, measures: list[Measure]) -> float | None:
     """The mean of nearest_clip over the held-out clips: the value of clips that are new."""
     measure = dict(measures)["nearest_clip"]
-    found = [measure(frames_of(clip, config), "") for clip in data.held_out]
+    found = [measure(to_bytes(frames_of(clip, config.data)), "") for clip in data.held_out]
     return float(numpy.mean(found)) if found else None
-
-
-def frames_of(clip: EncodedClip, config: Config) -> numpy.ndarray:
-    """[F, H, W, 3] uint8."""
-    return to_bytes(read_clip(clip.example.video, config.data).frames)
 
 
 def small(frames: numpy.ndarray) -> numpy.ndarray:

@@ -24,8 +24,10 @@ from accelerate.state import AcceleratorState, PartialState
 from diffusers.video_processor import VideoProcessor
 
 from cogvx.config import Config
+from cogvx.data.cuts import head
 from cogvx.data.encode import (
     EncodedClip,
+    EncodedCut,
     Encoder,
     hidden_states,
     latent_moments,
@@ -420,7 +422,8 @@ def planned_data(config: Config, pretrained: PlannedModel) -> Prepared:
     pictured = pretrained.geometry().image_to_video
     example = Example("prompt", Path("clip.mp4"), "plan")
     image = Path("image_moments") if pictured else None
-    clip = EncodedClip(example, Path("latent_moments"), {"frames": data.max_num_frames}, image)
+    about = {"frames": data.max_num_frames}
+    clip = EncodedClip(example, (EncodedCut(head(data), Path("latent_moments"), about, image),))
     clips = [clip] * (train.train_batch_size * train.gradient_accumulation_steps)
     picture = numpy.zeros((data.height, data.width, 3), numpy.uint8)
     images = {"prompt": picture} if pictured else {}

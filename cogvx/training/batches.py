@@ -8,7 +8,14 @@ from cogvx.config import Config
 from cogvx.options.train import TimestepSampling
 from cogvx.training.prepare import Prepared
 from cogvx.training.ranks import Ranks
-from cogvx.training.step import Batch, Draw, sample_order
+from cogvx.training.step import (
+    CAPTION_CHOICE,
+    CUT,
+    IMAGE_NOISE,
+    Batch,
+    Draw,
+    sample_order,
+)
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,13 @@ class Batches:
         """
         draw = self.draw(micro_step)
         clips = [self.data.train[sample.index] for sample in draw.samples]
+        cuts = draw.choose(CUT, [clip.cuts for clip in clips])
+        captions = draw.choose(CAPTION_CHOICE, [clip.example.captions for clip in clips])
         prompts = [
-            "" if drop else clip.example.prompt
-            for clip, drop in zip(clips, draw.drops_caption(), strict=True)
+            "" if drop else caption
+            for caption, drop in zip(captions, draw.drops_caption(), strict=True)
         ]
-        return self.data.load_batch(clips, prompts, self.images(draw)), draw
+        return self.data.load_batch(cuts, prompts, self.images(draw)), draw
 
     def draw(self, micro_step: int) -> Draw:
         train, seed = self.config.train, self.config.seed
@@ -53,7 +62,8 @@ class Batches:
         noisy = self.config.data.image_noise_variants
         if not noisy:
             return [0] * len(draw.samples)
-        return [1 + variant for variant in draw.image_variants(noisy)]
+        numbers = range(1, 1 + noisy)
+        return draw.choose(IMAGE_NOISE, [numbers] * len(draw.samples))
 
     def names(self, draw: Draw) -> list[str]:
         """Where each clip is listed, and its file."""

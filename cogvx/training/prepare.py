@@ -18,18 +18,21 @@ from safetensors import safe_open
 
 from cogvx.config import Config
 from cogvx.data.cache import Cache, content_key
+from cogvx.data.cuts import head
 from cogvx.data.encode import (
     EncodedClip,
+    EncodedCut,
     Encoder,
     Rejected,
     encode_clips,
     encode_images,
     encode_prompts,
+    frames_of,
     image_of,
 )
 from cogvx.data.inspect import write_contact_sheet, write_held_out, write_report
 from cogvx.data.sources import Data, Example
-from cogvx.data.video import BadClip, read_clip, to_bytes
+from cogvx.data.video import BadClip, to_bytes
 from cogvx.errors import UserError
 from cogvx.files import shown
 from cogvx.model.pretrained import PretrainedModel
@@ -106,7 +109,7 @@ class Prepared:
         """[S, D]."""
         return read_tensor(self.prompts[prompt], "prompt_embeds")
 
-    def load_batch(self, clips: list[EncodedClip], prompts: list[str], images: list[int]) -> Batch:
+    def load_batch(self, clips: list[EncodedCut], prompts: list[str], images: list[int]) -> Batch:
         """A batch on the device. `images`: which encoding of its image each clip starts from.
 
         Encoding 0 is without noise.
@@ -128,7 +131,7 @@ class Prepared:
 
     def held_out_batch(self, index: int) -> Batch:
         clip = self.held_out[index]
-        return self.load_batch([clip], [clip.example.prompt], [0])
+        return self.load_batch([clip.first], [clip.example.prompt], [0])
 
     def real_clip(self, prompt: str, data: Data) -> RealClip:
         """The clip whose caption shares the most words with the prompt."""
@@ -138,7 +141,7 @@ class Prepared:
         title, clip = max(
             titled, key=lambda pair: len(words & set(pair[1].example.prompt.lower().split()))
         )
-        return RealClip(title, to_bytes(read_clip(clip.example.video, data).frames))
+        return RealClip(title, to_bytes(frames_of(clip, data)))
 
 
 def prepare(
@@ -178,7 +181,7 @@ def prepare(
         own = {example_prompt: first} | own
         pictures = first_frames(own, prompts, images, first, data)
 
-    captions = [clip.example.prompt for clip in clips]
+    captions = [caption for clip in clips for caption in clip.example.captions]
     # The empty prompt is for caption dropout.
     needed = ["", config.validation.negative_prompt, *captions, *prompts, *more_prompts]
     text_tokens = pretrained.geometry().text_tokens
@@ -389,7 +392,7 @@ def first_frames(
 def first_frame(example: Example, data: Data) -> numpy.ndarray:
     """The image that a clip starts from, [H, W, 3] uint8. UserError if the file has none."""
     try:
-        return to_bytes(image_of(example, data))[0]
+        return to_bytes(image_of(example, head(data), data))[0]
     except BadClip as bad:
         image = example.image is not None
         whose = f"the prompt {example.prompt!r}" if image else f"the clip {example.video}"

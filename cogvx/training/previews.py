@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from cogvx.config import Config
 from cogvx.data.cache import content_key
-from cogvx.data.encode import EncodedClip
+from cogvx.data.encode import EncodedClip, frames_of
 from cogvx.data.mp4 import write_video
 from cogvx.data.sources import Data
-from cogvx.data.video import read_clip
 from cogvx.errors import first_line
 from cogvx.files import replacing, write_json
 from cogvx.inference import pictures
@@ -143,7 +142,7 @@ class Previews:
         clips = self.data.train[:CLIPS_TO_FIT]
         tested = (self.data.held_out or clips)[0]
         vae = cache.fingerprint(pretrained.folder / "vae")
-        names = [clip.path.name for clip in (*clips, tested)]
+        names = [clip.first.path.name for clip in (*clips, tested)]
         path = cache.path("colours", content_key(COLOURS_VERSION, vae, names))
         if cache.about(path) is None:
             fitted = fit_colours(
@@ -197,10 +196,10 @@ def pairs_of(clip: EncodedClip, data: Data, geometry: Geometry) -> tuple[Tensor,
 
     A latent frame but the first stands for `temporal_stride` frames, a latent pixel for a square.
     """
-    moments = read_tensor(clip.path, "latent_moments")
+    moments = read_tensor(clip.first.path, "latent_moments")
     latents = moments.float().chunk(2)[0]  # [C, F, H, W]
     stride, space = geometry.temporal_stride, geometry.spatial_stride
-    pixels = read_clip(clip.example.video, data, frame_multiple=stride).frames  # [F, 3, H, W]
+    pixels = frames_of(clip, data, frame_multiple=stride)  # [F, 3, H, W]
     squares = torch.nn.functional.avg_pool2d(pixels.float(), space)
     later = squares[1:].unflatten(0, (-1, stride)).mean(dim=1)
     colours = torch.cat([squares[:1], later])

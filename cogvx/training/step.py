@@ -5,8 +5,9 @@ B batch, F latent frames, C channels, H W latent size, S text tokens, D their wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy
 import torch
@@ -54,6 +55,8 @@ class Sample(NamedTuple):
 # Each kind of random number has its own stream.
 ORDER, POSTERIOR, NOISE, TIMESTEP, CAPTION = 1, 2, 3, 4, 5
 IMAGE_POSTERIOR, IMAGE_NOISE, IMAGE_DROPOUT = 6, 7, 8
+CUT, CAPTION_CHOICE = 9, 10
+Drawn = TypeVar("Drawn")
 # (sqrt(5) - 1) / 2. Its multiples, modulo 1, fill any interval evenly.
 GOLDEN = 0.6180339887498949
 
@@ -119,17 +122,17 @@ class Draw:
         values = [self.generator(CAPTION, sample).random() for sample in self.samples]
         return [bool(value < self.caption_dropout) for value in values]
 
-    def image_variants(self, count: int) -> list[int]:
-        """Which of `count` noisy encodings of its image each clip starts from.
+    def choose(self, stream: int, choices: Sequence[Sequence[Drawn]]) -> list[Drawn]:
+        """For each sample one of its choices: of its images, captions or cuts.
 
         A clip uses all of them, in its own order, before one comes again.
         """
         chosen = []
-        for sample in self.samples:
-            round_number = sample.epoch // count
-            seeds = (IMAGE_NOISE, self.seed, round_number, sample.index)
-            order = numpy.random.default_rng(seeds).permutation(count)
-            chosen.append(int(order[sample.epoch % count]))
+        for sample, among in zip(self.samples, choices, strict=True):
+            round_number, place = divmod(sample.epoch, len(among))
+            seeds = (stream, self.seed, round_number, sample.index)
+            order = numpy.random.default_rng(seeds).permutation(len(among))
+            chosen.append(among[order[place]])
         return chosen
 
     def image(self, moments: Tensor | None) -> Tensor | None:

@@ -70,7 +70,7 @@ def plain_steps(trainer: Trainer, tokenizer, encoder, count: int) -> None:
     factor, width = trainer.model.geometry.scaling_factor, transformer.config.text_embed_dim
     for step in range(count):
         clip = trainer.data.train[step % len(trainer.data.train)]
-        moments = trainer.data.load_batch([clip], [clip.example.prompt], [0]).latent_moments
+        moments = trainer.data.load_batch([clip.first], [clip.example.prompt], [0]).latent_moments
         ids = tokenizer(
             [clip.example.prompt],
             padding="max_length",

@@ -42,7 +42,9 @@ def test_the_second_time_encodes_nothing_and_loads_no_vae(compose, clips, nano_f
     first, rejected = encode_clips(data.read(), data, cache, encoder, said.append)
     assert (len(first), len(rejected), len(loads)) == (6, 0, 1)
     second, _ = encode_clips(data.read(), data, cache, encoder, said.append)
-    assert [clip.path for clip in second] == [clip.path for clip in first] and len(loads) == 1
+    assert [clip.first.path for clip in second] == [clip.first.path for clip in first] and len(
+        loads
+    ) == 1
     assert said == [
         "encode  6 clips; 0 of 6 found in the cache",
         "encode  nothing: 6 clips found in the cache",
@@ -74,7 +76,7 @@ def test_what_decides_the_latents_decides_the_key(compose, clips, nano_folder, t
         other, _ = encode_clips(
             data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None
         )
-        assert not {clip.path for clip in first} & {clip.path for clip in other}, change
+        assert not {clip.first.path for clip in first} & {clip.first.path for clip in other}, change
 
 
 def test_cached_moments_are_the_vaes_posterior(compose, clips, nano_folder, tmp_path):
@@ -88,7 +90,7 @@ def test_cached_moments_are_the_vaes_posterior(compose, clips, nano_folder, tmp_
     pixels = read_clip(encoded[2].example.video, data).frames.permute(1, 0, 2, 3)[None]
     with torch.no_grad():
         expected = vae.encode(pixels).latent_dist
-    cached = DiagonalGaussianDistribution(load_file(encoded[2].path)["latent_moments"][None])
+    cached = DiagonalGaussianDistribution(load_file(encoded[2].first.path)["latent_moments"][None])
     assert torch.equal(cached.mean, expected.mean) and torch.equal(cached.logvar, expected.logvar)
 
 
@@ -111,10 +113,10 @@ def test_half_a_cached_file_is_encoded_again(compose, clips, nano_folder, tmp_pa
     first, _ = encode_clips(
         data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None
     )
-    whole = first[0].path.read_bytes()
-    first[0].path.write_bytes(whole[:100])
+    whole = first[0].first.path.read_bytes()
+    first[0].first.path.write_bytes(whole[:100])
     encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
-    assert first[0].path.read_bytes() == whole and len(loads) == 2
+    assert first[0].first.path.read_bytes() == whole and len(loads) == 2
 
 
 def test_one_clip_is_not_many():

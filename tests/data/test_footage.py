@@ -250,3 +250,22 @@ def test_what_is_no_video_is_said(tmp_path, content, said, capfd):
 def test_a_picture_has_one_frame(tmp_path):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "x.png")
     assert len(survey(tmp_path / "x.png").times) == 1
+
+
+def test_facts_of_a_file_are_remembered_until_it_changes(tmp_path, make_clip, monkeypatch):
+    from cogvx.data import cache as caching
+    from cogvx.data.footage import FileFacts, survey
+
+    path, asked = make_clip(tmp_path / "a.mp4", frames=9, width=48, height=32), []
+    monkeypatch.setattr(caching, "survey", lambda path: asked.append(path) or survey(path))
+    cache = caching.Cache(tmp_path / "cache")
+    assert cache.facts(path) == cache.facts(path) == FileFacts(9, 8.0, 1.0, 48, 32)
+    make_clip(path, frames=17, width=64, height=32)
+    assert cache.facts(path) == FileFacts(17, 8.0, 2.0, 64, 32) and len(asked) == 2
+
+
+def test_facts_are_those_of_the_upright_picture(tmp_path, made):
+    from cogvx.data.cache import Cache
+
+    facts = Cache(tmp_path).facts(made("wide.mp4", "-vf", "setsar=2/1", "-c:v", "libx264"))
+    assert (facts.width, facts.height) == (192, 64)

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cogvx.data.cache import Cache
+from cogvx.data.cuts import head
 from cogvx.data.encode import Encoder, encode_clips, encode_images, image_of, noise_levels
 from cogvx.data.mp4 import write_video
 from cogvx.data.sources import Example
@@ -47,7 +48,9 @@ def test_the_first_frame_is_the_clips(compose, clips):
     for overrides in ([], ["data.skip_frames_start=3", "data.video_reshape_mode=random"]):
         data = compose(f"data.instance_data_root={clips}", *overrides).data
         example = data.read()[4]
-        assert torch.equal(image_of(example, data), read_clip(example.video, data).frames[:1])
+        assert torch.equal(
+            image_of(example, head(data), data), read_clip(example.video, data).frames[:1]
+        )
 
 
 def test_images_are_read_turned_upright_covered_and_cropped(compose, pictures, tmp_path):
@@ -56,13 +59,15 @@ def test_images_are_read_turned_upright_covered_and_cropped(compose, pictures, t
     ).data
     examples = data.read()
     assert [e.image.name for e in examples] == [f"{n}.png" for n in range(6)]
-    assert to_bytes(image_of(examples[3], data)).mean() == 120
+    assert to_bytes(image_of(examples[3], head(data), data)).mean() == 120
     turned = numpy.zeros((64, 64, 3), numpy.uint8)
     turned[:32] = 255
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(turned).save(tmp_path / "turned.png", exif=exif)
-    upright = to_bytes(image_of(Example("", None, "", image=tmp_path / "turned.png"), data))[0]
+    upright = to_bytes(
+        image_of(Example("", None, "", image=tmp_path / "turned.png"), head(data), data)
+    )[0]
     assert upright[:30].max() == 0 and upright[34:].min() == 255
 
 
@@ -81,7 +86,7 @@ def test_a_picture_is_cropped_where_its_clip_is(compose, make_clip, tmp_path):
     Image.fromarray(first).save(tmp_path / "first.png")
     data = compose("model=nano_i2v", "data.video_reshape_mode=random").data
     one, other = (
-        image_of(Example("", tmp_path / "wide.mp4", "", image), data)
+        image_of(Example("", tmp_path / "wide.mp4", "", image), head(data), data)
         for image in (None, tmp_path / "first.png")
     )
     assert (one - other).abs().mean() < 0.02
@@ -133,12 +138,12 @@ def test_each_image_is_encoded_once_as_it_is_and_with_noise(
     data, (clips, bad) = encoded(
         compose, nano_folder, pictures, tmp_path, *settings, loads=loads, say=said.append
     )
-    moments = [load_file(clip.image_path)["image_moments"] for clip in clips]
+    moments = [load_file(clip.first.image_path)["image_moments"] for clip in clips]
     assert not bad and {m.shape for m in moments} == {(5, 32, 1, 16, 16)}
     vae = PretrainedModel(nano_folder, CPU, torch.float32).vae(tiling=False)
     with torch.no_grad():
         clean = vae.encode(
-            image_of(clips[2].example, data).permute(1, 0, 2, 3)[None]
+            image_of(clips[2].example, clips[2].first.cut, data).permute(1, 0, 2, 3)[None]
         ).latent_dist.parameters
     assert torch.equal(moments[2][:1], clean)
     away = [(m[1:, :16] - m[:1, :16]).square().mean(dim=(1, 2, 3, 4)) for m in moments]
@@ -167,7 +172,7 @@ def test_an_image_that_is_none_is_named_and_its_clip_left_out(
     with pytest.raises(UserError, match=r"2 of 6 clips cannot be used"):
         encoded(compose, nano_folder, pictures, tmp_path, "data.image_column=images.txt")
     with pytest.raises(BadClip, match="cannot be read"):
-        image_of(clips[0].example, compose("model=nano_i2v").data)
+        image_of(clips[0].example, clips[0].first.cut, compose("model=nano_i2v").data)
 
 
 @pytest.mark.slow

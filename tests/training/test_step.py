@@ -3,7 +3,7 @@
 import torch
 
 from cogvx.options.train import Timesteps, TimestepSampling
-from cogvx.training.step import Draw, Sample, sample_order
+from cogvx.training.step import CAPTION_CHOICE, IMAGE_NOISE, Draw, Sample, sample_order
 
 CPU = torch.device("cpu")
 SHAPE = torch.Size((1, 3, 16, 8, 8))
@@ -106,11 +106,15 @@ def test_logit_normal_timesteps_have_the_given_middle_and_width():
 
 
 def test_every_noisy_image_is_used_before_one_comes_again():
-    used = [Draw(0, [Sample(epoch, 3, 0)], CPU).image_variants(16)[0] for epoch in range(48)]
+    used = [
+        Draw(0, [Sample(epoch, 3, 0)], CPU).choose(IMAGE_NOISE, [range(16)])[0]
+        for epoch in range(48)
+    ]
     rounds = [used[start : start + 16] for start in (0, 16, 32)]
     assert all(sorted(one) == list(range(16)) for one in rounds) and rounds[0] != rounds[1]
     assert used != [
-        Draw(0, [Sample(epoch, 4, 0)], CPU).image_variants(16)[0] for epoch in range(48)
+        Draw(0, [Sample(epoch, 4, 0)], CPU).choose(IMAGE_NOISE, [range(16)])[0]
+        for epoch in range(48)
     ]
 
 
@@ -129,3 +133,10 @@ def test_the_image_is_sampled_anew_at_every_step():
     moments = torch.zeros(1, 8, 1, 4, 4)
     one, other = (Draw(0, [Sample(epoch, 0, epoch)], CPU).image(moments) for epoch in (0, 1))
     assert (one - other).abs().mean() > 0.5
+
+
+def test_a_clip_uses_all_of_its_captions_before_one_comes_again():
+    draws = [Draw(0, [Sample(epoch, 3, 0)], CPU) for epoch in range(9)]
+    used = [draw.choose(CAPTION_CHOICE, [("a", "b", "c")])[0] for draw in draws]
+    assert [sorted(used[start : start + 3]) for start in (0, 3, 6)] == [["a", "b", "c"]] * 3
+    assert [draw.choose(CAPTION_CHOICE, [("a",)]) for draw in draws] == [["a"]] * 9
