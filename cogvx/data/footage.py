@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy
 
 from cogvx.data import hdr
+from cogvx.data.webp import is_webp, webp_frames, webp_size, webp_times
 from cogvx.errors import first_line
 from cogvx.files import LFS_POINTER
 
@@ -47,7 +48,7 @@ class Footage:
     """The frames that a player shows, and what must be done to each."""
 
     path: Path
-    stream: int  # its number in the file
+    stream: int | None  # its number in the file; None for animated WebP
     times: list[int]  # when each frame is shown, in units of `unit`, in order
     unit: float  # seconds
     fps: float
@@ -56,7 +57,7 @@ class Footage:
     pixel_aspect: float  # the width of a pixel, divided by its height
     quarter_turns: int  # to the left
     transfer: int  # the curve of the signal (ITU-T H.273, table 3)
-    alpha: bool
+    alpha: bool  # some parts are transparent
     interlaced: bool
     hidden: int  # frames that only help to decode others
 
@@ -100,6 +101,8 @@ def survey(path: Path) -> Footage:
     if missing := missing_bytes(path):
         whole = missing + path.stat().st_size
         raise BadClip(f"is cut off: the last {missing} of its {whole} bytes are missing")
+    if is_webp(path) and (footage := survey_webp(path)):
+        return without_idle_alpha(footage)
     # A stream is gone when its file is closed.
     with opened(path) as container:
         stream = best_stream(container)
@@ -112,7 +115,7 @@ def survey(path: Path) -> Footage:
         first = next(decoded(container, stream), None)
         if first is None:
             raise BadClip("has no frame that can be decoded")
-        return Footage(
+        footage = Footage(
             path=path,
             stream=number,
             times=times,
@@ -127,6 +130,42 @@ def survey(path: Path) -> Footage:
             interlaced=bool(first.interlaced_frame),
             hidden=sum(discarded for _, discarded in found),
         )
+    return without_idle_alpha(footage)
+
+
+def survey_webp(path: Path) -> Footage | None:
+    """None for a picture that does not move: FFmpeg reads it."""
+    try:
+        (width, height), times = webp_size(path), webp_times(path)
+    except (OSError, ValueError) as error:
+        raise BadClip(f"cannot be opened as a video: {what_it_is(path, error)}") from error
+    if len(times) == 1:
+        return None
+    return Footage(
+        path=path,
+        stream=None,
+        times=times,
+        unit=1e-3,
+        fps=1000 * (len(times) - 1) / times[-1],
+        width=width,
+        height=height,
+        pixel_aspect=1.0,
+        quarter_turns=0,
+        transfer=0,
+        alpha=True,
+        interlaced=False,
+        hidden=0,
+    )
+
+
+def without_idle_alpha(footage: Footage) -> Footage:
+    """Many files can hold transparent parts and have none: every GIF, most pictures."""
+    if not footage.alpha:
+        return footage
+    opaque = all(
+        frame.to_ndarray(format="rgba")[..., 3].min() == 255 for _, frame in shown_frames(footage)
+    )
+    return replace(footage, alpha=not opaque)
 
 
 @contextlib.contextmanager
@@ -253,20 +292,38 @@ def frames_of_footage(footage: Footage, indices: list[int]) -> numpy.ndarray:
     """
     wanted = {footage.times[index] for index in indices}
     last, found = max(wanted), {}
+    for time, frame in shown_frames(footage):
+        if time in wanted:
+            found[time] = pixels_of(frame, footage)
+        if time >= last:
+            break
+    missing = len(wanted - found.keys())
+    if missing:
+        raise BadClip(f"is damaged: {missing} of its {len(wanted)} frames cannot be decoded")
+    return numpy.stack([found[footage.times[index]] for index in indices])
+
+
+def shown_frames(footage: Footage) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Every frame from the start of the file, with its time. BadClip if the file is damaged."""
+    if footage.stream is None:
+        yield from frames_of_webp(footage)
+        return
     with opened(footage.path) as container:
         stream = container.streams[footage.stream]
         frames = decoded(container, stream, alpha=footage.alpha)
         if footage.interlaced:
             frames = deinterlaced(frames, stream)
-        for time, frame in timed(frames, footage, container):
-            if time in wanted:
-                found[time] = pixels_of(frame, footage)
-            if time >= last:
-                break
-    missing = len(wanted - found.keys())
-    if missing:
-        raise BadClip(f"is damaged: {missing} of its {len(wanted)} frames cannot be decoded")
-    return numpy.stack([found[footage.times[index]] for index in indices])
+        yield from timed(frames, footage, container)
+
+
+def frames_of_webp(footage: Footage) -> Iterator[tuple[int, av.VideoFrame]]:
+    import av
+
+    try:
+        for time, pixels in zip(footage.times, webp_frames(footage.path), strict=True):
+            yield time, av.VideoFrame.from_ndarray(pixels, format="rgba")
+    except (OSError, ValueError) as error:
+        raise BadClip("stops while its frames are decoded: truncated or damaged") from error
 
 
 def timed(

@@ -269,3 +269,55 @@ def test_facts_are_those_of_the_upright_picture(tmp_path, made):
 
     facts = Cache(tmp_path).facts(made("wide.mp4", "-vf", "setsar=2/1", "-c:v", "libx264"))
     assert (facts.width, facts.height) == (192, 64)
+
+
+# -- pictures that move --------------------------------------------------------------------------
+
+
+def moving(path, *, clear: bool, webp: bool = False) -> Path:
+    """Eight frames of grey 20, 40 ... Their left half is transparent, or is not."""
+    pictures = [Image.new("RGBA", (64, 48), (20 * n, 20 * n, 20 * n, 255)) for n in range(1, 9)]
+    for picture in pictures if clear else []:
+        picture.paste((0, 0, 0, 0), (0, 0, 32, 48))
+    times = [100, 100, 200, 100, 0, 100, 100, 300]  # the fifth is shown as browsers show it
+    how = {"duration": times, "lossless": True} if webp else {"duration": 120, "disposal": 2}
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], **how)
+    return path
+
+
+def right_greys(footage) -> list[int]:
+    frames = frames_of_footage(footage, list(range(len(footage.times))))
+    return [int(frame[24, 48, 0]) for frame in frames]
+
+
+@pytest.mark.parametrize("clear", [False, True])
+def test_a_gif_is_over_black_only_where_it_is_transparent(tmp_path, clear):
+    footage = survey(moving(tmp_path / "x.gif", clear=clear))
+    assert footage.treatment == (["transparent parts over black"] if clear else [])
+    assert right_greys(footage) == list(range(20, 180, 20))
+    assert frames_of_footage(footage, [7])[0][24, 16].tolist() == [0 if clear else 160] * 3
+
+
+def test_an_animated_webp_has_its_frames_at_their_times(tmp_path):
+    footage = survey(moving(tmp_path / "x.webp", clear=False, webp=True))
+    assert footage.stamps == pytest.approx([0, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8])
+    assert right_greys(footage) == list(range(20, 180, 20)) and footage.treatment == []
+    assert (footage.facts.frames, footage.facts.width, footage.facts.height) == (8, 64, 48)
+
+
+def test_an_animated_webp_with_transparent_parts(tmp_path):
+    gif = moving(tmp_path / "x.gif", clear=True)
+    ffmpeg(
+        "-i", gif, "-c:v", "libwebp_anim", "-lossless", 1, "-pix_fmt", "bgra", tmp_path / "x.webp"
+    )
+    footage = survey(tmp_path / "x.webp")
+    assert footage.treatment == ["transparent parts over black"]
+    assert right_greys(footage) == list(range(20, 180, 20))
+    assert frames_of_footage(footage, [7])[0][24, 16].tolist() == [0, 0, 0]
+
+
+def test_a_damaged_webp_is_named(tmp_path):
+    path = moving(tmp_path / "x.webp", clear=False, webp=True)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BadClip, match=r"cannot be opened as a video: .* truncated or of another"):
+        survey(path)
