@@ -4,6 +4,7 @@ Each file in conf/data/ has a class here. To add a format: a class with rows(), 
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -108,8 +109,8 @@ class Data:
 
     def root(self) -> Path:
         root = self.instance_data_root
-        if not root.is_dir():
-            what = "is a file, not a folder" if root.exists() else "does not exist"
+        if not os.path.isdir(root):
+            what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
             raise UserError(
                 f"data.instance_data_root={root} {what}: give the folder that holds the clips' list"
             )

@@ -46,8 +46,6 @@ def read_clip(path: Path, data: Data, cut: Cut | None = None, *, frame_multiple:
     gives too few.
     """
     cut = cut or head(data)
-    if path.stat().st_size == 0:
-        raise BadClip("is empty (0 bytes)")
     footage = survey(path)
     stamps = footage.stamps
     first, last = cut.first, len(stamps) - 1 - cut.skipped_at_end
