@@ -6,6 +6,7 @@ F frames, H height, W width, C is 3 (R, G, B).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -325,22 +326,21 @@ def missing_bytes(path: Path) -> int:
 # -- its frames ----------------------------------------------------------------------------------
 
 
-def frames_of_footage(footage: Footage, indices: list[int]) -> numpy.ndarray:
-    """The frames with these numbers among those that a player shows, [F, H, W, C] uint8.
+def wanted_frames(footage: Footage, wanted: set[int]) -> Iterator[tuple[int, numpy.ndarray]]:
+    """The frames that are shown at these times, each with its time: [H, W, C] uint8.
 
-    They are read from the start of the file to the last one. BadClip if one cannot be decoded.
+    The file is read from its start to the last one. BadClip if one cannot be decoded.
     """
-    wanted = {footage.times[index] for index in indices}
-    last, found = max(wanted), {}
+    last, found = max(wanted), set()
     for time, frame in shown_frames(footage):
         if time in wanted:
-            found[time] = pixels_of(frame, footage)
+            found.add(time)
+            yield time, pixels_of(frame, footage)
         if time >= last:
             break
-    missing = len(wanted - found.keys())
+    missing = len(wanted - found)
     if missing:
         raise BadClip(f"is damaged: {missing} of its {len(wanted)} frames cannot be decoded")
-    return numpy.stack([found[footage.times[index]] for index in indices])
 
 
 def shown_frames(footage: Footage) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -416,7 +416,7 @@ def deinterlaced(frames: Iterator[av.VideoFrame], stream) -> Iterator[av.VideoFr
     source.link_to(filtered)
     filtered.link_to(sink)
     graph.configure()
-    for frame in [*frames, None]:
+    for frame in itertools.chain(frames, [None]):
         graph.push(frame)
         while True:
             try:

@@ -63,6 +63,7 @@ class Data:
     skip_frames_start: int
     skip_frames_end: int
     video_reshape_mode: Reshape
+    decode_seconds: float
     cache_dir: Path
     validation_fraction: float
     max_validation_clips: int
@@ -166,6 +167,7 @@ class Data:
                 1 <= shortest <= max(1, self.max_num_frames),
                 f"from 1 to max_num_frames={self.max_num_frames}",
             ),
+            ("decode_seconds", self.decode_seconds > 0, "above 0 seconds"),
             ("validation_fraction", 0 <= self.validation_fraction < 1, "at least 0 and below 1"),
             ("max_validation_clips", self.max_validation_clips >= 1, f"1 or more; {none}"),
             ("max_train_clips", most_train is None or most_train >= 1, "1 or more; all: null"),

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from cogvx.data.buckets import Size
 from cogvx.data.cuts import Cut, head
-from cogvx.data.footage import BadClip, frames_of_footage, survey
+from cogvx.data.decoders import decoded_frames, surveyed
+from cogvx.data.footage import BadClip
 from cogvx.data.sources import Data, Reshape
 from cogvx.progress import counted
 
@@ -46,7 +47,7 @@ def read_clip(path: Path, data: Data, cut: Cut | None = None, *, frame_multiple:
     gives too few.
     """
     cut = cut or head(data)
-    footage = survey(path)
+    footage = surveyed(path, data.decode_seconds)
     stamps = footage.stamps
     first, last = cut.first, len(stamps) - 1 - cut.skipped_at_end
     if first > last:
@@ -63,7 +64,7 @@ def read_clip(path: Path, data: Data, cut: Cut | None = None, *, frame_multiple:
             f"data.min_num_frames is {data.min_num_frames}"
         )
     indices = [first + index for index in indices[:count]]
-    pixels = frames_of_footage(footage, indices)  # [F, H, W, C]
+    pixels = decoded_frames(footage, indices, data.decode_seconds)  # [F, H, W, C]
     place = crop_place(path, data.video_reshape_mode)
     return Clip(
         frames=fitted_to(cut, pixels, place, footage.upright_pixel_aspect),
@@ -99,10 +100,10 @@ def read_image(path: Path, data: Data, video: Path, cut: Cut) -> Tensor:
 
 def read_first_frame(path: Path, data: Data, cut: Cut) -> Tensor:
     """The first frame that read_clip() takes, [1, C, H, W] in [-1, 1]."""
-    footage = survey(path)
+    footage = surveyed(path, data.decode_seconds)
     if cut.first >= len(footage.times):
         raise BadClip(f"has only {counted(len(footage.times), 'frame')}")
-    pixels = frames_of_footage(footage, [cut.first])
+    pixels = decoded_frames(footage, [cut.first], data.decode_seconds)
     place = crop_place(path, data.video_reshape_mode)
     return fitted_to(cut, pixels, place, footage.upright_pixel_aspect)
 
