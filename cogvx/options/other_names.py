@@ -309,7 +309,27 @@ RENAMED: dict[str, OtherName] = {
     "train.gradient_checkpointing": OtherName("memory.gradient_checkpointing"),
 }
 
-OTHER_NAMES: dict[str, OtherName] = {**ELSEWHERE, **DIFFUSERS, **RENAMED}
+# What Hydra's own plugin for Optuna, hydra-optuna-sweeper, calls its settings.
+SWEEPER: dict[str, OtherName] = {
+    "hydra.sweeper.direction": OtherName(None, "The lowest held-out loss is always the best."),
+    "hydra.sweeper.n_jobs": OtherName("hydra.launcher.jobs"),
+    "hydra.sweeper.sampler": OtherName(
+        None, "Optuna's TPE proposes the jobs; hydra.sweeper.seed is its seed."
+    ),
+    "hydra/sweeper/sampler": OtherName(
+        None, "Optuna's TPE proposes the jobs; hydra.sweeper.seed is its seed."
+    ),
+    "hydra.sweeper.study_name": OtherName("output_dir", "the folder of the search"),
+    "hydra.sweeper.storage": OtherName(
+        None, "What a search knows is in the folders of its jobs; output_dir is the whole folder."
+    ),
+    "hydra.sweeper.search_space": OtherName("hydra.sweeper.params"),
+    "hydra.sweeper.max_failure_rate": OtherName(
+        None, "A job that fails stops no other; see hydra.launcher.on_fail."
+    ),
+}
+
+OTHER_NAMES: dict[str, OtherName] = {**ELSEWHERE, **DIFFUSERS, **RENAMED, **SWEEPER}
 
 # Options by other names, in small letters.
 OTHER_OPTIONS: dict[str, dict[str, str]] = {

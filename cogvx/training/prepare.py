@@ -40,6 +40,7 @@ from cogvx.options.memory import Memory
 from cogvx.options.train import Precision, Train
 from cogvx.progress import counted, heartbeat
 from cogvx.records import record
+from cogvx.training.judging import what_is_judged
 from cogvx.training.peaks import give_memory_back
 from cogvx.training.ranks import LONGEST_WAIT, Ranks, host_group
 from cogvx.training.step import Batch, on_device
@@ -164,6 +165,7 @@ def prepare(
     if ranks.logs:
         report(folder, clips, uses, rejected)
         note_fingerprints(folder, config, pretrained, clips, cache, ranks)
+        record.note(folder, judged=what_is_judged(held_out, config, cache))
     describe(folder, train, held_out, data, ranks)
     require_equal_lengths(train, config.train)
     warn_of_lengths(clips, pretrained, ranks)
