@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,14 @@ from cogvx.data.footage import FileFacts
 from cogvx.data.index import Index
 from cogvx.errors import UserError
 from cogvx.files import replacing
-from cogvx.progress import heartbeat
+from cogvx.progress import bar, heartbeat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 INDEX = "index"  # the folder of the sets' indexes
+LOOKED_AT_ONCE = 4
 
 
 class Cache:
@@ -79,6 +81,8 @@ class Cache:
                 f"cannot write to the cache, {path.parent}: {error}. Free some space there, "
                 f"or set data.cache_dir to another disk"
             ) from error
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        self.keep_about(path, os.stat(path), {**(about or {}), "shapes": shapes})
 
     def about(self, path: Path) -> dict | None:
         """What write() was given as `about`, and the tensors' shapes as `shapes`.
@@ -89,11 +93,17 @@ class Cache:
             stat = os.stat(path)
         except FileNotFoundError:
             return None
-        name = os.path.relpath(path, self.folder)
-        known = self.index.recall("about", name, stat)
+        known = self.index.recall("about", self.name_of(path), stat)
         if known is None and (known := about_in_file(path)) is not None:
-            self.index.keep("about", name, stat, known)
+            self.keep_about(path, stat, known)
         return known
+
+    def keep_about(self, path: Path, stat: os.stat_result, about: dict) -> None:
+        self.index.keep("about", self.name_of(path), stat, about)
+
+    def name_of(self, path: Path) -> str:
+        """A file of the cache, from the cache's folder."""
+        return str(path).removeprefix(f"{self.folder}/")
 
     def fingerprint(self, path: Path) -> str:
         """The SHA-256 of a file, or of all files below a folder.
@@ -109,6 +119,26 @@ class Cache:
         )
         names = (str(file.relative_to(path)) for file in files)
         return content_key(*zip(names, digests, strict=True))
+
+    def look_at(self, paths: Iterable[Path]) -> None:
+        """Fingerprints of files, several at a time: what is read here is remembered."""
+        unknown = [path for path in dict.fromkeys(paths) if not self.knows(path)]
+        with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
+            looked = pool.map(self.try_fingerprint, unknown)
+            for _ in bar(looked, total=len(unknown), desc="hash    clips", leave=False):
+                pass
+
+    def try_fingerprint(self, path: Path) -> None:
+        # It is asked for again, and the clip is then named.
+        with contextlib.suppress(OSError):
+            self.fingerprint(path)
+
+    def knows(self, path: Path) -> bool:
+        """Whether the file's fingerprint is remembered."""
+        try:
+            return self.index.recall("sha256", os.path.abspath(path), os.stat(path)) is not None
+        except OSError:
+            return False
 
     def facts(self, path: Path) -> FileFacts:
         """What is known of a video file, remembered as fingerprints are.

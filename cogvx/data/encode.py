@@ -21,9 +21,9 @@ from cogvx.data.cuts import Cut, cuts_of
 from cogvx.data.listed import shortened
 from cogvx.data.sharing import Share, make_missing
 from cogvx.data.sources import Data, Example, Reshape
-from cogvx.data.video import Clip, read_clip, read_first_frame, read_image, to_bytes
+from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
-from cogvx.progress import counted
+from cogvx.progress import bar, counted
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,12 @@ class Rejected:
     reason: str
 
 
+def cache_of(data: Data) -> Cache:
+    """The cache, with what it remembers of this set of clips."""
+    name = "the demo" if data.is_demo() else data.described()
+    return Cache(data.cache_dir, name, data.decode_seconds)
+
+
 def encode_clips(
     examples: list[Example], data: Data, cache: Cache, vae: Encoder, say: Callable[[str], None]
 ) -> tuple[list[EncodedClip], list[Rejected]]:
@@ -99,14 +105,13 @@ def encode_clips(
     Returns the clips, and the examples that cannot be used. UserError if these are more than
     data.max_bad_fraction.
     """
-    # Of each example, the cuts and their files.
-    wanted = [
-        {
-            cut: cache.path("latents", clip_key(example.video, data, cut, cache, vae))
-            for cut in cuts_of(example, data)
-        }
-        for example in examples
-    ]
+    wanted, unusable = [], {}
+    for number, example in enumerate(bar(examples, desc="look    clips", leave=False)):
+        try:
+            wanted.append(files_of(example, data, cache, vae))
+        except (BadClip, OSError) as bad:
+            wanted.append({})
+            unusable[number] = unreadable(bad)
     # A file that is listed twice is encoded once; messages name its first line.
     sources = {
         path: (example.video, cut)
@@ -128,13 +133,14 @@ def encode_clips(
                 "latent_moments": latent_moments(model(), clip.frames, vae),
                 "thumbnails": thumbnails(clip.frames),
             }
-            cache.write(path, tensors, about=facts_of(clip))
+            share.write(path, tensors, facts_of(clip))
 
     paths = [path for files in wanted for path in files.values()]
     reasons = make_missing(paths, cache, encode, "clip", say)
     encoded, rejected = [], []
-    for example, files in zip(examples, wanted, strict=True):
-        reason = next(filter(None, map(reasons.get, files.values())), None)
+    for number, (example, files) in enumerate(zip(examples, wanted, strict=True)):
+        why = [unusable.get(number), *map(reasons.get, files.values())]
+        reason = next(filter(None, why), None)
         if reason is None:
             cuts = [EncodedCut(cut, path, cache.about(path)) for cut, path in files.items()]
             reason = too_short(min(each.about["frames"] for each in cuts), data)
@@ -144,6 +150,19 @@ def encode_clips(
             rejected.append(Rejected(example, reason))
     report_rejected(rejected, len(examples), data.max_bad_fraction, say)
     return encoded, rejected
+
+
+def files_of(example: Example, data: Data, cache: Cache, vae: Encoder) -> dict[Cut, Path]:
+    """The file in the cache of each cut. BadClip or OSError if the clip cannot be read."""
+    return {
+        cut: cache.path("latents", clip_key(example.video, data, cut, cache, vae))
+        for cut in cuts_of(example, data)
+    }
+
+
+def unreadable(error: BadClip | OSError) -> str:
+    """Why a clip is left out."""
+    return str(error) if isinstance(error, BadClip) else f"cannot be read: {error.strerror}"
 
 
 def too_short(frames: int, data: Data) -> str | None:
@@ -207,7 +226,7 @@ def encode_images(
         for path, image in share.read_ahead(lambda path: image_of(*starts[path], data)):
             variants = data.image_noise_variants
             moments = image_moments(model(), image, vae, variants, seed=path.stem)
-            cache.write(path, {"image_moments": moments})
+            share.write(path, {"image_moments": moments})
 
     reasons = make_missing([*itertools.chain(*wanted)], cache, encode, "image", say)
     encoded, rejected = [], []

@@ -24,6 +24,7 @@ from cogvx.data.encode import (
     EncodedCut,
     Encoder,
     Rejected,
+    cache_of,
     encode_clips,
     encode_images,
     encode_prompts,
@@ -154,8 +155,8 @@ def prepare(
     prompts = validation_prompts(config.validation)
     images = validation_images(config.validation, 1 if prompts is None else len(prompts))
 
-    pretrained, examples = fetch(config, ranks)
-    cache = Cache(data.cache_dir)
+    cache = cache_of(data)
+    pretrained, examples = fetch(config, cache, ranks)
     vae, text_encoder = encoders(pretrained, cache, config.memory)
     with ranks.peaks.phase("encode clips"):
         clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)
@@ -197,13 +198,14 @@ def prepare(
 # -- step 1: read and encode ---------------------------------------------------------------------
 
 
-def fetch(config: Config, ranks: Ranks) -> tuple[PretrainedModel, list[Example]]:
+def fetch(config: Config, cache: Cache, ranks: Ranks) -> tuple[PretrainedModel, list[Example]]:
     """The base model on this machine, and the list of clips."""
     # What the first process downloads or renders is there for the others.
     with ranks.accelerator.main_process_first():
         examples = config.data.read()
         for line in config.data.said:
             ranks.say(line)
+        cache.look_at(example.video for example in examples)
         # Raises an error if there are too few clips, before they are encoded.
         config.data.trained_on(len(examples))
         return fetch_model(config, ranks), examples
