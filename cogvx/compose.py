@@ -20,7 +20,8 @@ from cogvx.groups import GROUPS, SECTIONS
 BACKSLASH = "\\"
 # What is typed for these is text, also if it looks like a number, a list or another setting.
 PROSE = {
-    *("data.id_token", "data.caption", "task.prompt", "task.instructions"),
+    *("data.id_token", "data.id_token_position", "data.caption_split", "data.caption"),
+    *("task.prompt", "task.instructions"),
     *("task.enhancer_instructions", "validation.validation_prompt", "validation.negative_prompt"),
 }
 

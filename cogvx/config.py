@@ -49,7 +49,15 @@ NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps"
 
 # Settings that earlier versions did not have, with the value that stands for what these did.
 ADDED_SETTINGS = {
-    "data": {"allow_outside_root": False, "decode_seconds": 300.0},
+    "data": {
+        "allow_outside_root": False,
+        "decode_seconds": 300.0,
+        "id_token_position": "start",
+        "id_token_share": 1.0,
+        "caption_split": None,
+        "tag_shuffles": 0,
+        "keep_tags": 0,
+    },
     "train": {"hub_repo_id": None, "hub_private": True, "hub_checkpoints": False},
     "validation": {
         "scheduler": None,

@@ -53,9 +53,9 @@ class Folder(Data):
         clips = self.clips(files)
         require_usable(clips, root)
         require_files([self.caption_file(clip) for clip in clips], root)
-        captions = {path: self.caption_of(path) for path in clips}
+        captions = {path: self.captions_of(path) for path in clips}
         require_captions(captions, root)
-        missing = [path for path, caption in captions.items() if not caption]
+        missing = [path for path, found in captions.items() if not found]
         if missing:
             raise UserError(self.captions_missing(root, clips, missing))
         images = {path: self.image_of(path) for path in clips}
@@ -70,8 +70,8 @@ class Folder(Data):
             *self.said_of_folders(root),
         )
         return [
-            ListedClip(caption, path, images[path], str(path.relative_to(root)))
-            for path, caption in captions.items()
+            ListedClip(found, path, images[path], str(path.relative_to(root)))
+            for path, found in captions.items()
         ]
 
     def files(self) -> list[Path]:
@@ -92,11 +92,12 @@ class Folder(Data):
     def caption_file(self, clip: Path) -> Path:
         return clip.with_suffix(self.caption_column)
 
-    def caption_of(self, clip: Path) -> str | None:
-        """The file's text as one line."""
+    def captions_of(self, clip: Path) -> list[str]:
+        """The file's text as one line, or the lines of it that data.caption_split makes."""
         path = self.caption_file(clip)
-        written = " ".join(text_of(path).split()) if path.is_file() else ""
-        return written or self.caption
+        parts = self.phrasing().several(text_of(path)) if path.is_file() else []
+        written = [line for part in parts if (line := " ".join(part.split()))]
+        return written or ([self.caption] if self.caption else [])
 
     def captions_missing(self, root: Path, clips: list[Path], missing: list[Path]) -> str:
         problems = [
@@ -135,12 +136,12 @@ class Folder(Data):
             yield f"warning {what} the name of a clip: {names}"
 
 
-def require_captions(captions: dict[Path, str | None], root: Path) -> None:
+def require_captions(captions: dict[Path, list[str]], root: Path) -> None:
     """UserError if a caption cannot be one. Those that are missing have an error of their own."""
     problems = []
-    for path, caption in captions.items():
+    for path, found in captions.items():
         try:
-            if caption:
+            for caption in found:
                 caption_of_cell(caption)
         except UserError as error:
             problems.append(f"{path.relative_to(root)} {error}")

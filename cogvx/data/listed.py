@@ -38,7 +38,7 @@ KINDS_OF_CELLS = {
 class ListedClip(NamedTuple):
     """What a list says about one clip."""
 
-    prompt: object
+    prompt: object  # a text, or a list of texts
     video: object
     image: object  # None if no image column is asked for
     origin: str  # where it is listed, for messages: "prompts.txt:4"
@@ -150,7 +150,7 @@ def located(
 def located_row(
     row: ListedClip, root: Path | None, *, anywhere: bool, hints: bool = True
 ) -> ListedClip:
-    prompt = caption_of_cell(row.prompt)
+    captions = captions_of_cell(row.prompt)
     # A Path is a file that was written just now, from the bytes in the row.
     video, image = (
         value
@@ -158,7 +158,17 @@ def located_row(
         else locate(text_of_cell(value, name), root, anywhere=anywhere, hints=hints)
         for name, value in (("path", row.video), ("image", row.image))
     )
-    return ListedClip(prompt, video, image, row.origin)
+    return ListedClip(captions, video, image, row.origin)
+
+
+def captions_of_cell(value: object) -> list[str]:
+    """The captions of a clip. UserError if one is no text."""
+    is_list = isinstance(value, list | tuple)
+    if not is_list or not all(isinstance(each, str) for each in value):
+        return [caption_of_cell(value)]
+    if not value:
+        raise UserError("has no caption")
+    return [caption_of_cell(each) for each in value]
 
 
 def caption_of_cell(value: object) -> str:

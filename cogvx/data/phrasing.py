@@ -9,10 +9,14 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cogvx.data.listed import shortened
 from cogvx.errors import UserError
 from cogvx.progress import counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # data.id_token_position: anything else is the text that the word takes the place of.
 START, END = "start", "end"
@@ -39,10 +43,12 @@ class Phrasing:
         return [part.strip() for part in parts if part.strip()]
 
     def variants(self, captions: Sequence[str]) -> list[str]:
-        """Each caption, with its tags in data.tag_shuffles orders. The first is as written."""
-        found = [captions[0]] if captions else []
-        for caption in captions:
-            found += shuffled(caption, self.shuffles, self.keep_tags) or [caption]
+        """Each caption as it is written, then with its tags in other orders."""
+        found = [
+            variant
+            for caption in captions
+            for variant in (caption, *other_orders(caption, self.shuffles, self.keep_tags))
+        ]
         return list(dict.fromkeys(found))
 
     def named(self, caption: str) -> str:
@@ -53,19 +59,25 @@ class Phrasing:
             return f"{self.id_token} {caption}"
         if self.position == END:
             return f"{caption} {self.id_token}"
-        return caption.replace(self.position, self.id_token)
+        return self.place().sub(lambda _: self.id_token, caption)
 
     def plain(self, caption: str) -> str:
         """The caption without the id_token, for the epochs in which it is left out."""
-        if self.position in (START, END):
+        if self.position in (START, END) or is_word(self.position):
             return caption
         return " ".join(caption.replace(self.position, "").split())
 
-    def refuse_missing(self, captions: list[str]) -> None:
+    def place(self) -> re.Pattern:
+        """The text that the id_token takes the place of; a word only where it is a whole one."""
+        if is_word(self.position):
+            return as_a_word(self.position)
+        return re.compile(re.escape(self.position))
+
+    def require_place(self, captions: list[str]) -> None:
         """UserError if no caption has the text that the id_token takes the place of."""
         if not self.id_token or self.position in (START, END):
             return
-        without = [caption for caption in captions if self.position not in caption]
+        without = [caption for caption in captions if not self.place().search(caption)]
         if without:
             raise UserError(
                 f"data.id_token_position={self.position}: {len(without)} of "
@@ -78,8 +90,7 @@ class Phrasing:
         """A warning, if captions have the id_token already."""
         if not self.id_token or self.position not in (START, END):
             return []
-        word = re.compile(rf"(?<!\w){re.escape(self.id_token)}(?!\w)")
-        there = [caption for caption in captions if word.search(caption)]
+        there = [text for text in captions if as_a_word(self.id_token).search(text)]
         if not there:
             return []
         return [
@@ -89,10 +100,33 @@ class Phrasing:
         ]
 
 
-def shuffled(caption: str, count: int, keep: int) -> list[str]:
+def is_word(text: str) -> bool:
+    """Whether it is a word or several, and no placeholder such as {} or [V]."""
+    return text[:1].isalnum() and text[-1:].isalnum()
+
+
+def as_a_word(text: str) -> re.Pattern:
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
+
+
+def require_readable(id_tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError for a word of which the tokenizer knows no letter: all such words look alike."""
+    for word in id_tokens:
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        known = [each for each in ids if each != tokenizer.unk_token_id]
+        # The mark of a word's beginning is a piece of its own.
+        if not "".join(tokenizer.convert_ids_to_tokens(known)).strip("\u2581"):
+            raise UserError(
+                f"data.id_token={word}: the text encoder knows none of its letters, so it looks "
+                f"like every other word of that kind. Take a rare word of English letters: "
+                f"data.id_token=RABBIT"
+            )
+
+
+def other_orders(caption: str, count: int, keep: int) -> list[str]:
     """`count` orders of the caption's comma-separated tags. The first `keep` tags stay in place.
 
-    The orders are functions of the caption, so the cache has them when the run is started again.
+    The orders follow from the caption, so the cache has them when the run is started again.
     """
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
     if len(tags) - keep < 2:

@@ -6,13 +6,14 @@ Each file in conf/data/ has a class here. To add a format: a class with rows(), 
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import ClassVar
 
 from cogvx.data import demo, world
 from cogvx.data.listed import ListedClip, located, paired, read_lines, require_columns
+from cogvx.data.phrasing import Phrasing
 from cogvx.errors import UserError, first_line, lacking
 from cogvx.files import absolute, is_hub_id, write_bytes
 from cogvx.hub_client import OnTheHub, split_revision
@@ -29,10 +30,28 @@ class Example:
     # Training draws one caption for each epoch: `prompt` or one of these.
     other_captions: tuple[str, ...] = ()
     source: str = ""  # the name of its part of data=mix
+    # The captions without id_token, and the share of epochs in which they are used.
+    plain_captions: tuple[str, ...] = ()
+    plain_share: float = 0.0
 
     @property
     def captions(self) -> tuple[str, ...]:
         return (self.prompt, *self.other_captions)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each caption, with and without id_token."""
+        return [*zip(self.captions, self.plain_captions or self.captions, strict=True)]
+
+
+def example_of(row: ListedClip, captions: list[str], phrasing: Phrasing) -> Example:
+    plain = phrasing.variants(captions)
+    prompt, *others = map(phrasing.named, plain)
+    example = Example(prompt, row.video, row.origin, row.image, tuple(others))
+    if not phrasing.id_token or phrasing.share == 1:
+        return example
+    without = tuple(map(phrasing.plain, plain))
+    return replace(example, plain_captions=without, plain_share=1 - phrasing.share)
 
 
 class Reshape(Enum):
@@ -55,6 +74,11 @@ class Data:
     image_column: str | None
     image_noise_variants: int
     id_token: str | None
+    id_token_position: str
+    id_token_share: float
+    caption_split: str | None
+    tag_shuffles: int
+    keep_tags: int
     height: int  # pixels
     width: int  # pixels
     fps: float | None
@@ -78,15 +102,37 @@ class Data:
 
         UserError names everything that is wrong.
         """
-        examples = [
-            Example(f"{self.id_token} {prompt}" if self.id_token else prompt, video, origin, image)
-            for prompt, video, image, origin in self.rows()
-        ]
-        if not examples:
+        rows = list(self.rows())
+        if not rows:
             raise UserError(
                 f"{self.described()} lists no clips: a caption and a path are needed for each"
             )
-        return examples
+        phrasing = self.phrasing()
+        texts = [[one for text in row.prompt for one in phrasing.several(text)] for row in rows]
+        written = [caption for captions in texts for caption in captions]
+        phrasing.require_place(written)
+        self.said = (*self.said, *phrasing.said(written))
+        return [
+            example_of(row, captions, phrasing) for row, captions in zip(rows, texts, strict=True)
+        ]
+
+    def phrasing(self) -> Phrasing:
+        return Phrasing(
+            self.id_token,
+            self.id_token_position,
+            self.id_token_share,
+            self.caption_split,
+            self.tag_shuffles,
+            self.keep_tags,
+        )
+
+    def id_tokens(self) -> list[str]:
+        """The words that stand for what is learned."""
+        return [self.id_token] if self.id_token else []
+
+    def shares(self) -> dict[str, float]:
+        """The share of training samples by source. Empty: every clip is used equally often."""
+        return {}
 
     def rows(self) -> Iterable[ListedClip]:
         """The clips of the list, with the paths of their files."""
@@ -156,6 +202,11 @@ class Data:
         rules = [
             ("skip_frames_start", self.skip_frames_start >= 0, "0 or more frames of the file"),
             ("skip_frames_end", self.skip_frames_end >= 0, "0 or more frames of the file"),
+            ("id_token_position", bool(self.id_token_position), "start, end or a text"),
+            ("id_token_share", 0 < self.id_token_share <= 1, "above 0, at most 1"),
+            ("caption_split", self.caption_split != "", "lines or a text; null: not split"),
+            ("tag_shuffles", self.tag_shuffles >= 0, "0 (as written) or more"),
+            ("keep_tags", self.keep_tags >= 0, "0 or more"),
             ("image_noise_variants", self.image_noise_variants >= 0, "0 (no noise) or more"),
             (
                 "fps",

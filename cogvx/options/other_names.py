@@ -202,6 +202,11 @@ ELSEWHERE: dict[str, OtherName] = {
     "grad_clip": OtherName("train.max_grad_norm"),
     "clip_grad_norm": OtherName("train.max_grad_norm"),
     "gradient_clipping": OtherName("train.max_grad_norm"),
+    # captions
+    "shuffle_caption": OtherName("data.tag_shuffles=8", "orders are encoded in advance"),
+    "shuffle_tags": OtherName("data.tag_shuffles=8", "orders are encoded in advance"),
+    "keep_tokens": OtherName("data.keep_tags"),
+    "enable_wildcard": OtherName("data.caption_split=lines", "each line is a caption"),
     # precision and memory
     "precision": OtherName("train.mixed_precision"),
     "dtype": OtherName("train.mixed_precision", "no, fp16 or bf16"),
@@ -347,7 +352,10 @@ OTHER_OPTIONS: dict[str, dict[str, str]] = {
         "5b-i2v": "5b_i2v",
         "i2v": "5b_i2v",
     },
-    "data": {"text": "text_files", "txt": "text_files", "huggingface": "dataset", "hub": "dataset"},
+    "data": {
+        **dict.fromkeys(("text", "txt"), "text_files"),
+        **dict.fromkeys(("huggingface", "hub"), "dataset"),
+    },
     "optimizer": {
         "adamw_8bit": "adamw8bit",
         "adamw-8bit": "adamw8bit",

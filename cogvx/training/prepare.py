@@ -32,6 +32,7 @@ from cogvx.data.encode import (
     image_of,
 )
 from cogvx.data.inspect import write_contact_sheet, write_held_out, write_report
+from cogvx.data.phrasing import require_readable
 from cogvx.data.sources import Data, Example
 from cogvx.data.video import BadClip, to_bytes
 from cogvx.errors import UserError
@@ -184,7 +185,8 @@ def prepare(
         own = {example_prompt: first} | own
         pictures = first_frames(own, prompts, images, first, data)
 
-    captions = [caption for clip in clips for caption in clip.example.captions]
+    captions = [clip.example.prompt for clip in clips]
+    captions += [each for clip in train for pair in clip.example.pairs for each in pair]
     # The empty prompt is for caption dropout.
     needed = ["", config.validation.negative_prompt, *captions, *prompts, *more_prompts]
     text_tokens = pretrained.geometry().text_tokens
@@ -208,7 +210,10 @@ def fetch(config: Config, cache: Cache, ranks: Ranks) -> tuple[PretrainedModel, 
         cache.look_at(example.video for example in examples)
         # Raises an error if there are too few clips, before they are encoded.
         config.data.trained_on(len(examples))
-        return fetch_model(config, ranks), examples
+        pretrained = fetch_model(config, ranks)
+    if words := config.data.id_tokens():
+        require_readable(words, pretrained.tokenizer())
+    return pretrained, examples
 
 
 def fetch_model(config: Config, ranks: Ranks) -> PretrainedModel:
@@ -311,7 +316,8 @@ def note_fingerprints(
 
 def fingerprint_of(example: Example, cache: Cache) -> list[str]:
     files = [example.video, *([] if example.image is None else [example.image])]
-    return [example.prompt, *(cache.fingerprint(path) for path in files)]
+    captions = dict.fromkeys(each for pair in example.pairs for each in pair)
+    return [*captions, *(cache.fingerprint(path) for path in files)]
 
 
 def device_name(device: torch.device) -> str:
