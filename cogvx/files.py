@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -15,23 +16,41 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Gives a temporary path beside `path`. At the end it is renamed to `path`.
 
     So nobody ever reads half a file, even after a crash. The temporary name holds the process id:
     two processes can write the same file at the same time. After an error nothing is left behind.
+    durable: it is there even after a power cut. That takes some milliseconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
+        if durable:
+            flush_to_disk(partial)
         partial.replace(path)
+        if durable:
+            flush_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as partial:
+def flush_to_disk(path: Path) -> None:
+    """Returns when the file's content is on the disk; of a folder: the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network disks cannot do this for folders.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    with replacing(path, durable=durable) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -40,8 +59,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def write_json(path: Path, values: object) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, values: object, *, durable: bool = False) -> None:
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", durable=durable)
 
 
 def write_csv(path: Path, rows: Iterable[dict], columns: list[str]) -> None:
@@ -61,17 +80,15 @@ def read_json(path: Path) -> dict:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The values of every complete line of a .jsonl file; [] if there is no file.
+    """The values of every line of a .jsonl file that can be read; [] if there is no file.
 
-    Reading stops at the first line that is not JSON: a killed run may have left half a line.
+    A killed run may leave half a line at the end, a power cut a broken one anywhere.
     """
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def shown(path: Path) -> str:

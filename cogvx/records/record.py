@@ -71,7 +71,7 @@ def open_folder(config: Config) -> Path:
 def write_config(folder: Path, config: Config) -> None:
     again = f"python launch.py --config-dir {shown(folder)} --config-name config"
     header = f"# Every value of this run. The same again:  {again}\n"
-    write_text(folder / CONFIG, header + configuration.to_yaml(config))
+    write_text(folder / CONFIG, header + configuration.to_yaml(config), durable=True)
 
 
 def pin_revision(folder: Path, commit: str | None) -> None:
@@ -152,7 +152,7 @@ def is_imported(folder: Path) -> bool:
 
 
 def finish(folder: Path, summary: dict) -> None:
-    write_json(folder / SUMMARY, summary)
+    write_json(folder / SUMMARY, summary, durable=True)
 
 
 # -- what a result may depend on besides the settings --------------------------------------------

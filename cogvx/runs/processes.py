@@ -146,7 +146,8 @@ def wait_for_ranks(ranks: list[subprocess.Popen]) -> list[int]:
     rank stopped here after that counts as failed (1), so that KILLED means: killed by another.
     """
     failed_at, stopped_here = None, []
-    while any(rank.poll() is None for rank in ranks):
+    # Every rank is asked: any() would stop at the first that runs, and miss one that has failed.
+    while None in [rank.poll() for rank in ranks]:
         try:
             time.sleep(0.1)
         except KeyboardInterrupt:

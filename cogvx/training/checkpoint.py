@@ -2,25 +2,30 @@
 
 Random numbers are functions of the step, so nothing else is needed to resume. A checkpoint is
 written to RUN/checkpoints/step_000500.partial/, its manifest last, and renamed when it is on disk.
-Only then are older ones removed. A folder without a complete manifest is not a checkpoint.
+Only then are older ones removed. The manifest has the SHA-256 of every file. Before a run is
+resumed they are compared. A damaged checkpoint is set aside as step_000500.damaged/.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from cogvx.errors import UserError, listed
-from cogvx.files import write_json
+from cogvx.files import flush_to_disk, shown, write_json
 from cogvx.options.train import Train
 from cogvx.progress import counted
 from cogvx.records.record import HOW_TO_TRAIN_ON, is_imported
 from cogvx.training.state import AVERAGED, OPTIMIZER, TrainingState
 
 MANIFEST = "manifest.json"
+STEP = re.compile(r"step_\d+")
+# Endings of folders that are no checkpoints: being written, and found damaged.
+PARTIAL, DAMAGED = ".partial", ".damaged"
 
 
 def write_checkpoint(
@@ -38,13 +43,15 @@ def write_checkpoint(
     logged yet, so that a resumed run logs the same means. UserError if the disk is full.
     """
     folder = run_folder / "checkpoints" / f"step_{step:06d}"
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + PARTIAL)
+    if is_complete(folder):
+        # A signal came while this step's checkpoint was written: it is the one asked for.
+        return folder
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_whole(state, partial, step, pending, heldout_loss)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        give_name(partial, folder)
     # torch and safetensors report a full disk as errors of their own.
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -70,11 +77,24 @@ def save_whole(
         "pending": pending,
         "heldout_loss": heldout_loss,
         "optimizer": state.optimizer_name(),
-        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        "files": {path.relative_to(folder).as_posix(): facts_of_file(path) for path in files},
     }
     write_json(folder / MANIFEST, manifest)
-    for path in [*files, folder / MANIFEST]:
+    for path in [*folder.rglob("*"), folder]:
         flush_to_disk(path)
+
+
+def facts_of_file(path: Path) -> dict:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def give_name(whole: Path, name: Path) -> None:
+    """Renames a folder that is on the disk. What has the name now is no whole checkpoint."""
+    shutil.rmtree(name, ignore_errors=True)
+    whole.rename(name)
+    flush_to_disk(name.parent)
 
 
 def best_checkpoint(run_folder: Path) -> Path | None:
@@ -138,24 +158,50 @@ def number_kept(steps: int, train: Train) -> int:
     return written if limit is None else min(limit, written)
 
 
-def resume_source(resume: str | None, run_folder: Path) -> Path | None:
-    """The checkpoint to resume from: the newest of this run's folder, else the one asked for."""
-    own = complete_checkpoints(run_folder)
-    if own:
-        return own[-1]
-    return None if resume in (None, "auto") else newest_checkpoint(Path(resume))
+def resume_source(resume: str | None, run_folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from: the newest of this run's folder, else the one asked for.
+
+    One that is damaged is named, and the one before it is taken.
+    """
+    tidy(run_folder)
+    for folder in reversed(step_folders(run_folder)):
+        damage = damage_of(folder)
+        if damage is None:
+            return folder
+        aside = folder.with_name(folder.name + DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        say(f"warning {shown(folder)} is damaged: {damage}. It is {aside.name} now, and not used")
+    return None if resume in (None, "auto") else newest_checkpoint(Path(resume), say)
 
 
-def newest_checkpoint(place: Path) -> Path:
-    """The newest complete checkpoint of a run's folder, or `place` itself if it is a checkpoint.
+def tidy(run_folder: Path) -> None:
+    """Ends what a killed run has begun: a whole checkpoint gets its name, half a one is removed."""
+    for partial in (run_folder / "checkpoints").glob(f"*{PARTIAL}"):
+        name = partial.with_name(partial.name.removesuffix(PARTIAL))
+        whole = STEP.fullmatch(name.name) and damage_of(partial) is None
+        if whole and not is_complete(name):
+            give_name(partial, name)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
 
-    UserError if there is none.
+
+def newest_checkpoint(place: Path, say: Callable[[str], None] = print) -> Path:
+    """The newest whole checkpoint of a run's folder, or `place` itself if it is a checkpoint.
+
+    Damaged ones are named. UserError if there is none.
     """
     if is_complete(place):
-        return place
-    found = complete_checkpoints(place)
-    if found:
-        return found[-1]
+        if (damage := damage_of(place)) is None:
+            return place
+        raise UserError(
+            f"train.resume={place} is damaged: {damage}. Give the run's folder, to go on from "
+            f"the newest checkpoint that is whole"
+        )
+    for folder in reversed(step_folders(place)):
+        if (damage := damage_of(folder)) is None:
+            return folder
+        say(f"warning {shown(folder)} is not used, it is damaged: {damage}")
     if is_imported(place):
         raise UserError(
             f"train.resume={place}: it was imported, and an import brings no optimizer state to "
@@ -172,11 +218,15 @@ def newest_checkpoint(place: Path) -> Path:
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """Oldest first."""
+    """Oldest first. Their files have the right sizes; damage_of() reads them."""
+    return [path for path in step_folders(run_folder) if is_complete(path)]
+
+
+def step_folders(run_folder: Path) -> list[Path]:
+    """Oldest first, whole or not."""
     places = (run_folder / "checkpoints").glob("step_*")
-    named = [path for path in places if re.fullmatch(r"step_\d+", path.name)]
-    complete = [path for path in named if is_complete(path)]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
+    named = [path for path in places if STEP.fullmatch(path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def read_manifest(folder: Path) -> dict:
@@ -184,16 +234,34 @@ def read_manifest(folder: Path) -> dict:
 
 
 def is_complete(folder: Path) -> bool:
+    return misfit_of(folder) is None
+
+
+def misfit_of(folder: Path) -> str | None:
+    """What a checkpoint lacks, as far as the sizes of its files tell."""
     try:
         files = read_manifest(folder)["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+    except OSError:
+        return f"it has no {MANIFEST}"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    for name, facts in files.items():
+        size = facts["size"] if isinstance(facts, dict) else facts
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (found := (folder / name).stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size}"
+    return None
 
 
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole. Reads all of it.
+
+    The manifests of earlier versions have sizes and no SHA-256.
+    """
+    if misfit := misfit_of(folder):
+        return misfit
+    for name, facts in read_manifest(folder)["files"].items():
+        if isinstance(facts, dict) and facts != facts_of_file(folder / name):
+            return f"the bytes of {name} are not those that were written"
+    return None

@@ -9,8 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cogvx.errors import first_line
-from cogvx.files import read_json_lines, write_text
+from cogvx.files import flush_to_disk, read_json_lines, write_text
 from cogvx.options.tracking import Tracking
+from cogvx.progress import counted
 from cogvx.records.sweep import name_of_sweep
 
 
@@ -25,10 +26,25 @@ class Metrics:
     ):
         self.path = folder / "metrics.jsonl"
         self.tracking, self.failed = tracking, False
-        lines = read_json_lines(self.path) if resumed_at else []
-        self.kept = [line for line in lines if line["step"] <= resumed_at]
+        self.kept = self.lines_until(resumed_at) if resumed_at else []
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self.mirror(tracking.start, folder, config, resumed_at, name_of_sweep(folder))
+
+    def lines_until(self, step: int) -> list[dict]:
+        """A warning tells if some cannot be read. The last one may always be half a line."""
+        lines = [line for line in read_json_lines(self.path) if isinstance(line.get("step"), int)]
+        written = self.path.read_bytes().count(b"\n") if self.path.is_file() else 0
+        if broken := max(0, written - len(lines)):
+            tqdm.write(
+                f"warning {counted(broken, 'line')} of {self.path.name} cannot be read, perhaps "
+                f"after a power cut; the other lines are kept"
+            )
+        return [line for line in lines if line["step"] <= step]
+
+    def flush(self) -> None:
+        """What is logged so far is on the disk when this returns."""
+        if self.path.is_file():
+            flush_to_disk(self.path)
 
     def has(self, name: str, step: int) -> bool:
         """Whether the run logged this before it was resumed."""

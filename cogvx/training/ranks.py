@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from cogvx.errors import UserError
 from cogvx.training.peaks import MemoryPeaks
+
+Made = TypeVar("Made")
 
 # Of a message between processes that is late because one of them downloads, encodes or makes
 # videos.
@@ -69,6 +73,19 @@ class Ranks:
         if self.count == 1:
             return value
         return broadcast_object_list([value])[0]
+
+    def done_by_first(self, make: Callable[[], Made]) -> Made:
+        """What make() returns in the first process, in every process. So with its UserError."""
+        made = error = None
+        if self.index == 0:
+            try:
+                made = make()
+            except UserError as raised:
+                error = str(raised)
+        made, error = self.of_first((made, error))
+        if error is not None:
+            raise UserError(error)
+        return made
 
     def highest(self, number: int) -> int:
         """The highest of all processes' numbers. The hosts wait for each other, not for a GPU."""

@@ -60,7 +60,10 @@ def prepare_and_train(
     config: Config, folder: Path, ranks: Ranks, expected: Callable[[], float | None]
 ) -> dict:
     # A resumed run has its own weights to start from.
-    source = checkpoints.resume_source(config.train.resume, folder)
+    # The first process looks for all: what is damaged is set aside, and said once.
+    source = ranks.done_by_first(
+        lambda: checkpoints.resume_source(config.train.resume, folder, ranks.say)
+    )
     if source is None:
         weights_of(config.lora).require_start()
     config.tracking.require_login()
@@ -74,7 +77,9 @@ def prepare_and_train(
     earlier = earlier_runs(folder, source)
     with chosen_attention(config, data.pretrained, folder, ranks, earlier):
         with ranks.peaks.phase("load"):
-            trainer = build_trainer(config, folder, ranks, data, scored=scored, expected=expected)
+            trainer = build_trainer(
+                config, folder, ranks, data, scored=scored, source=source, expected=expected
+            )
         return run_and_tell_tracker(trainer)
 
 

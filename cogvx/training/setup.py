@@ -43,11 +43,13 @@ def build_trainer(
     data: Prepared,
     *,
     scored: list[scores.VideoRequest] | None = None,
+    source: Path | None = None,
     expected: Callable[[], float | None] = lambda: None,
 ) -> Trainer:
-    """`scored`: videos to score before and after; expected(): the planned seconds per step."""
+    """`scored`: videos to score before and after; source: the checkpoint to resume from;
+    expected(): the planned seconds per step.
+    """
     accelerator, pretrained = ranks.accelerator, data.pretrained
-    source = checkpoints.resume_source(config.train.resume, folder)
     state, dtypes = load_state(config, pretrained, ranks, resumed=source is not None)
     step, pending = resume_point(config, state, source, ranks)
     steps = number_of_steps(config, len(data.train), ranks.count)

@@ -320,6 +320,8 @@ class Trainer:
             self.report_skipped()
             pending = self.losses.of_all_processes()
             self.state.require_finite(self.step, self.folder)
+            if self.metrics:
+                self.metrics.flush()
             if self.ranks.saves:
                 limit = self.config.train.checkpoints_total_limit
                 checkpoints.write_checkpoint(

@@ -1,6 +1,9 @@
 """What a run's process tells of errors."""
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -81,3 +84,15 @@ def test_a_driver_without_virtual_memory_is_said_with_what_helps():
     message, code = processes.explained(error)
     assert code == processes.FAILED
     assert "PYTORCH_ALLOC_CONF=expandable_segments:False in front of the command" in message
+
+
+def test_a_rank_that_failed_is_seen_while_the_first_one_runs(monkeypatch):
+    """The others may wait for it for ever."""
+    monkeypatch.setattr(processes, "GRACE", 0.2)
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code])
+        for code in ("import time; time.sleep(60)", "raise SystemExit(3)")
+    ]
+    started = time.monotonic()
+    assert processes.wait_for_ranks(ranks) == [1, 3]
+    assert time.monotonic() - started < 20

@@ -47,22 +47,87 @@ def test_no_limit_keeps_all(state, tmp_path):
     assert len(checkpoints.complete_checkpoints(tmp_path)) == 3
 
 
-@pytest.mark.parametrize(
-    "damage", ["no manifest", "half a manifest", "a file cut short", "a file missing"]
-)
-def test_what_is_not_whole_is_passed_over(state, tmp_path, damage):
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "it has no manifest.json": lambda newest: (newest / checkpoints.MANIFEST).unlink(),
+    "its manifest.json cannot be read": lambda newest: (newest / checkpoints.MANIFEST).write_text(
+        '{"step": 2, "fil'
+    ),
+    "pytorch_lora_weights.safetensors has 3 bytes instead of": lambda newest: (
+        newest / lora.WEIGHTS
+    ).write_bytes(b"123"),
+    "optimizer.pt is missing": lambda newest: (newest / checkpoints.OPTIMIZER).unlink(),
+    "the bytes of optimizer.pt are not those that were written": lambda newest: flip_a_bit(
+        newest / checkpoints.OPTIMIZER
+    ),
+    "the bytes of pytorch_lora_weights.safetensors are not": lambda newest: flip_a_bit(
+        newest / lora.WEIGHTS
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(state, tmp_path, damage):
     checkpoints.write_checkpoint(tmp_path, state, 1, [], limit=None)
     newest = checkpoints.write_checkpoint(tmp_path, state, 2, [], limit=None)
-    match damage:
-        case "no manifest":
-            (newest / checkpoints.MANIFEST).unlink()
-        case "half a manifest":
-            (newest / checkpoints.MANIFEST).write_text('{"step": 2, "fil')
-        case "a file cut short":
-            (newest / lora.WEIGHTS).write_bytes(b"123")
-        case "a file missing":
-            (newest / checkpoints.OPTIMIZER).unlink()
-    assert checkpoints.newest_checkpoint(tmp_path).name == "step_000001"
+    DAMAGES[damage](newest)
+    said = []
+    assert checkpoints.newest_checkpoint(tmp_path, said.append).name == "step_000001"
+    assert damage in said[0] and newest.is_dir(), "another run's folder is left as it is"
+    assert checkpoints.resume_source(None, tmp_path, said.append).name == "step_000001"
+    assert damage in said[1] and len(said) == 2
+    # It is out of the way of the next checkpoint of this step.
+    checkpoints.write_checkpoint(tmp_path, state, 2, [], limit=None)
+    assert checkpoints.resume_source("auto", tmp_path, said.append).name == "step_000002"
+    assert (tmp_path / "checkpoints" / "step_000002.damaged").is_dir()
+
+
+def test_a_damaged_checkpoint_that_is_asked_for_by_name_is_refused(state, tmp_path):
+    only = checkpoints.write_checkpoint(tmp_path, state, 1, [], limit=None)
+    flip_a_bit(only / lora.WEIGHTS)
+    with pytest.raises(UserError, match=r"is damaged: the bytes of pytorch_lora_weights"):
+        checkpoints.newest_checkpoint(only)
+    said = []
+    assert checkpoints.resume_source(None, tmp_path, said.append) is None and len(said) == 1
+
+
+def test_a_manifest_of_an_earlier_version_has_only_sizes(state, tmp_path):
+    folder = checkpoints.write_checkpoint(tmp_path, state, 1, [], limit=None)
+    manifest = checkpoints.read_manifest(folder)
+    manifest["files"] = {name: facts["size"] for name, facts in manifest["files"].items()}
+    (folder / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    assert checkpoints.newest_checkpoint(tmp_path) == folder
+    (folder / lora.WEIGHTS).write_bytes(b"123")
+    assert checkpoints.damage_of(folder).endswith(
+        "has 3 bytes instead of " + str(manifest["files"][lora.WEIGHTS])
+    )
+
+
+def test_a_step_that_is_kept_is_not_written_again(state, tmp_path, monkeypatch):
+    """A stop signal that comes while a checkpoint is written asks for the same one again."""
+    folder = checkpoints.write_checkpoint(tmp_path, state, 3, [], limit=1)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda *some, **more: pytest.fail("removed"))
+    assert checkpoints.write_checkpoint(tmp_path, state, 3, [], limit=1) == folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_whole_checkpoint_that_only_lacks_its_name_gets_it(state, tmp_path):
+    """A kill between the last byte and the new name loses nothing."""
+    place = tmp_path / "checkpoints"
+    for step in (1, 2):
+        checkpoints.write_checkpoint(tmp_path, state, step, [], limit=None)
+    (place / "step_000002").rename(place / "step_000002.partial")
+    (place / "step_000003.partial").mkdir()
+    (place / "step_000003.partial" / lora.WEIGHTS).write_bytes(b"half")
+    (place / "rehearsal.partial").mkdir()
+    assert checkpoints.resume_source(None, tmp_path, print).name == "step_000002"
+    assert sorted(path.name for path in place.iterdir()) == ["step_000001", "step_000002"]
 
 
 def test_a_folder_without_a_whole_checkpoint_is_named(tmp_path):
