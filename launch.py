@@ -152,6 +152,8 @@ def sweep(command: translate.Command) -> int:
         else pool.Pool.read(OmegaConf.to_container(base.hydra.launcher))
     )
     warn(base)
+    for caution in grid.cautions(jobs, planned.swept):
+        print(f"warning {caution}", flush=True)
     make_folder(planned.folder)
     with record.locked(planned.folder), live.following(planned.folder):
         planned.freeze([] if searching else jobs, TYPED)

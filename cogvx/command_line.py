@@ -165,7 +165,7 @@ def refused(error: Exception, override: str, known: list[str]) -> str:
     key, text = key.lstrip("+~"), str(error)
     if key in GROUPS and value not in GROUPS[key]:
         return unknown_option(key, value)
-    if key == "experiment" and value not in experiments():
+    if key == "experiment" and f"experiment/{value}" in text:
         return unknown_option(key, value, experiments())
     if key.startswith("lora.") and "lora" in known:
         return (

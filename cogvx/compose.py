@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from cogvx.groups import GROUPS, SECTIONS
 BACKSLASH = "\\"
 # What is typed for these is text, also if it looks like a number, a list or another setting.
 PROSE = {
-    *("data.id_token", "data.caption", "task.prompt", "task.instructions"),
+    *("data.id_token", "data.id_token_position", "data.caption_split", "data.caption"),
+    *("task.prompt", "task.instructions"),
     *("task.enhancer_instructions", "validation.validation_prompt", "validation.negative_prompt"),
 }
 
@@ -65,7 +67,7 @@ def composed_from(
         with initialize_config_dir(str(folder.absolute()), version_base="1.3", job_name="cogvx"):
             composed = compose(
                 "config",
-                [*(f"hydra.searchpath=['{place}']" for place in searchpath), *overrides],
+                [*([searchpath_of(searchpath)] if searchpath else []), *overrides],
                 return_hydra_config=True,
             )
     finally:
@@ -121,6 +123,39 @@ def quoted(argument: str, *, sweeping: bool) -> str:
     if override is not None and (sweeping or not several or name not in text_settings()):
         return argument
     return f"{key}={in_quotes(value)}"
+
+
+def first_value(argument: str) -> str:
+    """KEY=FIRST of KEY=FIRST,SECOND; the lower end of a range."""
+    key, equals, value = argument.partition("=")
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException:
+        # Hydra reads none of it. So the mistake is in the first value, or in all of them.
+        return argument if "[" in value else f"{key}{equals}{value.split(',')[0]}"
+    if override.is_interval_sweep():
+        return f"{key}={override.value().start}"
+    return (
+        f"{key}={next(override.sweep_string_iterator())}"
+        if override.is_sweep_override()
+        else argument
+    )
+
+
+def searchpath_in(arguments: list[str]) -> tuple[str, ...]:
+    """The folders of hydra.searchpath=[A,B]."""
+    given = [argument for argument in arguments if argument.startswith("hydra.searchpath=")]
+    values = [OverridesParser.create().parse_override(argument).value() for argument in given]
+    if not all(isinstance(value, list) for value in values):
+        raise UserError(
+            "hydra.searchpath must be a list of folders: hydra.searchpath=[file:///my/conf]"
+        )
+    return tuple(str(place) for value in values for place in value)
+
+
+def searchpath_of(places: Iterable[str]) -> str:
+    """As searchpath_in() reads it."""
+    return f"hydra.searchpath=[{','.join(in_quotes(place) for place in dict.fromkeys(places))}]"
 
 
 def in_quotes(text: str) -> str:

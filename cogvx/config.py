@@ -51,12 +51,12 @@ NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps"
 ADDED_SETTINGS = {
     "data": {
         "allow_outside_root": False,
-        "long_files": "head",
-        "random_windows": 4,
-        "window_overlap": 0.5,
-        "scene_threshold": 27,
-        "short_files": "drop",
-        "flip": False,
+        "decode_seconds": 300.0,
+        "id_token_position": "start",
+        "id_token_share": 1.0,
+        "caption_split": None,
+        "tag_shuffles": 0,
+        "keep_tags": 0,
     },
     "train": {"hub_repo_id": None, "hub_private": True, "hub_checkpoints": False},
     "validation": {

@@ -126,7 +126,7 @@ def start_comparison(config: Config, folder: Path) -> dict:
             )
     runs = dict(zip(sweep.told_apart(places), places, strict=True))
     rows = sweep.rows_of(runs, {}, [])
-    leaderboard.show(rows)
+    leaderboard.show(rows, runs)
     leaderboard.show_surroundings(rows, runs)
     page = config.task.page or Path.cwd() / "outputs" / comparison.page_name(list(runs))
     print(f"report  {shown(comparison.write_comparison(page, joined(list(runs)), runs, rows))}")

@@ -13,22 +13,42 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvx.data.footage import FileFacts, survey
+from cogvx.data.decoders import surveyed
+from cogvx.data.footage import FileFacts
+from cogvx.data.index import Index
 from cogvx.errors import UserError
-from cogvx.files import replacing, write_text
-from cogvx.progress import heartbeat
+from cogvx.files import replacing
+from cogvx.progress import bar, heartbeat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+INDEX = "index"  # the folder of the sets' indexes
+LOOKED_AT_ONCE = 4
+
+
 class Cache:
-    def __init__(self, folder: Path):
-        self.folder = folder
+    """What is known of its files, and of the clips, is remembered in an index for each set.
+
+    set_name: of the set of clips. decode_seconds: facts() gives up then; None: never.
+    """
+
+    def __init__(
+        self, folder: Path, set_name: str = "other files", decode_seconds: float | None = None
+    ):
+        self.folder, self.decode_seconds = folder, decode_seconds
+        self.index = self.index_of(set_name)
+        # A model is used with many sets, and its files on the hub's cache are links.
+        self.models = self.index_of("models")
+
+    def index_of(self, name: str) -> Index:
+        return Index(self.folder / INDEX / f"{content_key(name)[:16]}.jsonl", name)
 
     def path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
@@ -36,7 +56,7 @@ class Cache:
     def write(
         self, path: Path, tensors: dict[str, Tensor], about: dict[str, object] | None = None
     ) -> None:
-        """Writes the tensors, with `about` as the file's metadata.
+        """Writes the tensors, with `about` and a digest of all of it as the file's metadata.
 
         UserError if a value is not finite (training would go wrong silently), or on a full disk.
         """
@@ -48,9 +68,11 @@ class Cache:
                     f"encoding gave {name} with values that are not finite ({tensor.dtype}): "
                     f"fp16 can overflow where bf16 does not; try train.mixed_precision=bf16"
                 )
+        written = json.dumps(about or {})
+        metadata = {"about": written, "digest": digest_of(written, tensors)}
         try:
             with replacing(path) as partial:
-                save_file(tensors, partial, metadata={"about": json.dumps(about or {})})
+                save_file(tensors, partial, metadata=metadata)
                 # safetensors writes files that only their owner can read.
                 partial.chmod(path.parent.stat().st_mode & 0o666)
         # safetensors reports a full disk as an error of its own, not as OSError.
@@ -59,22 +81,29 @@ class Cache:
                 f"cannot write to the cache, {path.parent}: {error}. Free some space there, "
                 f"or set data.cache_dir to another disk"
             ) from error
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        self.keep_about(path, os.stat(path), {**(about or {}), "shapes": shapes})
 
     def about(self, path: Path) -> dict | None:
         """What write() was given as `about`, and the tensors' shapes as `shapes`.
 
         None if there is no file, or only a part of one.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("about", "{}"))
-                names = list(file.keys())
-                shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
-                return {**about, "shapes": shapes}
-        except (FileNotFoundError, SafetensorError):
+            stat = os.stat(path)
+        except FileNotFoundError:
             return None
+        known = self.index.recall("about", self.name_of(path), stat)
+        if known is None and (known := about_in_file(path)) is not None:
+            self.keep_about(path, stat, known)
+        return known
+
+    def keep_about(self, path: Path, stat: os.stat_result, about: dict) -> None:
+        self.index.keep("about", self.name_of(path), stat, about)
+
+    def name_of(self, path: Path) -> str:
+        """A file of the cache, from the cache's folder."""
+        return str(path).removeprefix(f"{self.folder}/")
 
     def fingerprint(self, path: Path) -> str:
         """The SHA-256 of a file, or of all files below a folder.
@@ -82,35 +111,86 @@ class Cache:
         It is remembered for each file, by path, size and time of change, so that 10 GB of text
         encoder are read only once.
         """
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            return content_key(*((str(p.relative_to(path)), self.fingerprint(p)) for p in files))
-        remembered = self.remembered("fingerprints", path)
-        if remembered.is_file() and len(digest := remembered.read_text()) == 64:
-            return digest
-        real = path.resolve()
-        with real.open("rb") as file, heartbeat(f"hash    still reading {real.name}"):
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        write_text(remembered, digest)
-        return digest
+        if not path.is_dir():
+            return self.remembered("sha256", path, sha256_of, self.index)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        digests = (
+            self.remembered("sha256", file.resolve(), sha256_of, self.models) for file in files
+        )
+        names = (str(file.relative_to(path)) for file in files)
+        return content_key(*zip(names, digests, strict=True))
+
+    def look_at(self, paths: Iterable[Path]) -> None:
+        """Fingerprints of files, several at a time: what is read here is remembered."""
+        unknown = [path for path in dict.fromkeys(paths) if not self.knows(path)]
+        with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
+            looked = pool.map(self.try_fingerprint, unknown)
+            for _ in bar(looked, total=len(unknown), desc="hash    clips", leave=False):
+                pass
+
+    def try_fingerprint(self, path: Path) -> None:
+        # It is asked for again, and the clip is then named.
+        with contextlib.suppress(OSError):
+            self.fingerprint(path)
+
+    def knows(self, path: Path) -> bool:
+        """Whether the file's fingerprint is remembered."""
+        try:
+            return self.index.recall("sha256", os.path.abspath(path), os.stat(path)) is not None
+        except OSError:
+            return False
 
     def facts(self, path: Path) -> FileFacts:
-        """What is known of a video file. It is remembered, as fingerprints are.
+        """What is known of a video file, remembered as fingerprints are.
 
         BadClip if the file cannot be used.
         """
-        remembered = self.remembered("facts", path)
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return FileFacts(**json.loads(remembered.read_text()))
-        found = survey(path).facts
-        write_text(remembered, json.dumps(dataclasses.asdict(found)))
+
+        def survey(path: Path) -> dict:
+            return dataclasses.asdict(surveyed(path, self.decode_seconds).facts)
+
+        return FileFacts(**self.remembered("facts", path, survey, self.index))
+
+    def remembered(
+        self, what: str, path: Path, find: Callable[[Path], object], index: Index
+    ) -> object:
+        """find(path), unless the index has it."""
+        stat, name = os.stat(path), os.path.abspath(path)
+        found = index.recall(what, name, stat)
+        if found is None:
+            found = find(path)
+            index.keep(what, name, stat, found)
         return found
 
-    def remembered(self, kind: str, path: Path) -> Path:
-        """Where something about a file is kept, by its path, size and time of change."""
-        real = path.resolve()
-        stat = real.stat()
-        return self.folder / kind / content_key(str(real), stat.st_size, stat.st_mtime_ns)
+
+def about_in_file(path: Path) -> dict | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            names = list(file.keys())
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
+            return {**about, "shapes": shapes}
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def digest_of(about: str, tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of names, types, shapes and contents."""
+    import torch
+
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        # numpy knows no bf16.
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file, heartbeat(f"hash    still reading {path.name}"):
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

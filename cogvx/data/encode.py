@@ -20,10 +20,10 @@ from cogvx.data.cache import Cache, content_key
 from cogvx.data.cuts import Cut, cuts_of
 from cogvx.data.listed import shortened
 from cogvx.data.sharing import Share, make_missing
-from cogvx.data.sources import Data, Example, Reshape, ShortFiles
-from cogvx.data.video import Clip, read_clip, read_first_frame, read_image, to_bytes
+from cogvx.data.sources import Data, Example, Reshape
+from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
-from cogvx.progress import counted
+from cogvx.progress import bar, counted
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,12 @@ class Rejected:
     reason: str
 
 
+def cache_of(data: Data) -> Cache:
+    """The cache, with what it remembers of this set of clips."""
+    name = "the demo" if data.is_demo() else data.described()
+    return Cache(data.cache_dir, name, data.decode_seconds)
+
+
 def encode_clips(
     examples: list[Example], data: Data, cache: Cache, vae: Encoder, say: Callable[[str], None]
 ) -> tuple[list[EncodedClip], list[Rejected]]:
@@ -99,14 +105,13 @@ def encode_clips(
     Returns the clips, and the examples that cannot be used. UserError if these are more than
     data.max_bad_fraction.
     """
-    # Of each example, the cuts and their files.
-    wanted = [
-        {
-            cut: cache.path("latents", clip_key(example.video, data, cut, cache, vae))
-            for cut in cuts_of(example, data, cache)
-        }
-        for example in examples
-    ]
+    wanted, unusable = [], {}
+    for number, example in enumerate(bar(examples, desc="look    clips", leave=False)):
+        try:
+            wanted.append(files_of(example, data, cache, vae))
+        except (BadClip, OSError) as bad:
+            wanted.append({})
+            unusable[number] = unreadable(bad)
     # A file that is listed twice is encoded once; messages name its first line.
     sources = {
         path: (example.video, cut)
@@ -128,16 +133,17 @@ def encode_clips(
                 "latent_moments": latent_moments(model(), clip.frames, vae),
                 "thumbnails": thumbnails(clip.frames),
             }
-            cache.write(path, tensors, about=facts_of(clip))
+            share.write(path, tensors, facts_of(clip))
 
     paths = [path for files in wanted for path in files.values()]
     reasons = make_missing(paths, cache, encode, "clip", say)
     encoded, rejected = [], []
-    for example, files in zip(examples, wanted, strict=True):
-        reason = next(filter(None, map(reasons.get, files.values())), None)
+    for number, (example, files) in enumerate(zip(examples, wanted, strict=True)):
+        why = [unusable.get(number), *map(reasons.get, files.values())]
+        reason = next(filter(None, why), None)
         if reason is None:
             cuts = [EncodedCut(cut, path, cache.about(path)) for cut, path in files.items()]
-            reason = too_short(min(own_frames(each.about) for each in cuts), data)
+            reason = too_short(min(each.about["frames"] for each in cuts), data)
         if reason is None:
             encoded.append(EncodedClip(example, tuple(cuts)))
         else:
@@ -146,16 +152,24 @@ def encode_clips(
     return encoded, rejected
 
 
+def files_of(example: Example, data: Data, cache: Cache, vae: Encoder) -> dict[Cut, Path]:
+    """The file in the cache of each cut. BadClip or OSError if the clip cannot be read."""
+    return {
+        cut: cache.path("latents", clip_key(example.video, data, cut, cache, vae))
+        for cut in cuts_of(example, data)
+    }
+
+
+def unreadable(error: BadClip | OSError) -> str:
+    """Why a clip is left out."""
+    return str(error) if isinstance(error, BadClip) else f"cannot be read: {error.strerror}"
+
+
 def too_short(frames: int, data: Data) -> str | None:
     """Why a cached clip cannot be used: data.min_num_frames may be larger than it was before."""
     if frames >= data.min_num_frames:
         return None
     return f"is too short: {frames} frames; data.min_num_frames is {data.min_num_frames}"
-
-
-def own_frames(about: dict) -> int:
-    """Without those that data.short_files adds. Earlier versions of the cache have none."""
-    return about.get("own_frames", about["frames"])
 
 
 def latent_moments(model: AutoencoderKLCogVideoX, frames: Tensor, vae: Encoder) -> Tensor:
@@ -212,7 +226,7 @@ def encode_images(
         for path, image in share.read_ahead(lambda path: image_of(*starts[path], data)):
             variants = data.image_noise_variants
             moments = image_moments(model(), image, vae, variants, seed=path.stem)
-            cache.write(path, {"image_moments": moments})
+            share.write(path, {"image_moments": moments})
 
     reasons = make_missing([*itertools.chain(*wanted)], cache, encode, "image", say)
     encoded, rejected = [], []
@@ -268,7 +282,7 @@ def noise_levels(count: int) -> list[float]:
 def image_key(example: Example, data: Data, cut: Cut, cache: Cache, vae: Encoder) -> str:
     """A hash of everything that decides an image's latents."""
     if example.image is None:
-        source = ("frame", cut.first, *in_time(cut, data))
+        source = ("frame", cut.first)
     else:
         # A random crop of the image lies where the crop of its video does.
         is_random = data.video_reshape_mode is Reshape.random
@@ -285,13 +299,6 @@ def image_key(example: Example, data: Data, cut: Cut, cache: Cache, vae: Encoder
         data.image_noise_variants,
         *(["flipped"] if cut.flipped else []),
     )
-
-
-def in_time(cut: Cut, data: Data) -> list[object]:
-    """For keys: how frames are chosen, as far as the first version of the cache did not choose."""
-    if not cut.place and not cut.spread:
-        return []
-    return [cut.place, cut.spread, data.fps, cut.size.frames, cut.skipped_at_end]
 
 
 def frames_of(clip: EncodedClip, data: Data, *, frame_multiple: int = 4) -> Tensor:
@@ -312,18 +319,12 @@ def thumbnails(frames: Tensor) -> Tensor:
 
 
 def facts_of(clip: Clip) -> dict[str, object]:
-    """What the dataset report says of a clip.
-
-    repeated: frames of the file that are used more than once, without those that are added to a
-    file that is too short.
-    """
-    own = clip.indices[: clip.own_frames]
+    """What the dataset report says of a clip. `repeated`: frames that are used more than once."""
     return {
         "frames": len(clip.indices),
-        "own_frames": clip.own_frames,
         "first_frame": clip.indices[0],
-        "last_frame": own[-1],
-        "repeated": len(own) - len(set(own)),
+        "last_frame": clip.indices[-1],
+        "repeated": len(clip.indices) - len(set(clip.indices)),
         "file_frames": clip.file_frames,
         "file_fps": round(clip.file_fps, 3),
         "file_width": clip.file_width,
@@ -346,9 +347,7 @@ def clip_key(video: Path, data: Data, cut: Cut, cache: Cache, vae: Encoder) -> s
         cut.first,
         cut.skipped_at_end,
         data.video_reshape_mode.name,
-        *in_time(cut, data),
         *(["flipped"] if cut.flipped else []),
-        *([] if data.short_files is ShortFiles.drop else [data.short_files.name]),
     )
 
 

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from cogvx.data.listed import ListedClip, shortened, text_of
+from cogvx.data.listed import (
+    ListedClip,
+    caption_of_cell,
+    no_file,
+    shortened,
+    text_of,
+    unusable_name,
+)
 from cogvx.data.sources import Data
 from cogvx.errors import UserError, listed
 from cogvx.progress import counted
@@ -44,8 +51,11 @@ class Folder(Data):
     def rows(self) -> list[ListedClip]:
         root, files = self.root(), self.files()
         clips = self.clips(files)
-        captions = {path: self.caption_of(path) for path in clips}
-        missing = [path for path, caption in captions.items() if not caption]
+        require_usable(clips, root)
+        require_files([self.caption_file(clip) for clip in clips], root)
+        captions = {path: self.captions_of(path) for path in clips}
+        require_captions(captions, root)
+        missing = [path for path, found in captions.items() if not found]
         if missing:
             raise UserError(self.captions_missing(root, clips, missing))
         images = {path: self.image_of(path) for path in clips}
@@ -55,10 +65,13 @@ class Folder(Data):
                 f"{path.relative_to(root)}: {images[path].name} is not there" for path in without
             ]
             raise UserError(listed(headline, names))
-        self.said = tuple(self.said_of_captions_alone(files, clips))
+        self.said = (
+            *self.said_of_captions_alone(files, clips),
+            *self.said_of_folders(root),
+        )
         return [
-            ListedClip(caption, path, images[path], str(path.relative_to(root)))
-            for path, caption in captions.items()
+            ListedClip(found, path, images[path], str(path.relative_to(root)))
+            for path, found in captions.items()
         ]
 
     def files(self) -> list[Path]:
@@ -79,11 +92,12 @@ class Folder(Data):
     def caption_file(self, clip: Path) -> Path:
         return clip.with_suffix(self.caption_column)
 
-    def caption_of(self, clip: Path) -> str | None:
-        """The file's text as one line."""
+    def captions_of(self, clip: Path) -> list[str]:
+        """The file's text as one line, or the lines of it that data.caption_split makes."""
         path = self.caption_file(clip)
-        written = " ".join(text_of(path).split()) if path.is_file() else ""
-        return written or self.caption
+        parts = self.phrasing().several(text_of(path)) if path.is_file() else []
+        written = [line for part in parts if (line := " ".join(part.split()))]
+        return written or ([self.caption] if self.caption else [])
 
     def captions_missing(self, root: Path, clips: list[Path], missing: list[Path]) -> str:
         problems = [
@@ -111,6 +125,53 @@ class Folder(Data):
                 f"warning {counted(len(alone), 'caption file has', 'caption files have')} no clip "
                 f"of the same name: {names}"
             )
+
+    def said_of_folders(self, root: Path) -> Iterator[str]:
+        """A warning, if a folder has a clip's name, as some downloaders make them."""
+        endings = self.video_column.lower().split()
+        found = [p for p in sorted(root.iterdir()) if p.suffix.lower() in endings and p.is_dir()]
+        if found:
+            names = shortened(", ".join(path.name for path in found))
+            what = counted(len(found), "folder has", "folders have")
+            yield f"warning {what} the name of a clip: {names}"
+
+
+def require_captions(captions: dict[Path, list[str]], root: Path) -> None:
+    """UserError if a caption cannot be one. Those that are missing have an error of their own."""
+    problems = []
+    for path, found in captions.items():
+        try:
+            for caption in found:
+                caption_of_cell(caption)
+        except UserError as error:
+            problems.append(f"{path.relative_to(root)} {error}")
+    if problems:
+        headline = f"{len(problems)} of {counted(len(captions), 'clip')} in {root}:"
+        raise UserError(listed(headline, problems))
+
+
+def require_usable(clips: list[Path], root: Path) -> None:
+    """UserError if one is no file that this user may read, or has an unusable name."""
+    problems = []
+    for path in map(str, clips):
+        reason = unusable_name(path)
+        if reason is None and not os.path.isfile(path):
+            reason = no_file(path)
+        if reason is None and not os.access(path, os.R_OK):
+            reason = "may not be read by this user"
+        if reason is not None:
+            problems.append(f"{os.path.relpath(path, root)!a} {reason}")
+    if problems:
+        headline = f"{len(problems)} of {counted(len(clips), 'clip')} in {root} cannot be used:"
+        raise UserError(listed(headline, problems))
+
+
+def require_files(captions: list[Path], root: Path) -> None:
+    """UserError if a caption file is a folder, a pipe, or a link that leads nowhere."""
+    wrong = [path for path in captions if os.path.lexists(path) and not os.path.isfile(path)]
+    if wrong:
+        problems = [f"{path.relative_to(root)} {no_file(str(path))}" for path in wrong]
+        raise UserError(listed(f"{root}: these should be caption files:", problems))
 
 
 def visible_files(root: Path) -> Iterator[Path]:

@@ -6,6 +6,7 @@ F frames, H height, W width, C is 3 (R, G, B).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 BACKGROUND = 0
 # A file is cut off if its frames end this many seconds before its header says.
 MISSING_SECONDS = 0.5
+# A frame is read whole before it is scaled. 8192x8192 pixels are 200 MB.
+FEWEST_PIXELS_OF_A_SIDE, MOST_PIXELS = 8, 8192 * 8192
+# How files begin that name other files, which FFmpeg would read in their place.
+PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"v=0")
+# What an mp4 or mov file is made of, at the top (ISO/IEC 14496-12; QuickTime).
+BOXES = {
+    *(b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"pnot", b"udta", b"meta"),
+    *(b"moof", b"mfra", b"sidx", b"ssix", b"styp", b"prft", b"emsg", b"pdin", b"PICT", b"junk"),
+}
 
 
 class BadClip(Exception):
@@ -98,6 +108,7 @@ class Footage:
 
 def survey(path: Path) -> Footage:
     """Reads the whole file, and decodes its first frame. BadClip if it cannot be used."""
+    require_file(path)
     if missing := missing_bytes(path):
         whole = missing + path.stat().st_size
         raise BadClip(f"is cut off: the last {missing} of its {whole} bytes are missing")
@@ -115,6 +126,7 @@ def survey(path: Path) -> Footage:
         first = next(decoded(container, stream), None)
         if first is None:
             raise BadClip("has no frame that can be decoded")
+        require_usual_size(first.width, first.height)
         footage = Footage(
             path=path,
             stream=number,
@@ -168,6 +180,29 @@ def without_idle_alpha(footage: Footage) -> Footage:
     return replace(footage, alpha=not opaque)
 
 
+def require_file(path: Path) -> None:
+    """BadClip if there is nothing to read, or if FFmpeg would read other files."""
+    if not path.is_file():
+        raise BadClip("is no file")
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        raise BadClip("is empty (0 bytes)")
+    if start.startswith(PLAYLISTS):
+        raise BadClip("is a list of other files, and no video")
+
+
+def require_usual_size(width: int, height: int) -> None:
+    if min(width, height) < FEWEST_PIXELS_OF_A_SIDE:
+        least = FEWEST_PIXELS_OF_A_SIDE
+        raise BadClip(f"has frames of {width}x{height}: both sides need {least} pixels or more")
+    if width * height > MOST_PIXELS:
+        raise BadClip(
+            f"has frames of {width}x{height}, too large to be read: at most {MOST_PIXELS // 10**6} "
+            f"million pixels. Scale it down: ffmpeg -i CLIP -vf scale=1920:-2 SMALLER.mp4"
+        )
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[av.container.InputContainer]:
     import av
@@ -190,7 +225,7 @@ def what_it_is(path: Path, error: Exception) -> str:
         return "it is a pointer of Git LFS; git lfs pull fetches the video itself"
     if start.lstrip()[:1] in (b"<", b"{"):
         return "it is a text file, perhaps an error page that was saved as a video"
-    said = first_line(error).split("; last error log")[0].split(": '")[0]
+    said = first_line(error).split("; last error log")[0].split(": '")[0].partition("] ")[2]
     return f"{path.stat().st_size} bytes, truncated or of another kind ({said})"
 
 
@@ -203,6 +238,9 @@ def best_stream(container: av.container.InputContainer) -> av.video.stream.Video
     if not found:
         what = "holds no video" + (", only a cover picture" if container.streams.video else "")
         raise BadClip(what)
+    found = [stream for stream in found if stream.codec_context is not None]
+    if not found:
+        raise BadClip("has a codec that FFmpeg does not know")
     return max(found, key=lambda stream: (stream.width or 0) * (stream.height or 0))
 
 
@@ -273,6 +311,9 @@ def missing_bytes(path: Path) -> int:
             length, kind = struct.unpack(">I4s", file.read(8))
             if place == 0 and kind != b"ftyp":
                 return 0
+            # Something else follows the video. Players ignore it.
+            if kind not in BOXES:
+                return 0
             # 1: the length follows, in 8 bytes. 0: the box ends with the file.
             if length == 1:
                 length = struct.unpack(">Q", file.read(8).rjust(8, b"\0"))[0]
@@ -285,22 +326,21 @@ def missing_bytes(path: Path) -> int:
 # -- its frames ----------------------------------------------------------------------------------
 
 
-def frames_of_footage(footage: Footage, indices: list[int]) -> numpy.ndarray:
-    """The frames with these numbers among those that a player shows, [F, H, W, C] uint8.
+def wanted_frames(footage: Footage, wanted: set[int]) -> Iterator[tuple[int, numpy.ndarray]]:
+    """The frames that are shown at these times, each with its time: [H, W, C] uint8.
 
-    They are read from the start of the file to the last one. BadClip if one cannot be decoded.
+    The file is read from its start to the last one. BadClip if one cannot be decoded.
     """
-    wanted = {footage.times[index] for index in indices}
-    last, found = max(wanted), {}
+    last, found = max(wanted), set()
     for time, frame in shown_frames(footage):
         if time in wanted:
-            found[time] = pixels_of(frame, footage)
+            found.add(time)
+            yield time, pixels_of(frame, footage)
         if time >= last:
             break
-    missing = len(wanted - found.keys())
+    missing = len(wanted - found)
     if missing:
         raise BadClip(f"is damaged: {missing} of its {len(wanted)} frames cannot be decoded")
-    return numpy.stack([found[footage.times[index]] for index in indices])
 
 
 def shown_frames(footage: Footage) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -313,7 +353,11 @@ def shown_frames(footage: Footage) -> Iterator[tuple[int, av.VideoFrame]]:
         frames = decoded(container, stream, alpha=footage.alpha)
         if footage.interlaced:
             frames = deinterlaced(frames, stream)
-        yield from timed(frames, footage, container)
+        for time, frame in timed(frames, footage, container):
+            # A part of it is guessed, and the next frames are made of it.
+            if frame.is_corrupt:
+                raise BadClip(f"is damaged: the frame at {time * footage.unit:.2f} s is not whole")
+            yield time, frame
 
 
 def frames_of_webp(footage: Footage) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -372,7 +416,7 @@ def deinterlaced(frames: Iterator[av.VideoFrame], stream) -> Iterator[av.VideoFr
     source.link_to(filtered)
     filtered.link_to(sink)
     graph.configure()
-    for frame in [*frames, None]:
+    for frame in itertools.chain(frames, [None]):
         graph.push(frame)
         while True:
             try:

@@ -6,7 +6,7 @@ of the held-out clips).
 
 from pathlib import Path
 
-from cogvx.data.encode import EncodedClip, EncodedCut, Rejected
+from cogvx.data.encode import EncodedClip, Rejected
 from cogvx.files import replacing, write_csv
 
 COLUMNS = [
@@ -17,8 +17,6 @@ COLUMNS = [
     "frames",
     "first_frame",
     "last_frame",
-    "cuts",
-    "taken",
     "repeated",
     "file_frames",
     "file_fps",
@@ -43,8 +41,6 @@ def write_report(
             "video": str(clip.example.video),
             "image": clip.example.image,
             "use": use,
-            "cuts": len(clip.cuts),
-            "taken": ", ".join(map(taken, clip.cuts)),
             "latent_shape": "x".join(map(str, clip.latent_shape)),
             "prompt": clip.example.prompt,
         }
@@ -61,12 +57,6 @@ def write_report(
         for bad in rejected
     ]
     write_csv(folder / "dataset_report.csv", rows, COLUMNS)
-
-
-def taken(encoded: EncodedCut) -> str:
-    """The first and the last frame of a cut."""
-    mirrored = " mirrored" if encoded.cut.flipped else ""
-    return f"{encoded.about['first_frame']} to {encoded.about['last_frame']}{mirrored}"
 
 
 def write_contact_sheet(folder: Path, clips: list[EncodedClip], uses: list[str]) -> None:

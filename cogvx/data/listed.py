@@ -3,6 +3,7 @@
 Nothing is repaired silently. Every mistake is named with the line it stands in.
 """
 
+import glob
 import os
 import re
 import unicodedata
@@ -11,10 +12,20 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from cogvx.errors import UserError, did_you_mean, listed
+from cogvx.errors import MOST_SHOWN, UserError, did_you_mean, listed
 from cogvx.progress import counted
 
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]")
+# Characters. T5 reads 226 tokens, about 1,000 characters. More is a file that was taken for a text.
+LONGEST_CAPTION = 20_000
+# Names of a folder that one is compared with: 2,000 take 0.1 s.
+MOST_COMPARED = 2_000
+# How files begin that are often given the ending of a text or a table.
+OTHER_KINDS = {
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"PK\x03\x04": "a zip or Excel file",
+}
 KINDS_OF_CELLS = {
     list: "a list",
     dict: "an object",
@@ -27,7 +38,7 @@ KINDS_OF_CELLS = {
 class ListedClip(NamedTuple):
     """What a list says about one clip."""
 
-    prompt: object
+    prompt: object  # a text, or a list of texts
     video: object
     image: object  # None if no image column is asked for
     origin: str  # where it is listed, for messages: "prompts.txt:4"
@@ -42,13 +53,22 @@ def text_of(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    for start, kind in OTHER_KINDS.items():
+        if raw.startswith(start):
+            raise UserError(f"{path} is not UTF-8 text, but {kind}. Save it as UTF-8 text")
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, byte = raw[: error.start].count(b"\n") + 1, raw[error.start]
         raise UserError(
             f"{path}:{line} is not UTF-8 text (byte {byte:#04x}). Save the file as UTF-8"
         ) from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserError(
+            f"{path}:{line} has a zero byte: it is UTF-16, or no text. Save the file as UTF-8"
+        )
+    return text
 
 
 def read_lines(path: Path) -> list[str]:
@@ -117,7 +137,8 @@ def located(
     problems, found = [], []
     for row in rows:
         try:
-            found.append(located_row(row, root, anywhere=anywhere))
+            hints = len(problems) < MOST_SHOWN
+            found.append(located_row(row, root, anywhere=anywhere, hints=hints))
         except UserError as error:
             problems.append(f"{row.origin} {error}")
     if problems:
@@ -126,16 +147,38 @@ def located(
     return found
 
 
-def located_row(row: ListedClip, root: Path | None, *, anywhere: bool) -> ListedClip:
-    prompt = text_of_cell(row.prompt, "caption")
+def located_row(
+    row: ListedClip, root: Path | None, *, anywhere: bool, hints: bool = True
+) -> ListedClip:
+    captions = captions_of_cell(row.prompt)
     # A Path is a file that was written just now, from the bytes in the row.
     video, image = (
         value
         if isinstance(value, Path) or (value is None and name == "image")
-        else locate(text_of_cell(value, name), root, anywhere=anywhere)
+        else locate(text_of_cell(value, name), root, anywhere=anywhere, hints=hints)
         for name, value in (("path", row.video), ("image", row.image))
     )
-    return ListedClip(prompt, video, image, row.origin)
+    return ListedClip(captions, video, image, row.origin)
+
+
+def captions_of_cell(value: object) -> list[str]:
+    """The captions of a clip. UserError if one is no text."""
+    is_list = isinstance(value, list | tuple)
+    if not is_list or not all(isinstance(each, str) for each in value):
+        return [caption_of_cell(value)]
+    if not value:
+        raise UserError("has no caption")
+    return [caption_of_cell(each) for each in value]
+
+
+def caption_of_cell(value: object) -> str:
+    caption = text_of_cell(value, "caption")
+    if len(caption) > LONGEST_CAPTION:
+        raise UserError(
+            f"has a caption of {len(caption)} characters, and the longest allowed has "
+            f"{LONGEST_CAPTION}: is it another file? It begins {shortened(caption)!r}"
+        )
+    return caption
 
 
 def text_of_cell(value: object, name: str) -> str:
@@ -145,40 +188,84 @@ def text_of_cell(value: object, name: str) -> str:
     if not isinstance(value, str):
         kind = KINDS_OF_CELLS.get(type(value), type(value).__name__)
         raise UserError(f"has a {name} that is not text, but {kind}: {shortened(repr(value))}")
+    # JSON can hold one half of a character that is written as two. No file can.
+    if not is_unicode(value) or "\0" in value:
+        raise UserError(f"has a {name} with a character that is none: {shortened(ascii(value))}")
     return unquoted(value)
 
 
-def locate(name: str, root: Path | None, *, anywhere: bool = False) -> Path:
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def locate(name: str, root: Path | None, *, anywhere: bool = False, hints: bool = True) -> Path:
     """The path of a file in the list. UserError if it cannot be used.
 
     It must lie below the root: then the clips can be moved together with their list. `anywhere`:
-    it may lie elsewhere.
+    it may lie elsewhere. `hints`: the error guesses what was meant, for which folders are read.
     """
-    base = Path.cwd() if root is None else Path(os.path.abspath(root))
+    base = os.getcwd() if root is None else os.path.abspath(root)
     inside = root is not None and not anywhere
-    paths = [Path(os.path.abspath(base / spelling)) for spelling in spellings(name)]
-    outside = inside and not paths[0].is_relative_to(base)
-    found = next((path for path in paths if path.is_file()), None)
-    if found is not None and (not inside or found.is_relative_to(base)):
-        if not os.access(found, os.R_OK):
-            raise UserError(f"names {name!r}, which this user may not read")
-        return found
+    for spelling in spellings(name):
+        path = os.path.normpath(os.path.join(base, spelling))
+        if os.path.isfile(path) and (not inside or is_below(path, base)):
+            return readable(path, name)
+    path = os.path.normpath(os.path.join(base, name))
     if WINDOWS_PATH.match(name):
         raise UserError(
             f"names {name!r}, a path of another machine: write paths that start from {base}"
         )
-    if outside:
+    if inside and not is_below(path, base):
         raise UserError(
             f"names {name!r}, which is outside of {base}: move the clip there, set "
             f"data.instance_data_root to a folder higher up, or data.allow_outside_root=true"
         )
     if root is None:
         hint = "; it is relative: set data.instance_data_root to the folder it starts from"
-        hint = "" if Path(name).is_absolute() else hint
-        raise UserError(f"names {name!r}, which does not exist{hint}")
-    what = "is a folder" if paths[0].is_dir() else "does not exist"
-    near = nearby(paths[0], base) if paths[0].is_relative_to(base) else ""
-    raise UserError(f"names {name!r}; looked for {paths[0]}, which {what}{near}")
+        hint = "" if os.path.isabs(name) else hint
+        raise UserError(f"names {shortened(name)!r}, which {no_file(path)}{hint}")
+    near = nearby(Path(path), Path(base)) if hints and is_below(path, base) else ""
+    near = "" if os.path.lexists(path) else near
+    shown = path if len(path) < 300 else shortened(path)
+    raise UserError(f"names {shortened(name)!r}; looked for {shown}, which {no_file(path)}{near}")
+
+
+def is_below(path: str, base: str) -> bool:
+    return path.startswith(base.rstrip(os.sep) + os.sep)
+
+
+def readable(path: str, name: str) -> Path:
+    if not os.access(path, os.R_OK):
+        raise UserError(f"names {name!r}, which this user may not read")
+    if reason := unusable_name(path):
+        raise UserError(f"names {name!r}, which {reason}")
+    return Path(path)
+
+
+def unusable_name(path: str) -> str | None:
+    """Why a file of this name cannot be used: its messages and tables could not be read."""
+    if not is_unicode(path):
+        return "has a name that is not UTF-8: rename it"
+    if not path.isprintable() and ({"\n", "\r"} & {*path}):
+        return "has a line break in its name: rename it"
+    return None
+
+
+def no_file(path: str) -> str:
+    """Why os.path.isfile() says no, after "which"."""
+    if os.path.isdir(path):
+        return "is a folder"
+    if os.path.exists(path):
+        return "is no file, but a pipe or a device"
+    if os.path.islink(path):
+        return f"is a link to {os.readlink(path)}, where no file is"
+    if max(map(len, os.fsencode(path).split(b"/"))) > 255:
+        return "is longer than the name of a file can be"
+    return "does not exist"
 
 
 def spellings(name: str) -> Iterator[str]:
@@ -197,19 +284,20 @@ def nearby(path: Path, root: Path) -> str:
     """Guesses what was meant by a path that does not exist. The end of a sentence."""
     parts = path.relative_to(root).parts
     without_first = root.joinpath(*parts[1:])
-    if len(parts) > 1 and without_first.is_file():
+    if len(parts) > 1 and os.path.isfile(without_first):
         return (
             f". {parts[0]}/ is doubled: {without_first} exists, so leave {parts[0]}/ out of "
             f"the path, or set the root one folder higher"
         )
-    inside = [p for p in root.glob(f"*/{parts[-1]}") if p.is_file()]
+    inside = [p for p in root.glob(f"*/{glob.escape(parts[-1])}") if p.is_file()]
     if inside:
         return f"; there is {inside[0].relative_to(root)}"
-    if path.parent.is_dir():
-        blank = [p.name for p in path.parent.iterdir() if p.name.strip() == path.name]
+    if os.path.isdir(path.parent):
+        names = [p.name for p in path.parent.iterdir()]
+        blank = [name for name in names if name.strip() == path.name]
         if blank:
             return f"; there is {blank[0]!r}, with a blank at its start or end: rename it"
-        return did_you_mean(path.name, (p.name for p in path.parent.iterdir()))
+        return did_you_mean(path.name, names if len(names) <= MOST_COMPARED else ())
     return f"; there is no folder {path.parent}"
 
 

@@ -6,6 +6,7 @@ Every file is made once. A process that is killed leaves no claim behind.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from cogvx.data.video import BadClip
 from cogvx.progress import bar, counted
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from tqdm import tqdm
 
 Content = TypeVar("Content")
@@ -40,6 +42,8 @@ class Share:
     wait: bool  # for files that another run has claimed
     taken: deque[Path] = field(default_factory=deque)  # claimed, not begun
     claims: dict[Path, contextlib.ExitStack] = field(default_factory=dict)
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    writing: tuple[Path, Future[None]] | None = None  # at most one file at a time
     elsewhere: list[Path] = field(default_factory=list)  # other runs make these
     reasons: dict[Path, str] = field(default_factory=dict)  # why a file cannot be made
 
@@ -47,6 +51,7 @@ class Share:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.writer.shutdown()
         for claim in self.claims.values():
             claim.close()
 
@@ -79,8 +84,24 @@ class Share:
         self.claims.pop(path).close()
         self.progress.update()
 
+    def write(
+        self, path: Path, tensors: dict[str, Tensor], about: dict[str, object] | None = None
+    ) -> None:
+        """Writes a file that is then done, while the caller goes on with the next one.
+
+        An error is raised when the next file is written, or at the end of read_ahead().
+        """
+        self.finish_writing()
+        self.writing = path, self.writer.submit(self.cache.write, path, tensors, about)
+
+    def finish_writing(self) -> None:
+        if self.writing is not None:
+            (path, written), self.writing = self.writing, None
+            written.result()
+            self.done(path)
+
     def read_ahead(self, read: Callable[[Path], Content]) -> Iterator[tuple[Path, Content]]:
-        """Each file with what read(path) returns; done() when the caller asks for the next one.
+        """Each file with what read(path) returns. The caller gives its tensors to write().
 
         Threads read the next READ_AHEAD files while the caller works on this one. So at most
         READ_AHEAD + 1 contents are in memory. A BadClip that read() raises is the file's reason.
@@ -97,9 +118,9 @@ class Share:
                         self.done(path, str(bad))
                     else:
                         yield path, content.result()
-                        self.done(path)
                     # Without this, one more content would stay in memory.
                     del content
+                self.finish_writing()
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -135,7 +156,7 @@ def make_missing(
     [missing] = broadcast_object_list([found])
     lacking = set(missing)
     say(cache_state(what, len(paths), sum(path in lacking for path in paths)))
-    mine = missing[state.process_index :: state.num_processes]
+    mine, started = missing[state.process_index :: state.num_processes], time.monotonic()
     reasons, elsewhere = make_claimed(mine, cache, make, what, wait=False)
     if elsewhere:
         say(f"encode  waiting for another run to finish {counted(len(elsewhere), what)}")
@@ -144,6 +165,8 @@ def make_missing(
         reasons |= more
     reasons = dict(gather_object(list(reasons.items())))
     state.wait_for_everyone()
+    if len(missing) > len(reasons):
+        say(speed(len(missing) - len(reasons), what, time.monotonic() - started))
     return reasons
 
 
@@ -161,6 +184,12 @@ def make_claimed(
         while share.take():
             make(share)
     return share.reasons, share.elsewhere
+
+
+def speed(made: int, what: str, seconds: float) -> str:
+    per_second = made / max(seconds, 1e-3)
+    rate = f"{per_second:.2f}" if per_second < 10 else f"{per_second:.0f}"
+    return f"encode  {counted(made, what)} in {seconds:.1f} s: {rate} {what}s/s"
 
 
 def cache_state(what: str, total: int, missing: int) -> str:

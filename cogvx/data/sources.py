@@ -4,14 +4,16 @@ Each file in conf/data/ has a class here. To add a format: a class with rows(), 
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import ClassVar
 
 from cogvx.data import demo, world
 from cogvx.data.listed import ListedClip, located, paired, read_lines, require_columns
+from cogvx.data.phrasing import Phrasing
 from cogvx.errors import UserError, first_line, lacking
 from cogvx.files import absolute, is_hub_id, write_bytes
 from cogvx.hub_client import OnTheHub, split_revision
@@ -28,41 +30,33 @@ class Example:
     # Training draws one caption for each epoch: `prompt` or one of these.
     other_captions: tuple[str, ...] = ()
     source: str = ""  # the name of its part of data=mix
-    # If a file makes several examples: the frames from `start` to the one before `end` (None: to
-    # the last), and where between them the clip lies: 0 at their start, 1 at their end.
-    start: int = 0
-    end: int | None = None
-    place: float = 0.0
+    # The captions without id_token, and the share of epochs in which they are used.
+    plain_captions: tuple[str, ...] = ()
+    plain_share: float = 0.0
 
     @property
     def captions(self) -> tuple[str, ...]:
         return (self.prompt, *self.other_captions)
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each caption, with and without id_token."""
+        return [*zip(self.captions, self.plain_captions or self.captions, strict=True)]
+
+
+def example_of(row: ListedClip, captions: list[str], phrasing: Phrasing) -> Example:
+    plain = phrasing.variants(captions)
+    prompt, *others = map(phrasing.named, plain)
+    example = Example(prompt, row.video, row.origin, row.image, tuple(others))
+    if not phrasing.id_token or phrasing.share == 1:
+        return example
+    without = tuple(map(phrasing.plain, plain))
+    return replace(example, plain_captions=without, plain_share=1 - phrasing.share)
+
 
 class Reshape(Enum):
     center = "center"
     random = "random"
-    none = "none"
-    pad = "pad"
-
-
-class LongFiles(Enum):
-    """Which frames of a file that is longer than the clip."""
-
-    head = "head"
-    middle = "middle"
-    random = "random"
-    uniform = "uniform"
-    sliding = "sliding"
-    scenes = "scenes"
-
-
-class ShortFiles(Enum):
-    """What becomes of a file that is shorter than the clip."""
-
-    drop = "drop"
-    loop = "loop"
-    hold = "hold"
 
 
 @dataclass
@@ -80,6 +74,11 @@ class Data:
     image_column: str | None
     image_noise_variants: int
     id_token: str | None
+    id_token_position: str
+    id_token_share: float
+    caption_split: str | None
+    tag_shuffles: int
+    keep_tags: int
     height: int  # pixels
     width: int  # pixels
     fps: float | None
@@ -87,13 +86,8 @@ class Data:
     min_num_frames: int
     skip_frames_start: int
     skip_frames_end: int
-    long_files: LongFiles
-    random_windows: int
-    window_overlap: float  # share of a window
-    scene_threshold: float
-    short_files: ShortFiles
     video_reshape_mode: Reshape
-    flip: bool
+    decode_seconds: float
     cache_dir: Path
     validation_fraction: float
     max_validation_clips: int
@@ -108,15 +102,37 @@ class Data:
 
         UserError names everything that is wrong.
         """
-        examples = [
-            Example(f"{self.id_token} {prompt}" if self.id_token else prompt, video, origin, image)
-            for prompt, video, image, origin in self.rows()
-        ]
-        if not examples:
+        rows = list(self.rows())
+        if not rows:
             raise UserError(
                 f"{self.described()} lists no clips: a caption and a path are needed for each"
             )
-        return examples
+        phrasing = self.phrasing()
+        texts = [[one for text in row.prompt for one in phrasing.several(text)] for row in rows]
+        written = [caption for captions in texts for caption in captions]
+        phrasing.require_place(written)
+        self.said = (*self.said, *phrasing.said(written))
+        return [
+            example_of(row, captions, phrasing) for row, captions in zip(rows, texts, strict=True)
+        ]
+
+    def phrasing(self) -> Phrasing:
+        return Phrasing(
+            self.id_token,
+            self.id_token_position,
+            self.id_token_share,
+            self.caption_split,
+            self.tag_shuffles,
+            self.keep_tags,
+        )
+
+    def id_tokens(self) -> list[str]:
+        """The words that stand for what is learned."""
+        return [self.id_token] if self.id_token else []
+
+    def shares(self) -> dict[str, float]:
+        """The share of training samples by source. Empty: every clip is used equally often."""
+        return {}
 
     def rows(self) -> Iterable[ListedClip]:
         """The clips of the list, with the paths of their files."""
@@ -140,8 +156,8 @@ class Data:
 
     def root(self) -> Path:
         root = self.instance_data_root
-        if not root.is_dir():
-            what = "is a file, not a folder" if root.exists() else "does not exist"
+        if not os.path.isdir(root):
+            what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
             raise UserError(
                 f"data.instance_data_root={root} {what}: give the folder that holds the clips' list"
             )
@@ -186,6 +202,11 @@ class Data:
         rules = [
             ("skip_frames_start", self.skip_frames_start >= 0, "0 or more frames of the file"),
             ("skip_frames_end", self.skip_frames_end >= 0, "0 or more frames of the file"),
+            ("id_token_position", bool(self.id_token_position), "start, end or a text"),
+            ("id_token_share", 0 < self.id_token_share <= 1, "above 0, at most 1"),
+            ("caption_split", self.caption_split != "", "lines or a text; null: not split"),
+            ("tag_shuffles", self.tag_shuffles >= 0, "0 (as written) or more"),
+            ("keep_tags", self.keep_tags >= 0, "0 or more"),
             ("image_noise_variants", self.image_noise_variants >= 0, "0 (no noise) or more"),
             (
                 "fps",
@@ -197,9 +218,7 @@ class Data:
                 1 <= shortest <= max(1, self.max_num_frames),
                 f"from 1 to max_num_frames={self.max_num_frames}",
             ),
-            ("random_windows", self.random_windows >= 1, "1 or more windows of a file"),
-            ("window_overlap", 0 <= self.window_overlap < 1, "at least 0 and below 1"),
-            ("scene_threshold", 0 < self.scene_threshold <= 255, "above 0, up to 255"),
+            ("decode_seconds", self.decode_seconds > 0, "above 0 seconds"),
             ("validation_fraction", 0 <= self.validation_fraction < 1, "at least 0 and below 1"),
             ("max_validation_clips", self.max_validation_clips >= 1, f"1 or more; {none}"),
             ("max_train_clips", most_train is None or most_train >= 1, "1 or more; all: null"),
@@ -214,20 +233,6 @@ class Data:
             found.append(
                 f"data: captions, clips and images each need their own column, "
                 f"and these are {', '.join(self.columns())}"
-            )
-        return found + self.problems_of_long_files()
-
-    def problems_of_long_files(self) -> list[str]:
-        chosen, found = self.long_files, []
-        if chosen is LongFiles.scenes:
-            found += lacking("scenedetect", "data.long_files=scenes", "scenedetect-headless")
-        # A given image shows the start of the file.
-        elsewhere = chosen not in (LongFiles.head, LongFiles.uniform)
-        if self.image_column is not None and elsewhere:
-            found.append(
-                f"data.long_files={chosen.name} takes clips from anywhere in a file, and an image "
-                f"of data.image_column shows its start: data.long_files=head, or "
-                f"data.image_column=null for the first frame of each clip"
             )
         return found
 

@@ -20,6 +20,7 @@ from cogvx.errors import UserError, first_line, lacking, listed
 USUAL_CAPTIONS = ("caption", "text", "prompt")
 USUAL_VIDEOS = ("file_name", "video", "path", "video_path", "file")
 USUAL_TABLE = "metadata"
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # A row's number in the file, as an editor shows it, and its cells.
 Row = tuple[int, dict[str, object]]
 
@@ -90,7 +91,7 @@ def only_table(root: Path) -> Path:
 
 
 def tables_in(root: Path) -> str:
-    found = sorted(path.name for path in root.iterdir() if path.suffix.lower() in READERS)
+    found = sorted(p.name for p in root.iterdir() if p.suffix.lower() in READERS and p.is_file())
     return f"Tables in {root}: {', '.join(found) or 'none'}"
 
 
@@ -110,8 +111,41 @@ def usual(names: list[str], known: tuple[str, ...], path: Path, setting: str) ->
 
 def comma_rows(path: Path, delimiter: str = ",") -> list[Row]:
     lines = text_of(path).splitlines(keepends=True)
-    reader = csv.DictReader(lines, skipinitialspace=True, delimiter=delimiter)
+    settings = {"skipinitialspace": True, "delimiter": delimiter}
+    reader = csv.DictReader(lines, **settings)
+    require_header(path, reader, delimiter)
+    require_closed_quotes(path, csv.reader(lines, strict=True, **settings))
     return list(sound_rows(path, reader))
+
+
+def require_header(path: Path, reader: csv.DictReader, delimiter: str) -> None:
+    """UserError if two columns have one name, or if the first line is separated otherwise."""
+    names = [name for name in reader.fieldnames or [] if name]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path.name}:1 has two columns called {twice}: rename or remove one")
+    others = [other for other in SEPARATORS if other != delimiter and other in "".join(names)]
+    if len(names) == 1 and others:
+        ours, theirs = (SEPARATORS[each] for each in (delimiter, others[0]))
+        raise UserError(
+            f"{path.name}:1 has one column, {names[0]!r}: a {path.suffix} file has {ours} between "
+            f"its columns, and this line has {theirs}. Save it anew; a file with tabs ends in .tsv"
+        )
+
+
+def require_closed_quotes(path: Path, reader) -> None:
+    """UserError if a text in quote marks never ends: all further rows would be part of it."""
+    line = 1
+    try:
+        for _ in reader:
+            line = reader.line_num + 1
+    except csv.Error as error:
+        # Other things that strict reading refuses are read as they are meant.
+        if "unexpected end of data" in str(error):
+            raise UserError(
+                f"{path.name}:{line} has a text that begins with a quote mark and never ends: "
+                f"close it, or write a quote mark within a text twice"
+            ) from error
 
 
 def sound_rows(path: Path, reader: csv.DictReader) -> Iterator[Row]:
@@ -138,7 +172,8 @@ def json_line_rows(path: Path) -> list[Row]:
             continue
         try:
             cells = json.loads(line)
-        except ValueError as error:
+        # RecursionError: thousands of brackets.
+        except (ValueError, RecursionError) as error:
             problems.append(f"{path.name}:{number} is not JSON: {error}")
             continue
         if isinstance(cells, dict):
@@ -153,7 +188,7 @@ def json_line_rows(path: Path) -> list[Row]:
 def json_rows_of_one_list(path: Path) -> list[Row]:
     try:
         rows = json.loads(text_of(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not JSON: {error}. One object per line is a .jsonl file"
         ) from error

@@ -7,7 +7,6 @@ layers of the file, so it makes videos, is exported, judged and trained on like 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from cogvx import config as configuration
 from cogvx.config import Config
+from cogvx.data.cache import sha256_of
 from cogvx.errors import UserError
 from cogvx.export.low_rank import of_one_rank, save_adapter, updates_of
 from cogvx.export.result import inference_settings
@@ -375,8 +375,3 @@ def first_prompt(config: Config) -> str | None:
     if sampling.validation_prompt is None:
         return None
     return sampling.validation_prompt.split(sampling.validation_prompt_separator)[0].strip()
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

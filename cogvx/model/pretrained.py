@@ -269,17 +269,21 @@ class PretrainedModel:
             vae.enable_tiling()
         return vae
 
-    def text_encoder(self, *, streamed: bool = False):
-        """The tokenizer and the encoder; `streamed`: its blocks' weights are stored on the CPU."""
-        from transformers import AutoTokenizer, T5EncoderModel
+    def tokenizer(self):
+        from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+            return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
         except Exception as error:
             raise UserError(
                 f"{self.folder / 'tokenizer'} cannot be read: {first_line(error)}"
             ) from error
-        return tokenizer, placed(
+
+    def text_encoder(self, *, streamed: bool = False):
+        """The tokenizer and the encoder; `streamed`: its blocks' weights are stored on the CPU."""
+        from transformers import T5EncoderModel
+
+        return self.tokenizer(), placed(
             self.loaded(T5EncoderModel, "text_encoder", dtype=self.dtype), self.device, streamed
         )
 

@@ -63,13 +63,15 @@ DIFFUSERS: dict[str, OtherName] = {
     "height": OtherName("data.height"),
     "width": OtherName("data.width"),
     "video_reshape_mode": OtherName(
-        "data.video_reshape_mode", "center, random, pad or none; clips are never stretched"
+        "data.video_reshape_mode", "center or random; clips are never stretched, so none is missing"
     ),
     "fps": OtherName("data.fps", "frames are taken by their time, so clips keep their speed"),
     "max_num_frames": OtherName("data.max_num_frames"),
     "skip_frames_start": OtherName("data.skip_frames_start"),
     "skip_frames_end": OtherName("data.skip_frames_end"),
-    "random_flip": OtherName("data.flip=true", "captions that say left and right are warned of"),
+    "random_flip": OtherName(
+        None, "Clips are never mirrored: captions may say left and right. The script ignores it."
+    ),
     "train_batch_size": OtherName("train.train_batch_size"),
     "num_train_epochs": OtherName("train.num_train_epochs"),
     "max_train_steps": OtherName("train.max_train_steps"),
@@ -200,6 +202,11 @@ ELSEWHERE: dict[str, OtherName] = {
     "grad_clip": OtherName("train.max_grad_norm"),
     "clip_grad_norm": OtherName("train.max_grad_norm"),
     "gradient_clipping": OtherName("train.max_grad_norm"),
+    # captions
+    "shuffle_caption": OtherName("data.tag_shuffles=8", "orders are encoded in advance"),
+    "shuffle_tags": OtherName("data.tag_shuffles=8", "orders are encoded in advance"),
+    "keep_tokens": OtherName("data.keep_tags"),
+    "enable_wildcard": OtherName("data.caption_split=lines", "each line is a caption"),
     # precision and memory
     "precision": OtherName("train.mixed_precision"),
     "dtype": OtherName("train.mixed_precision", "no, fp16 or bf16"),
@@ -307,7 +314,27 @@ RENAMED: dict[str, OtherName] = {
     "train.gradient_checkpointing": OtherName("memory.gradient_checkpointing"),
 }
 
-OTHER_NAMES: dict[str, OtherName] = {**ELSEWHERE, **DIFFUSERS, **RENAMED}
+# What Hydra's own plugin for Optuna, hydra-optuna-sweeper, calls its settings.
+SWEEPER: dict[str, OtherName] = {
+    "hydra.sweeper.direction": OtherName(None, "The lowest held-out loss is always the best."),
+    "hydra.sweeper.n_jobs": OtherName("hydra.launcher.jobs"),
+    "hydra.sweeper.sampler": OtherName(
+        None, "Optuna's TPE proposes the jobs; hydra.sweeper.seed is its seed."
+    ),
+    "hydra/sweeper/sampler": OtherName(
+        None, "Optuna's TPE proposes the jobs; hydra.sweeper.seed is its seed."
+    ),
+    "hydra.sweeper.study_name": OtherName("output_dir", "the folder of the search"),
+    "hydra.sweeper.storage": OtherName(
+        None, "What a search knows is in the folders of its jobs; output_dir is the whole folder."
+    ),
+    "hydra.sweeper.search_space": OtherName("hydra.sweeper.params"),
+    "hydra.sweeper.max_failure_rate": OtherName(
+        None, "A job that fails stops no other; see hydra.launcher.on_fail."
+    ),
+}
+
+OTHER_NAMES: dict[str, OtherName] = {**ELSEWHERE, **DIFFUSERS, **RENAMED, **SWEEPER}
 
 # Options by other names, in small letters.
 OTHER_OPTIONS: dict[str, dict[str, str]] = {
@@ -325,7 +352,10 @@ OTHER_OPTIONS: dict[str, dict[str, str]] = {
         "5b-i2v": "5b_i2v",
         "i2v": "5b_i2v",
     },
-    "data": {"text": "text_files", "txt": "text_files", "huggingface": "dataset", "hub": "dataset"},
+    "data": {
+        **dict.fromkeys(("text", "txt"), "text_files"),
+        **dict.fromkeys(("huggingface", "hub"), "dataset"),
+    },
     "optimizer": {
         "adamw_8bit": "adamw8bit",
         "adamw-8bit": "adamw8bit",

@@ -21,6 +21,7 @@ from cogvx.records.sweep import (
     Progress,
     State,
     Sweep,
+    groups_of,
     is_locked,
     progress_of,
     seconds_left,
@@ -46,6 +47,7 @@ class Compared:
     runs: dict[str, Path]  # their folders by the rows' "folder"
     progress: dict[str, Progress]
     keys: list[str]
+    unlike: str | None  # why not all of them can be compared, if so
     is_sweep: bool
     goes_on: bool = False
 
@@ -54,7 +56,8 @@ class Compared:
         cls, rows: list[dict], runs: dict[str, Path], *, is_sweep: bool, goes_on: bool = False
     ) -> Compared:
         progress = {name: progress_of(folder) for name, folder in runs.items()}
-        return cls(rows, runs, progress, leaderboard.settings_in(rows), is_sweep, goes_on)
+        keys, unlike = leaderboard.settings_in(rows), groups_of(runs).in_words
+        return cls(rows, runs, progress, keys, unlike, is_sweep, goes_on)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -82,8 +85,14 @@ class Compared:
         return [key for key in self.keys if not follows(key, self.keys, self.rows)]
 
     @property
+    def bests(self) -> list[dict]:
+        """The best of each group of runs that can be compared."""
+        return leaderboard.best_of_groups(self.rows)
+
+    @property
     def best(self) -> dict | None:
-        return self.rows[0] if self.rows and self.rows[0]["objective"] is not None else None
+        """None also if not all runs can be compared."""
+        return self.bests[0] if self.bests and not self.unlike else None
 
 
 def conclude(sweep: Sweep) -> None:
@@ -98,13 +107,15 @@ def conclude(sweep: Sweep) -> None:
         job = sweep.folder / str(row["folder"])
         if row["state"] == State.done.value and not (job / PAGE).is_file():
             report.write_page(job)
-    leaderboard.show(rows)
+    leaderboard.show(rows, sweep.runs())
     print(f"table   {shown(sweep.folder / LEADERBOARD)}")
-    if rows[0]["objective"] is not None:
-        best = sweep.folder / str(rows[0]["folder"])
-        said = f"held-out loss {rows[0]['objective']:.4f}{leaderboard.ties_in_words(rows)}"
-        print(f"best    {shown(best)}: {said}")
-        print(f"repeat the best:  {report.command_again(best)}")
+    several = len({row["group"] for row in rows}) > 1
+    for best in leaderboard.best_of_groups(rows):
+        folder, group = sweep.folder / str(best["folder"]), best["group"]
+        ties = leaderboard.ties_in_words([row for row in rows if row["group"] == group])
+        said = f"group {group}, " if several else ""
+        print(f"best    {said}{shown(folder)}: held-out loss {best['objective']:.4f}{ties}")
+        print(f"repeat the best:  {report.command_again(folder)}")
     print(f"report  {shown(write_sweep(sweep, over=True))}")
 
 
@@ -138,10 +149,12 @@ def write_comparison(
         about=about_runs(found),
         state=state_of_sweep(found, page.parent) if live else None,
         verdict=best_in_words(found),
+        unlike=found.unlike is not None,
         videos=videos_of_all(found, page.parent),
         board=board(found, page.parent),
         curves=curves_of_all(found),
-        plots=plots_by_setting(found) if found.is_sweep else [],
+        # A plot would compare what cannot be compared.
+        plots=plots_by_setting(found) if found.is_sweep and found.unlike is None else [],
         best=None if found.best is None else found.name(found.best),
         usage=usage_of_best(found),
         repeat=repeat_of_best(found),
@@ -179,6 +192,8 @@ def state_of_sweep(found: Compared, folder: Path) -> PageState:
 
 
 def best_in_words(found: Compared) -> str:
+    if found.unlike is not None:
+        return " ".join([f"{found.unlike}.", *(best_of_group(found, row) for row in found.bests)])
     best = found.best
     if best is None and all(row["state"] == State.done.value for row in found.rows):
         return "These runs have no held-out loss, so none is called the best."
@@ -201,8 +216,14 @@ def best_in_words(found: Compared) -> str:
     return f"{said} Within the noise of the measurement, as good {is_or_are}: {'; '.join(ties)}."
 
 
+def best_of_group(found: Compared, best: dict) -> str:
+    loss = f"held-out loss {best['objective']:.4f}"
+    return f"Best of group {best['group']} is {found.name(best)}: {loss}."
+
+
 def repeat_of_best(found: Compared) -> str | None:
-    return None if found.best is None else report.command_again(found.runs[found.best["folder"]])
+    """A command for each group of runs that can be compared."""
+    return "\n".join(report.command_again(found.runs[row["folder"]]) for row in found.bests) or None
 
 
 def usage_of_best(found: Compared) -> str | None:
@@ -228,6 +249,8 @@ def board(found: Compared, here: Path) -> dict:
     settings = {key: [setting_text(row[key]) for row in found.rows] for key in found.keys}
     if not found.is_sweep:
         settings = {"run": [found.name(row) for row in found.rows]} | settings
+    if found.unlike is not None:
+        settings = {"group": [str(row["group"]) for row in found.rows]} | settings
     values = {m: column([row.get(m) for row in found.rows], MEASURED[m][1]) for m in measured}
     lines = []
     for number, row in enumerate(found.rows):
@@ -322,14 +345,14 @@ def videos_of_all(found: Compared, here: Path) -> list[VideoGroup]:
     embed = not found.goes_on and pages.can_embed(
         [path for _, tuned in having for path in tuned.values()]
     )
-    groups = []
+    groups, best = [], found.best
     for name in dict.fromkeys(name for _, tuned in having for name in tuned):
         own = [(row, tuned[name]) for row, tuned in having if name in tuned]
         first = found.runs[own[0][0]["folder"]]
         base, clip = pages.base_video(first, name), pages.clip_beside(first, name)
         shown_here = [("base model", base)] if base.is_file() else []
         shown_here += [
-            (f"best: {found.name(row)}" if row is found.best else found.name(row), path)
+            (f"best: {found.name(row)}" if row is best else found.name(row), path)
             for row, path in own
         ]
         shown_here += [] if clip is None else [clip]

@@ -23,7 +23,15 @@ from cogvx.progress import counted
 from cogvx.records import record
 from cogvx.records.leaderboard import WIDE
 from cogvx.records.pages import size_text
-from cogvx.records.sweep import SWEEP, Progress, State, Sweep, is_locked, progress_of
+from cogvx.records.sweep import (
+    SWEEP,
+    Progress,
+    State,
+    Sweep,
+    groups_of,
+    is_locked,
+    progress_of,
+)
 from cogvx.records.table import STATE_COLOURS
 
 YOUNG = 10 * 60  # seconds: what is newer may be a start in progress and is left alone
@@ -128,7 +136,8 @@ def run_entry(root: Path, folder: Path) -> Entry:
 
 
 def sweep_entry(root: Path, folder: Path) -> Entry:
-    runs = [path for path in Sweep.read(folder).runs().values() if path.is_dir()]
+    jobs = Sweep.read(folder).runs()
+    runs = [path for path in jobs.values() if path.is_dir()]
     progress = [progress_of(path) for path in runs]
     states = Counter(each.state for each in progress)
     first = recorded_settings(runs[0]) if runs else {"defaults": []}
@@ -138,7 +147,7 @@ def sweep_entry(root: Path, folder: Path) -> Entry:
         Text(f"{counted(len(runs), 'job')}: {text}"),
         configuration.choices_of(first).get("model", ""),
         "sweep",
-        loss_text(progress),
+        "not comparable" if groups_of(jobs).in_words else loss_text(progress),
         size_of(folder),
         newest_change([folder, *runs]),
     )

@@ -13,6 +13,7 @@ from cogvx.errors import first_line
 from cogvx.files import read_json
 from cogvx.records import record
 from cogvx.records.pages import column, setting_text
+from cogvx.records.sweep import groups_of
 
 MOST_ROWS = 30
 WIDE = 160  # characters, where the output is no terminal
@@ -28,9 +29,12 @@ MEASURES = {
 }
 
 
-def show(rows: list[dict]) -> None:
+def show(rows: list[dict], runs: dict[str, Path]) -> None:
     """The leaderboard, and why runs have no place on it."""
-    settings = settings_in(rows)
+    settings, unlike = settings_in(rows), groups_of(runs).in_words
+    if unlike is not None:
+        print(f"warning {unlike}")
+        settings = ["group", *settings]
     measured = [name for name in MEASURES if any(row[name] is not None for row in rows)]
     shown = rows[:MOST_ROWS]
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -76,8 +80,13 @@ def settings_in(rows: list[dict]) -> list[str]:
     return names[names.index("tie") + 1 : names.index("state")]
 
 
+def best_of_groups(rows: list[dict]) -> list[dict]:
+    """Of each group of runs that can be compared, the best one that has a held-out loss."""
+    return [row for row in rows if row["place"] == 1]
+
+
 def ties_in_words(rows: list[dict]) -> str:
-    """How many runs are as good as the best; rows[0] has a held-out loss."""
+    """How many runs of a group are as good as the best; rows[0] has a held-out loss."""
     if rows[0]["heldout_noise_floor"] is None:
         return ". The noise of the measurement is not known: validation.heldout_draws=2 measures it"
     tied = sum(bool(row["tie"]) for row in rows)

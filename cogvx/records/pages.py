@@ -255,6 +255,8 @@ def setting_text(value: object) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(setting_text, value))}]"
     return str(value)
 
 

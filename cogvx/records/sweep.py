@@ -19,6 +19,7 @@ from cogvx.config import Config
 from cogvx.errors import UserError
 from cogvx.files import read_json, read_json_lines, write_csv, write_json
 from cogvx.records import record
+from cogvx.records.alike import Groups, Judged
 
 SWEEP, LEADERBOARD, LOG = "sweep.json", "leaderboard.csv", "log.txt"
 # What a row of the leaderboard takes from a job's summary.
@@ -152,10 +153,12 @@ def rows_of(
 ) -> list[dict[str, object]]:
     """The leaderboard: one row per run, the lowest held-out loss first, runs without one last.
 
-    `known`: for each run the values of the settings in `swept`. A row's `tie` says whether the
-    run is as good as the best within the noise of the measurement; None where that is unknown.
+    `known`: for each run the values of the settings in `swept`. Runs of another `group` cannot be
+    compared; places and ties count within a group. A row's `tie` says whether the run is as good as
+    the best within the noise of the measurement; None where that is unknown.
     """
     settings, rows = differing_settings(runs, known, swept), []
+    groups = groups_of(runs).numbers
     for name, folder in runs.items():
         progress = progress_of(folder)
         rows.append(
@@ -168,7 +171,22 @@ def rows_of(
                 "folder": name,
             }
         )
-    rows.sort(key=lambda row: (row["objective"] is None, row["objective"] or 0.0))
+    return [
+        {"group": group, **row}
+        for group in sorted({*groups.values()})
+        for row in with_places([row for row in rows if groups[row["folder"]] == group])
+    ]
+
+
+def groups_of(runs: dict[str, Path]) -> Groups:
+    return Groups.of(
+        {name: Judged.read(folder, progress_of(folder).judged) for name, folder in runs.items()}
+    )
+
+
+def with_places(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The rows of runs that can be compared, the best first."""
+    rows = sorted(rows, key=lambda row: (row["objective"] is None, row["objective"] or 0.0))
     return [
         {"place": None if row["objective"] is None else place, "tie": ties(row, rows[0]), **row}
         for place, row in enumerate(rows, 1)

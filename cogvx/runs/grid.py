@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from cogvx.command_line import refusals
 from cogvx.compose import Composer, checked
 from cogvx.config import Config
 from cogvx.errors import UserError, listed
+from cogvx.records.alike import unlike_settings
 from cogvx.records.sweep import Job, Sweep
 from cogvx.runs import search
 from cogvx.runs.pool import Pool
@@ -76,16 +78,44 @@ def sweep_of(
     if is_search(base):
         search.Settings.read(OmegaConf.to_container(base.hydra.sweeper))
         jobs = composed_jobs(
-            [(grids[0].fixed, examples(grids[0].swept, key)) for key in swept], composer
+            [(grid.fixed, examples(grid.swept, key)) for grid in grids for key in grid.swept],
+            composer,
         )
     else:
         jobs = composed_jobs([(grid.fixed, grid.values()) for grid in grids], composer)
     if not jobs[0][1].task.makes_a_run:
         raise UserError(f"task={jobs[0][1].choices['task']} makes no run of a sweep: leave out -m")
     require_own_repositories([config for _, config in jobs])
+    if is_search(base):
+        require_one_judge([config for _, config in jobs], swept)
     called = "-".join([*(["search"] if is_search(base) else []), *short_names(swept).values()])
     folder = base.output_dir or str(PLACE / f"{named or short_enough(called)}_{mark(base, swept)}")
     return Sweep(Path(folder).expanduser().absolute(), named, swept), jobs, base
+
+
+def require_one_judge(examples: list[Config], swept: list[str]) -> None:
+    """UserError if a search would rank losses that measure unlike things."""
+    unlike = unlike_settings(examples)
+    if not unlike:
+        return
+    named = [key for key in swept if key in unlike] or [*unlike]
+    raise UserError(
+        f"a search ranks all jobs by their held-out loss, and {', '.join(named[:3])} changes what "
+        f"that loss measures: jobs of different values are not comparable. Give one value, and "
+        f"search once for each. Or try given values: a sweep without hydra/sweeper=optuna ranks "
+        f"those that are comparable with each other"
+    )
+
+
+def cautions(jobs: list[tuple[Job, Config]], swept: list[str]) -> Iterator[str]:
+    """What to know about these jobs before they start."""
+    unlike = unlike_settings(config for _, config in jobs)
+    if unlike:
+        named = [key for key in swept if key in unlike] or [*unlike]
+        yield (
+            f"{', '.join(named[:3])} changes what the held-out loss measures: only jobs of one "
+            f"value are comparable, and are ranked together"
+        )
 
 
 def require_own_repositories(jobs: list[Config]) -> None:
@@ -109,26 +139,29 @@ def search_of(
     command: list[str],
 ) -> search.Search:
     """Proposes the jobs of a sweep for which is_search() is true."""
-    settings, grid = (
-        search.Settings.read(OmegaConf.to_container(base.hydra.sweeper)),
-        grids_of(overrides, composer)[0],
-    )
+    settings = search.Settings.read(OmegaConf.to_container(base.hydra.sweeper))
+    branches = [branch_of(grid, composer) for grid in grids_of(overrides, composer)]
+    return search.Search(sweep, branches, settings, pool, command)
+
+
+def branch_of(grid: Grid, composer: Composer) -> search.Branch:
     single = {
         key: discrete(override)
         for key, override in grid.swept.items()
         if not override.is_sweep_override()
-    }
-    space = {
-        key: part_of_space(key, override)
-        for key, override in grid.swept.items()
-        if key not in single
     }
 
     def make(values: dict[str, str]) -> tuple[Job, Config]:
         chosen = {key: [values[key]] if key in values else single[key] for key in grid.swept}
         return composed_jobs([(grid.fixed, chosen)], composer)[0]
 
-    return search.Search(sweep, space, settings, pool, make, short_names(list(grid.swept)), command)
+    return search.Branch(
+        {key: part_of_space(key, o) for key, o in grid.swept.items() if key not in single},
+        # What a list or another setting's value comes to is known only in a job.
+        {k: number_or_text(text) for k, (text,) in single.items() if text[:1] not in ("$", "[")},
+        short_names(list(grid.swept)),
+        make,
+    )
 
 
 def grids_of(overrides: list[str], composer: Composer) -> list[Grid]:
@@ -170,6 +203,8 @@ def narrowed(override: Override, asked: Override | None) -> Override | None:
     """The values that are among those asked for. None if there are none."""
     if asked is None:
         return override
+    if not override.is_discrete_sweep() and override.is_sweep_override():
+        return asked
     wanted = [number_or_text(text) for text in discrete(asked)]
     left = [text for text in discrete(override) if number_or_text(text) in wanted]
     key = override.get_key_element()
@@ -251,7 +286,10 @@ def composed_jobs(
 
 def job_value(composed: DictConfig, config: Config, key: str) -> object:
     key = key.lstrip("+~")
-    return config.choices[key] if key in configuration.GROUPS else OmegaConf.select(composed, key)
+    if key in configuration.GROUPS:
+        return config.choices[key]
+    value = OmegaConf.select(composed, key)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def key_before_equals(override: str) -> str:

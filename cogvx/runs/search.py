@@ -15,16 +15,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cogvx.config import Config
-from cogvx.errors import UserError, did_you_mean
+from cogvx.errors import UserError
 from cogvx.records import record
 from cogvx.records.sweep import Job, Progress, State, Sweep
 from cogvx.runs.jobs import is_to_run
 from cogvx.runs.pool import Pool
+from cogvx.wording import unknown_setting
 
 if TYPE_CHECKING:
+    from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
 DIGITS = 3  # significant digits of a proposed number, so that it can be read and typed
+BRANCH = "branch"  # what Optuna calls the choice among several branches
 TRIES = 50  # to find a combination that is new and allowed
 OPTUNA_STATES = {
     State.done: "COMPLETE",
@@ -45,6 +49,9 @@ class Choice:
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution(self.values)
+
+    def suggested(self, trial: Trial, name: str) -> object:
+        return trial.suggest_categorical(name, self.values)
 
     def text(self, value: object) -> str:
         return self.texts[self.values.index(value)]
@@ -72,6 +79,10 @@ class Range:
             self.low, self.high, log=self.log
         )
 
+    def suggested(self, trial: Trial, name: str) -> float:
+        suggest = trial.suggest_int if self.whole else trial.suggest_float
+        return suggest(name, self.low, self.high, log=self.log)
+
     def text(self, value: object) -> str:
         return str(value)
 
@@ -83,6 +94,28 @@ class Range:
 
 
 Space = dict[str, Choice | Range]  # by setting
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Ranges that belong together, such as those of one optimizer."""
+
+    space: Space
+    fixed: dict[str, object]  # plain values of settings that are not searched
+    names: dict[str, str]  # each setting's name in Job.values
+    # The job of some values, as written. UserError if they do not go together.
+    make: Callable[[dict[str, str]], tuple[Job, Config]]
+
+    def params(self, job: Job) -> dict[str, object] | None:
+        """A job's values of the searched settings; None if it is none of this branch.
+
+        A job of an earlier search may lie outside of today's ranges.
+        """
+        values = {key: job.values.get(self.names[key]) for key in (*self.fixed, *self.space)}
+        own = all(contains(part.distribution(), values[key]) for key, part in self.space.items())
+        if not own or any(values[key] != value for key, value in self.fixed.items()):
+            return None
+        return {key: values[key] for key in self.space}
 
 
 @dataclass(frozen=True)
@@ -101,10 +134,8 @@ class Settings:
         """UserError for what is wrong with the settings."""
         names, problems = tuple(cls.__dataclass_fields__), []
         for name in sorted(set(values) - {"_target_", "params", *names}):
-            problems.append(
-                f"unknown setting hydra.sweeper.{name}{did_you_mean(name, names)} "
-                f"hydra.sweeper has {', '.join(names)}"
-            )
+            known = [f"hydra.sweeper.{own}" for own in names]
+            problems.append(unknown_setting(f"hydra.sweeper.{name}", values[name], known))
         for name, least in (("n_trials", 1), ("n_startup_trials", 1), ("seed", 0), ("at_least", 2)):
             if not isinstance(values[name], int) or values[name] < least:
                 problems.append(
@@ -133,19 +164,14 @@ class Search:
     def __init__(
         self,
         sweep: Sweep,
-        space: Space,
+        branches: list[Branch],
         settings: Settings,
         pool: Pool,
-        make: Callable[[dict[str, str]], tuple[Job, Config]],
-        names: dict[str, str],
         command: list[str],
     ):
-        """`make`: gives the job of some values, as written; UserError if they do not go together.
-
-        `names`: each setting's name in Job.values.
-        """
-        self.sweep, self.space, self.settings = sweep, space, settings
-        self.make, self.names, self.command = make, names, command
+        """`branches`: each job is of one of them."""
+        self.sweep, self.branches, self.settings = sweep, branches, settings
+        self.command = command
         retry = pool.retry_failed
         self.unfinished = [job for job in sweep.jobs() if is_to_run(sweep, job, retry_failed=retry)]
         self.running: dict[str, Job] = {}
@@ -220,24 +246,25 @@ class Search:
     # -- proposals -----------------------------------------------------------------------------
 
     def proposed(self) -> Job | None:
-        """A new job, frozen; None if there are enough jobs, or if the space holds no new one."""
+        """A new job, frozen; None if there are enough jobs, or if no new one is left to try."""
         jobs = self.sweep.jobs()
-        known, tried = {job.name for job in jobs}, [self.params(job) for job in jobs]
+        known, tried = {job.name for job in jobs}, [self.place_of(job) for job in jobs]
         if len(known) >= self.settings.n_trials:
             return None
         study, refused = self.study(number=len(known)), None
         for _ in range(TRIES):
-            values = self.values_from(study)
-            if values in tried:
+            number, values = self.values_from(study)
+            if (number, values) in tried:
                 continue
-            texts = {key: self.space[key].text(value) for key, value in values.items()}
+            branch = self.branches[number]
+            texts = {key: branch.space[key].text(value) for key, value in values.items()}
             try:
-                job, config = self.make(texts)
+                job, config = branch.make(texts)
             except UserError as error:
                 refused = error
                 continue
             if job.name not in known:
-                own = {self.names[key]: value for key, value in values.items()}
+                own = {branch.names[key]: value for key, value in values.items()}
                 job = Job(job.name, job.values | own)
                 self.sweep.freeze([(job, config)], self.command)
                 return job
@@ -245,15 +272,31 @@ class Search:
         print(f"search  {TRIES} proposals gave no new job, {reason}", flush=True)
         return None
 
-    def params(self, job: Job) -> dict[str, object]:
-        """A job's values of the searched settings."""
-        return {key: job.values.get(self.names[key]) for key in self.space}
+    def place_of(self, job: Job) -> tuple[int, dict[str, object]] | None:
+        """The number of a job's branch, and its values of the searched settings."""
+        found = ((number, branch.params(job)) for number, branch in enumerate(self.branches))
+        return next(((number, params) for number, params in found if params is not None), None)
 
-    def values_from(self, study) -> dict[str, object]:
-        trial = study.ask({key: part.distribution() for key, part in self.space.items()})
-        return {key: part.rounded(trial.params[key]) for key, part in self.space.items()}
+    def values_from(self, study: Study) -> tuple[int, dict[str, object]]:
+        trial, number = study.ask(), 0
+        if len(self.branches) > 1:
+            number = trial.suggest_categorical(BRANCH, self.numbers)
+        space = self.branches[number].space
+        proposed = {
+            key: part.suggested(trial, self.name_in_study(number, key))
+            for key, part in space.items()
+        }
+        return number, {key: space[key].rounded(value) for key, value in proposed.items()}
 
-    def study(self, number: int):
+    @property
+    def numbers(self) -> list[int]:
+        return list(range(len(self.branches)))
+
+    def name_in_study(self, number: int, key: str) -> str:
+        """The same setting has other ranges in other branches."""
+        return key if len(self.branches) == 1 else f"{key} {number}"
+
+    def study(self, number: int) -> Study:
         """Optuna's study of all jobs so far, which proposes the job of this number.
 
         Each number has its own random draws.
@@ -261,7 +304,6 @@ class Search:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        distributions = {key: part.distribution() for key, part in self.space.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(
@@ -269,18 +311,20 @@ class Search:
                     seed=random.Random(f"{self.settings.seed} {number}").getrandbits(32),
                     n_startup_trials=self.settings.n_startup_trials,
                     multivariate=True,
+                    # The settings of a branch are judged among the jobs of this branch.
+                    group=len(self.branches) > 1,
                     constant_liar=True,
                 )
             )
         for job in self.sweep.jobs():
-            # A job of an earlier search may lie outside of today's ranges.
-            params = self.params(job)
-            if all(contains(distributions[key], value) for key, value in params.items()):
-                study.add_trial(self.trial(job, params, distributions))
+            place = self.place_of(job)
+            if place is not None:
+                study.add_trial(self.trial(job, *place))
         return study
 
-    def trial(self, job: Job, params: dict, distributions: dict):
+    def trial(self, job: Job, number: int, params: dict[str, object]) -> FrozenTrial:
         """A job as Optuna's trial."""
+        from optuna.distributions import CategoricalDistribution
         from optuna.trial import TrialState, create_trial
 
         found = self.sweep.progress(job)
@@ -289,10 +333,15 @@ class Search:
             objective = found.summary.get("objective")
             state = TrialState.FAIL if objective is None else state
         losses = {line["step"]: line["heldout_loss"] for line in found.judged if line["step"]}
+        chosen, among = {}, {}
+        if len(self.branches) > 1:
+            chosen, among = {BRANCH: number}, {BRANCH: CategoricalDistribution(self.numbers)}
+        space = self.branches[number].space
+        named = {key: self.name_in_study(number, key) for key in space}
         return create_trial(
             state=state,
-            params=params,
-            distributions=distributions,
+            params=chosen | {named[key]: value for key, value in params.items()},
+            distributions=among | {named[key]: p.distribution() for key, p in space.items()},
             value=objective,
             intermediate_values=losses,
         )

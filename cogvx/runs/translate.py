@@ -40,28 +40,31 @@ class Command:
 
     def examples(self) -> list[str]:
         """The overrides of a sweep with the first value of each, to find out what is wrong."""
-        parts = [override.partition("=") for override in self.overrides()]
-        if not self.sweeping:
-            return self.overrides()
-        return [f"{key}={v.split(',')[0] if '[' not in v else v}" for key, _, v in parts]
+        overrides = self.overrides()
+        return [composing.first_value(o) for o in overrides] if self.sweeping else overrides
 
 
 def translated(arguments: list[str], scratch: Path) -> Command:
     """UserError names everything that is not KEY=VALUE. scratch: an empty folder."""
+    arguments = without_dashes(arguments)
     require_key_value(arguments)
     require_options(arguments)
+    arguments, places = without_searchpath(arguments)
     name = value_of(arguments, "sweep")
     sweeping = name is not None or bool(MULTIRUN & {*arguments})
-    composer, path = Composer(), None
+    folder, path = configuration.CONF, None
     if name is not None:
         arguments = named_sweep(name, arguments)
-        composer = Composer(searchpath=(str(configuration.PROJECT),))
+        places = (*places, str(configuration.PROJECT))
     else:
         arguments, path = recorded_file(arguments)
     if path is not None:
         write_primary(path, arguments, scratch)
-        composer = Composer(scratch, (str(configuration.CONF),))
-        arguments = from_primary(arguments, scratch)
+        folder, places = scratch, (*places, str(configuration.CONF))
+        arguments = ["--config-path", str(scratch), *arguments]
+    composer = Composer(folder, places)
+    if places:
+        arguments = options_first([*arguments, composing.searchpath_of(places)])
     return Command(
         [composing.quoted(argument, sweeping=sweeping) for argument in arguments],
         composer,
@@ -69,6 +72,21 @@ def translated(arguments: list[str], scratch: Path) -> Command:
         shows=any(argument.partition("=")[0] in SHOW for argument in arguments),
         record=None if path is None else path.parent.absolute(),
     )
+
+
+def without_dashes(arguments: list[str]) -> list[str]:
+    """--lora.rank=16 as lora.rank=16: wandb's agents write settings like this."""
+    known = {*composing.settings(), *GROUPS, "experiment"}
+    return [
+        argument.removeprefix("--") if argument[2:].partition("=")[0] in known else argument
+        for argument in arguments
+    ]
+
+
+def without_searchpath(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The other arguments, and the folders of options that hydra.searchpath names."""
+    places = composing.searchpath_in(arguments)
+    return [a for a in arguments if not a.startswith("hydra.searchpath=")], places
 
 
 def require_options(arguments: list[str]) -> None:
@@ -100,7 +118,7 @@ def named_sweep(name: str, arguments: list[str]) -> list[str]:
             "record of a run. Give one of them"
         )
     others = [argument for argument in arguments if not argument.startswith("sweep=")]
-    return [*others, f"hydra.searchpath=['{configuration.PROJECT}']", f"+sweeps={name}"]
+    return [*others, f"+sweeps={name}"]
 
 
 # -- starting from the record of a run ----------------------------------------------------------
@@ -163,12 +181,10 @@ def write_primary(path: Path, arguments: list[str], scratch: Path) -> None:
     write_text(scratch / "config.yaml", text)
 
 
-def from_primary(arguments: list[str], scratch: Path) -> list[str]:
-    """The arguments with scratch/config.yaml as the primary configuration, options first."""
+def options_first(arguments: list[str]) -> list[str]:
+    """Hydra reads no setting that stands after an option and a setting."""
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
-    options = [a for a in arguments if a not in overrides]
-    searchpath = f"hydra.searchpath=['{configuration.CONF}']"
-    return ["--config-path", str(scratch), *options, *overrides, searchpath]
+    return [*(a for a in arguments if a not in overrides), *overrides]
 
 
 def run_folder_of(place: Path, setting: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogvx.config import Config
+from cogvx.data.encode import EncodedClip
 from cogvx.options.train import TimestepSampling
 from cogvx.training.prepare import Prepared
 from cogvx.training.ranks import Ranks
@@ -35,12 +36,16 @@ class Batches:
         draw = self.draw(micro_step)
         clips = [self.data.train[sample.index] for sample in draw.samples]
         cuts = draw.choose(CUT, [clip.cuts for clip in clips])
-        captions = draw.choose(CAPTION_CHOICE, [clip.example.captions for clip in clips])
-        prompts = [
-            "" if drop else caption
-            for caption, drop in zip(captions, draw.drops_caption(), strict=True)
+        return self.data.load_batch(cuts, self.prompts(clips, draw), self.images(draw)), draw
+
+    def prompts(self, clips: list[EncodedClip], draw: Draw) -> list[str]:
+        """For each clip one of its captions, with or without data.id_token, or none."""
+        pairs = draw.choose(CAPTION_CHOICE, [clip.example.pairs for clip in clips])
+        plain = draw.leaves_out_id_token([clip.example.plain_share for clip in clips])
+        return [
+            "" if drop else pair[without]
+            for pair, without, drop in zip(pairs, plain, draw.drops_caption(), strict=True)
         ]
-        return self.data.load_batch(cuts, prompts, self.images(draw)), draw
 
     def draw(self, micro_step: int) -> Draw:
         train, seed = self.config.train, self.config.seed

@@ -18,12 +18,13 @@ from safetensors import safe_open
 
 from cogvx.config import Config
 from cogvx.data.cache import Cache, content_key
-from cogvx.data.cuts import Cut, spread
+from cogvx.data.cuts import head
 from cogvx.data.encode import (
     EncodedClip,
     EncodedCut,
     Encoder,
     Rejected,
+    cache_of,
     encode_clips,
     encode_images,
     encode_prompts,
@@ -31,6 +32,7 @@ from cogvx.data.encode import (
     image_of,
 )
 from cogvx.data.inspect import write_contact_sheet, write_held_out, write_report
+from cogvx.data.phrasing import require_readable
 from cogvx.data.sources import Data, Example
 from cogvx.data.video import BadClip, to_bytes
 from cogvx.errors import UserError
@@ -40,6 +42,7 @@ from cogvx.options.memory import Memory
 from cogvx.options.train import Precision, Train
 from cogvx.progress import counted, heartbeat
 from cogvx.records import record
+from cogvx.training.judging import what_is_judged
 from cogvx.training.peaks import give_memory_back
 from cogvx.training.ranks import LONGEST_WAIT, Ranks, host_group
 from cogvx.training.step import Batch, on_device
@@ -153,8 +156,8 @@ def prepare(
     prompts = validation_prompts(config.validation)
     images = validation_images(config.validation, 1 if prompts is None else len(prompts))
 
-    pretrained, examples = fetch(config, ranks)
-    cache = Cache(data.cache_dir)
+    cache = cache_of(data)
+    pretrained, examples = fetch(config, cache, ranks)
     vae, text_encoder = encoders(pretrained, cache, config.memory)
     with ranks.peaks.phase("encode clips"):
         clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)
@@ -164,24 +167,26 @@ def prepare(
     if ranks.logs:
         report(folder, clips, uses, rejected)
         note_fingerprints(folder, config, pretrained, clips, cache, ranks)
+        record.note(folder, judged=what_is_judged(held_out, config, cache))
     describe(folder, train, held_out, data, ranks)
     require_equal_lengths(train, config.train)
     warn_of_lengths(clips, pretrained, ranks)
 
-    first, own = (held_out or train)[0], {}
+    first, own = (held_out or train)[0].example, {}
     if prompts is None:
         # One given image makes one video. Without it, each clip gives its own first frame.
         shown_clips = (held_out or train)[: 1 if images else data.shown_clips()]
         for clip in shown_clips:
-            own.setdefault(clip.example.prompt, clip)
+            own.setdefault(clip.example.prompt, clip.example)
         prompts = list(own)
-    example_prompt = [*prompts, first.example.prompt][0]
+    example_prompt = [*prompts, first.prompt][0]
     pictures = {}
     if pretrained.geometry().image_to_video:
         own = {example_prompt: first} | own
         pictures = first_frames(own, prompts, images, first, data)
 
-    captions = [caption for clip in clips for caption in clip.example.captions]
+    captions = [clip.example.prompt for clip in clips]
+    captions += [each for clip in train for pair in clip.example.pairs for each in pair]
     # The empty prompt is for caption dropout.
     needed = ["", config.validation.negative_prompt, *captions, *prompts, *more_prompts]
     text_tokens = pretrained.geometry().text_tokens
@@ -195,17 +200,20 @@ def prepare(
 # -- step 1: read and encode ---------------------------------------------------------------------
 
 
-def fetch(config: Config, ranks: Ranks) -> tuple[PretrainedModel, list[Example]]:
+def fetch(config: Config, cache: Cache, ranks: Ranks) -> tuple[PretrainedModel, list[Example]]:
     """The base model on this machine, and the list of clips."""
     # What the first process downloads or renders is there for the others.
     with ranks.accelerator.main_process_first():
         examples = config.data.read()
         for line in config.data.said:
             ranks.say(line)
-        examples = spread(examples, config.data, Cache(config.data.cache_dir), ranks.say)
+        cache.look_at(example.video for example in examples)
         # Raises an error if there are too few clips, before they are encoded.
         config.data.trained_on(len(examples))
-        return fetch_model(config, ranks), examples
+        pretrained = fetch_model(config, ranks)
+    if words := config.data.id_tokens():
+        require_readable(words, pretrained.tokenizer())
+    return pretrained, examples
 
 
 def fetch_model(config: Config, ranks: Ranks) -> PretrainedModel:
@@ -308,7 +316,8 @@ def note_fingerprints(
 
 def fingerprint_of(example: Example, cache: Cache) -> list[str]:
     files = [example.video, *([] if example.image is None else [example.image])]
-    return [example.prompt, *(cache.fingerprint(path) for path in files)]
+    captions = dict.fromkeys(each for pair in example.pairs for each in pair)
+    return [*captions, *(cache.fingerprint(path) for path in files)]
 
 
 def device_name(device: torch.device) -> str:
@@ -373,30 +382,27 @@ def warn_of_lengths(clips: list[EncodedClip], pretrained: PretrainedModel, ranks
 
 
 def first_frames(
-    own: dict[str, EncodedClip],
+    own: dict[str, Example],
     prompts: list[str],
     images: list[Path] | None,
-    first: EncodedClip,
+    first: Example,
     data: Data,
 ) -> dict[str, numpy.ndarray]:
     """By prompt, [H, W, 3] uint8. Without a given image: of the prompt's own clip, or of `first`.
 
     `own`: prompts that are captions of clips, with these clips.
     """
-    found = {
-        prompt: first_frame(clip.example, clip.first.cut, data) for prompt, clip in own.items()
-    }
+    found = {prompt: first_frame(example, data) for prompt, example in own.items()}
     for prompt, path in zip(prompts, images or [None] * len(prompts), strict=True):
-        clip = own.get(prompt, first) if path is None else first
-        example = clip.example if path is None else replace(clip.example, image=path)
-        found[prompt] = first_frame(example, clip.first.cut, data)
+        example = own.get(prompt, first) if path is None else replace(first, image=path)
+        found[prompt] = first_frame(example, data)
     return found
 
 
-def first_frame(example: Example, cut: Cut, data: Data) -> numpy.ndarray:
+def first_frame(example: Example, data: Data) -> numpy.ndarray:
     """The image that a clip starts from, [H, W, 3] uint8. UserError if the file has none."""
     try:
-        return to_bytes(image_of(example, cut, data))[0]
+        return to_bytes(image_of(example, head(data), data))[0]
     except BadClip as bad:
         image = example.image is not None
         whose = f"the prompt {example.prompt!r}" if image else f"the clip {example.video}"

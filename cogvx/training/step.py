@@ -55,7 +55,7 @@ class Sample(NamedTuple):
 # Each kind of random number has its own stream.
 ORDER, POSTERIOR, NOISE, TIMESTEP, CAPTION = 1, 2, 3, 4, 5
 IMAGE_POSTERIOR, IMAGE_NOISE, IMAGE_DROPOUT = 6, 7, 8
-CUT, CAPTION_CHOICE = 9, 10
+CUT, CAPTION_CHOICE, ID_TOKEN = 9, 10, 11
 Drawn = TypeVar("Drawn")
 # (sqrt(5) - 1) / 2. Its multiples, modulo 1, fill any interval evenly.
 GOLDEN = 0.6180339887498949
@@ -121,6 +121,13 @@ class Draw:
         """For each sample whether it is trained without its caption."""
         values = [self.generator(CAPTION, sample).random() for sample in self.samples]
         return [bool(value < self.caption_dropout) for value in values]
+
+    def leaves_out_id_token(self, shares: Sequence[float]) -> list[bool]:
+        """For each sample whether its caption has no data.id_token. shares: of epochs without."""
+        return [
+            share > 0 and bool(self.generator(ID_TOKEN, sample).random() < share)
+            for sample, share in zip(self.samples, shares, strict=True)
+        ]
 
     def choose(self, stream: int, choices: Sequence[Sequence[Drawn]]) -> list[Drawn]:
         """For each sample one of its choices: of its images, captions or cuts.

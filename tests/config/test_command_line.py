@@ -9,7 +9,7 @@ import yaml
 
 from cogvx import compose as composing
 from cogvx import config as configuration
-from cogvx.runs import translate
+from cogvx.runs import grid, translate
 
 PROJECT = Path(__file__).parent.parent.parent
 OPTIONS = [(path.parent.name, path.stem) for path in sorted((PROJECT / "conf").glob("*/*.yaml"))]
@@ -54,7 +54,6 @@ def test_a_path_with_commas_is_one_path(door):
         (["lora.rank", "=16"], "lora.rank=16"),
         (["lora.rank", "16"], "lora.rank=16"),
         (["--rank", "16"], "lora.rank=16"),
-        (["--lora.rank=16"], "lora.rank=16"),
         (["--learning-rate", "-1"], "optimizer.learning_rate=-1"),
         (["--use_8bit_adam", "--rank", "8"], "optimizer=adamw8bit lora.rank=8"),
         (["-m", "--rank", "8", "seed=1,2"], "-m lora.rank=8 seed=1,2"),
@@ -110,3 +109,52 @@ def test_the_shell_completes_the_names_of_sweeps(line, found):
 def test_completion_in_bash(door, monkeypatch, line, found):
     monkeypatch.setenv("COMP_LINE", f"python launch.py {line}")
     assert found in door("-sc", "query=bash").stdout.split()
+
+
+def test_settings_with_dashes_in_front_are_taken_as_wandbs_agents_write_them(door):
+    ran = door("--lora.rank=16", "--optimizer=adam", "--cfg", "job")
+    shown = yaml.safe_load(ran.stdout)
+    assert shown["lora"]["rank"] == 16 and "weight_decay" not in shown["optimizer"], ran.stderr
+
+
+@pytest.fixture
+def own_conf(tmp_path):
+    (tmp_path / "my conf" / "experiment").mkdir(parents=True)
+    recipe = tmp_path / "my conf" / "experiment" / "cats.yaml"
+    recipe.write_text("# @package _global_\nlora: {rank: 7}\n")
+    return f"hydra.searchpath=['file://{tmp_path / 'my conf'}']"
+
+
+def test_a_folder_of_ones_own_options_works_alone_and_in_a_sweep(door, own_conf, tmp_path):
+    ran = door(own_conf, "experiment=cats", "--cfg", "job")
+    assert yaml.safe_load(ran.stdout)["lora"]["rank"] == 7, ran.stderr
+    command = translate.translated(["-m", own_conf, "experiment=cats", "seed=1,2"], tmp_path)
+    jobs = grid.sweep_of(command.overrides(), command.composer)[1]
+    assert [(config.lora.rank, config.seed) for _, config in jobs] == [(7, 1), (7, 2)]
+    named = translate.translated([own_conf, "experiment=cats", "sweep=data_size"], tmp_path)
+    assert grid.sweep_of(named.overrides(), named.composer)[1][0][1].lora.rank == 7
+    assert "experiment=dogs: there is no such option" in door(own_conf, "experiment=dogs").stderr
+    assert "must be a list of folders" in door("hydra.searchpath=/conf").stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "first"),
+    [
+        ("lora.rank=choice(4,16)", "lora.rank=4"),
+        ("lora.rank=4,16", "lora.rank=4"),
+        ("lora.target_modules=[to_q],[to_q,to_k]", "lora.target_modules=[to_q]"),
+        ("lora.target_modules=[to_q,to_k]", "lora.target_modules=[to_q,to_k]"),
+        ("optimizer.learning_rate=interval(1e-5,1e-2)", "optimizer.learning_rate=1e-05"),
+        ("seed=range(3,7)", "seed=3"),
+        ("data.id_token='a, b'", "data.id_token='a, b'"),
+        ("seed=1", "seed=1"),
+    ],
+)
+def test_the_first_of_several_values_stands_for_them(typed, first):
+    assert composing.first_value(typed) == first
+
+
+def test_a_wrong_setting_of_the_search_brings_no_other_mistake(door):
+    ran = door("-m", "lora.rank=choice(4,16)", "hydra.sweeper.direction=minimize")
+    assert "hydra.sweeper.direction: there is no such setting here. The lowest" in ran.stderr
+    assert ran.returncode == 2 and "1 setting is wrong" in ran.stderr

@@ -1,9 +1,13 @@
 """Each content is encoded once. The cache is shared, and never holds half a file."""
 
+import errno
 import gc
+import re
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +15,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from cogvx.data import encode
+from cogvx.data import cache as caching
+from cogvx.data import decoders, encode
 from cogvx.data.cache import Cache, content_key
-from cogvx.data.encode import Encoder, encode_clips, encode_prompts, latent_moments
+from cogvx.data.encode import Encoder, cache_of, encode_clips, encode_prompts, latent_moments
 from cogvx.data.sharing import READ_AHEAD, cache_state, make_claimed, make_missing
 from cogvx.data.video import BadClip
 from cogvx.errors import UserError
@@ -45,10 +50,9 @@ def test_the_second_time_encodes_nothing_and_loads_no_vae(compose, clips, nano_f
     assert [clip.first.path for clip in second] == [clip.first.path for clip in first] and len(
         loads
     ) == 1
-    assert said == [
-        "encode  6 clips; 0 of 6 found in the cache",
-        "encode  nothing: 6 clips found in the cache",
-    ]
+    assert said[0] == "encode  6 clips; 0 of 6 found in the cache"
+    assert re.fullmatch(r"encode  6 clips in [\d.]+ s: [\d.]+ clips/s", said[1])
+    assert said[2:] == ["encode  nothing: 6 clips found in the cache"]
     (clips / "videos" / "0.mp4").rename(clips / "videos" / "renamed.mp4")
     (clips / "videos.txt").write_text(
         "videos/renamed.mp4\n" + "".join(f"videos/{n}.mp4\n" for n in range(1, 6))
@@ -70,10 +74,6 @@ def test_what_decides_the_latents_decides_the_key(compose, clips, nano_folder, t
         "data.width=32",
         "data.max_num_frames=5",
         "data.video_reshape_mode=random",
-        "data.video_reshape_mode=pad",
-        "data.long_files=middle",
-        "data.long_files=uniform",
-        "data.short_files=loop",
     )
     for change in changes:
         data = compose(f"data.instance_data_root={clips}", change).data
@@ -150,6 +150,36 @@ def test_a_higher_minimum_leaves_cached_clips_out_without_encoding_again(
         )
         assert (len(encoded), len(rejected)) == (kept, 6 - kept)
     assert len(loads) == 1 and "too short: 5 frames" in rejected[0].reason
+
+
+def test_a_clip_that_hangs_or_cannot_be_opened_is_left_out(
+    compose, clips, nano_folder, tmp_path, monkeypatch
+):
+    (clips / "videos" / "4.mp4").rename(clips / "videos" / "hangs.mp4")
+    names = "".join(f"videos/{n}.mp4\n" for n in (0, 1, 2, 3, "hangs", 5))
+    (clips / "videos.txt").write_text(names)
+    broken = Path(__file__).parent / "broken_decoder.py"
+    monkeypatch.setattr(decoders, "COMMAND", [sys.executable, str(broken)])
+    monkeypatch.setattr(decoders, "IDLE", [])
+    sha256 = caching.sha256_of
+
+    def secret(path):
+        if path.name == "2.mp4":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return sha256(path)
+
+    monkeypatch.setattr(caching, "sha256_of", secret)
+    overrides = ("data.decode_seconds=3", "data.max_bad_fraction=0.5")
+    data, said = compose(f"data.instance_data_root={clips}", *overrides).data, []
+    cache = cache_of(data)
+    cache.look_at(example.video for example in data.read())
+    encoded, rejected = encode_clips(
+        data.read(), data, cache, vae_encoder(nano_folder, []), said.append
+    )
+    assert (len(encoded), len(rejected)) == (4, 2)
+    assert "warning videos.txt:3 2.mp4 cannot be read: Permission denied; left out" in said
+    [hung] = [line for line in said if "hangs.mp4" in line]
+    assert hung.startswith("warning videos.txt:5 hangs.mp4 was not read in 3 s")
 
 
 def test_too_many_bad_clips_stop_the_run(compose, clips, nano_folder, tmp_path):
@@ -290,12 +320,53 @@ def test_the_next_clips_are_read_while_one_is_encoded(tmp_path):
             time.sleep(0.05)
             gone = len(made) + len(share.reasons)
             assert len(read) - gone <= READ_AHEAD + 1
-            cache.write(path, {"content": content})
+            share.write(path, {"content": content})
             made.append(path)
 
     reasons = make_missing(paths, cache, make, "clip", lambda text: None)
     assert reasons == {paths[3]: "has no frames"} and made == paths[:3] + paths[4:]
     assert sorted(read) == paths and not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_file_is_written_while_the_next_one_is_made(tmp_path):
+    paths = [tmp_path / "folder" / f"{number}.safetensors" for number in range(3)]
+    next_one, order = threading.Event(), []
+
+    class SlowCache(Cache):
+        def write(self, path, *others):
+            if path is not paths[-1]:
+                assert next_one.wait(10), "nobody makes the next one meanwhile"
+            next_one.clear()
+            super().write(path, *others)
+            order.append(f"{path.stem} written")
+
+    def make(share):
+        for path, content in share.read_ahead(lambda path: torch.ones(1)):
+            order.append(f"{path.stem} made")
+            next_one.set()
+            share.write(path, {"content": content})
+
+    # The first one's write waits for the second to be made.
+    next_one.set()
+    assert make_missing(paths, SlowCache(tmp_path), make, "clip", lambda text: None) == {}
+    assert sorted(order) == sorted(f"{n} {did}" for n in range(3) for did in ("made", "written"))
+
+
+def test_what_cannot_be_written_ends_the_run_in_words(tmp_path, monkeypatch):
+    paths = [tmp_path / "folder" / f"{number}.safetensors" for number in range(6)]
+
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+
+    def make(share):
+        for path, content in share.read_ahead(lambda path: torch.ones(1)):
+            share.write(path, {"content": content})
+
+    with pytest.raises(UserError, match=r"cannot write to the cache, .*No space left on device"):
+        make_missing(paths, Cache(tmp_path), make, "clip", lambda text: None)
+    assert not list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob("*.partial"))
 
 
 def test_an_error_while_reading_ends_the_run_and_leaves_no_claim(tmp_path):
@@ -307,7 +378,7 @@ def test_an_error_while_reading_ends_the_run_and_leaves_no_claim(tmp_path):
 
     def make(share):
         for path, _ in share.read_ahead(read_one):
-            share.cache.write(path, {"content": torch.ones(1)})
+            share.write(path, {"content": torch.ones(1)})
 
     with pytest.raises(UserError, match="the disk is gone"):
         make_missing(paths, Cache(tmp_path), make, "clip", lambda text: None)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from cogvx.data import hdr
-from cogvx.data.footage import BadClip, frames_of_footage, survey
+from cogvx.data.decoders import decoded_frames
+from cogvx.data.footage import BadClip, survey
 from cogvx.data.video import read_clip
 
 # 96 x 64, 3 s at 30 fps. The left half is red; the right half's grey is the number of the frame.
@@ -55,7 +56,7 @@ def other_decoder():
 
 def greys(footage, indices=None) -> list[int]:
     """The number of each frame, as its right half says."""
-    frames = frames_of_footage(footage, indices or list(range(len(footage.times))))
+    frames = decoded_frames(footage, indices or list(range(len(footage.times))), 60)
     return [round(float(frame[8:-8, 64:-8].mean()) / 2) for frame in frames]
 
 
@@ -112,7 +113,7 @@ def test_a_cover_picture_is_no_clip(made, plain, tmp_path):
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_a_turned_phone_gives_upright_frames(made, plain, degrees):
     turned = survey(made("turned.mp4", "-c", "copy", before=("-display_rotation", degrees)))
-    [frame], [upright] = (frames_of_footage(each, [0]) for each in (turned, survey(plain)))
+    [frame], [upright] = (decoded_frames(each, [0], 60) for each in (turned, survey(plain)))
     assert numpy.array_equal(frame, numpy.rot90(upright, degrees // 90))
 
 
@@ -140,7 +141,7 @@ def test_interlaced_frames_have_no_combs(made):
     ffmpeg("-f", "lavfi", "-i", bar, *how, path)
     footage = survey(path)
     assert footage.treatment == ["deinterlaced"] and len(footage.times) == 30
-    smooth = frames_of_footage(footage, [4, 9, 14]).astype(int)
+    smooth = decoded_frames(footage, [4, 9, 14], 60).astype(int)
     combs = [numpy.abs(frame[1:-1] - (frame[:-2] + frame[2:]) / 2).mean() for frame in smooth]
     assert max(combs) < 2, combs
 
@@ -153,7 +154,7 @@ def test_what_is_transparent_is_black(made, tmp_path):
         made("a.mov", *clear, "-c:v", "prores_ks", "-profile:v", 4444, "-pix_fmt", "yuva444p10le"),
     ):
         footage = survey(path)
-        frame = frames_of_footage(footage, [9])[0]
+        frame = decoded_frames(footage, [9], 60)[0]
         assert footage.treatment == ["transparent parts over black"]
         assert frame[:, 56:].max() <= 2 and frame[:, 8:40, 0].min() > 230
 
@@ -180,7 +181,7 @@ def test_hdr_of_a_phone_looks_as_sdr_does(tmp_path):
     )
     footage = survey(tmp_path / "hlg.mov")
     assert footage.treatment == ["from HDR (HLG) to SDR"]
-    frame = frames_of_footage(footage, [2])[0].astype(float)
+    frame = decoded_frames(footage, [2], 60)[0].astype(float)
     right = hdr.camera_signal(scene) * 255
     grey, red, skin = (slice(4, 28), slice(None)), (slice(36, 60), slice(4, 44)), None
     assert numpy.abs(frame[grey] - right[grey]).max() <= 4
@@ -205,7 +206,7 @@ def test_two_decoders_give_equal_frames_of_real_clips(name):
     indices = list(range(0, len(reader), max(1, len(reader) // 12)))
     assert len(footage.times) == len(reader)
     theirs = reader.get_batch(indices).asnumpy()
-    assert numpy.array_equal(frames_of_footage(footage, indices), theirs)
+    assert numpy.array_equal(decoded_frames(footage, indices, 60), theirs)
 
 
 # -- what cannot be read -------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def test_damaged_bytes_in_the_middle_are_named(made):
     content[start : start + len(noise)] = noise.tobytes()
     path.write_bytes(content)
     with pytest.raises(BadClip, match=r"damaged"):
-        frames_of_footage(survey(path), list(range(90)))
+        decoded_frames(survey(path), list(range(90)), 60)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_facts_of_a_file_are_remembered_until_it_changes(tmp_path, make_clip, mo
     from cogvx.data.footage import FileFacts, survey
 
     path, asked = make_clip(tmp_path / "a.mp4", frames=9, width=48, height=32), []
-    monkeypatch.setattr(caching, "survey", lambda path: asked.append(path) or survey(path))
+    monkeypatch.setattr(caching, "surveyed", lambda path, _: asked.append(path) or survey(path))
     cache = caching.Cache(tmp_path / "cache")
     assert cache.facts(path) == cache.facts(path) == FileFacts(9, 8.0, 1.0, 48, 32)
     make_clip(path, frames=17, width=64, height=32)
@@ -286,7 +287,7 @@ def moving(path, *, clear: bool, webp: bool = False) -> Path:
 
 
 def right_greys(footage) -> list[int]:
-    frames = frames_of_footage(footage, list(range(len(footage.times))))
+    frames = decoded_frames(footage, list(range(len(footage.times))), 60)
     return [int(frame[24, 48, 0]) for frame in frames]
 
 
@@ -295,7 +296,7 @@ def test_a_gif_is_over_black_only_where_it_is_transparent(tmp_path, clear):
     footage = survey(moving(tmp_path / "x.gif", clear=clear))
     assert footage.treatment == (["transparent parts over black"] if clear else [])
     assert right_greys(footage) == list(range(20, 180, 20))
-    assert frames_of_footage(footage, [7])[0][24, 16].tolist() == [0 if clear else 160] * 3
+    assert decoded_frames(footage, [7], 60)[0][24, 16].tolist() == [0 if clear else 160] * 3
 
 
 def test_an_animated_webp_has_its_frames_at_their_times(tmp_path):
@@ -313,7 +314,7 @@ def test_an_animated_webp_with_transparent_parts(tmp_path):
     footage = survey(tmp_path / "x.webp")
     assert footage.treatment == ["transparent parts over black"]
     assert right_greys(footage) == list(range(20, 180, 20))
-    assert frames_of_footage(footage, [7])[0][24, 16].tolist() == [0, 0, 0]
+    assert decoded_frames(footage, [7], 60)[0][24, 16].tolist() == [0, 0, 0]
 
 
 def test_a_damaged_webp_is_named(tmp_path):

@@ -190,7 +190,7 @@ def test_a_broken_table_is_named_with_its_line(listing, name, text, said):
 @pytest.mark.parametrize(
     ("caption", "said"),
     [
-        (["a", "b"], "a caption that is not text, but a list: ['a', 'b']"),
+        (["a", 2], "a caption that is not text, but a list: ['a', 2]"),
         ({"en": "a"}, "a caption that is not text, but an object"),
         (7, "a caption that is not text, but a number: 7"),
         (float("nan"), "a caption that is not text, but a number: nan"),
@@ -212,7 +212,7 @@ def test_the_same_holds_for_a_dataset_and_bytes_are_written_out(compose, tmp_pat
         return compose("data=dataset", f"data.dataset_name='{tmp_path}/rows.parquet'").data.read()
 
     with pytest.raises(UserError, match=r"row 0 has a caption that is not text, but a list"):
-        read(text=[["a", "b"]], video=["a.mp4"])
+        read(text=[[1, 2]], video=["a.mp4"])
     [example] = read(text=["a"], video=[b"\x00\x01bytes of a clip"])
     assert example.video.read_bytes() == b"\x00\x01bytes of a clip"
 

@@ -7,7 +7,8 @@ import imageio_ffmpeg
 import numpy
 import pytest
 
-from cogvx.data.footage import frames_of_footage, survey
+from cogvx.data.decoders import decoded_frames
+from cogvx.data.footage import survey
 from cogvx.data.video import BadClip, by_timestamp, read_clip
 
 
@@ -79,7 +80,7 @@ def test_clips_are_read_as_ffmpeg_reads_them(tmp_path):
             0, 255, (9, height, width, 3), dtype=numpy.uint8
         )
         imageio.v3.imwrite(tmp_path / "n.mp4", noise, plugin="FFMPEG", fps=8, macro_block_size=2)
-        ours = frames_of_footage(survey(tmp_path / "n.mp4"), list(range(9)))
+        ours = decoded_frames(survey(tmp_path / "n.mp4"), list(range(9)), 60)
         theirs = imageio.v3.imread(tmp_path / "n.mp4", plugin="FFMPEG")
         assert ours.shape == theirs.shape == noise.shape
         assert numpy.abs(ours.astype(int) - theirs).mean() < 2

@@ -6,15 +6,18 @@ The losses are made up; nothing is trained.
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 
+from cogvx.errors import UserError
 from cogvx.files import read_json_lines
 from cogvx.records import record
 from cogvx.records.sweep import State
 from cogvx.runs import grid
 from cogvx.runs.pool import OnFail, Pool
 
+PROJECT = Path(__file__).parent.parent.parent
 STEPS, POOL = 100, Pool(jobs=1, gpus_per_job=1, on_fail=OnFail.go_on, retry_failed=False)
 SPACE = ["lora.rank=choice(4,16,64)", "optimizer.learning_rate=interval(1e-5,1e-1)"]
 
@@ -28,11 +31,17 @@ def loss_of(values: dict, step: int) -> float:
 class Play:
     """Stands for run_pool(): one job at a time, with ten held-out losses each."""
 
+    space = ("hydra/sweeper=optuna", *SPACE)
+    composer = grid.Composer()
+
     def __init__(self, tmp_path, *overrides):
-        given = ["hydra/sweeper=optuna", *SPACE, f"output_dir={tmp_path / 'search'}", *overrides]
-        self.sweep, _, base = grid.sweep_of(given, grid.Composer())
+        given = [*self.space, f"output_dir={tmp_path / 'search'}", *overrides]
+        self.sweep, _, base = grid.sweep_of(given, self.composer)
         self.sweep.freeze([], ["launch.py"])
-        self.search = grid.search_of(given, grid.Composer(), self.sweep, base, POOL, ["launch.py"])
+        self.search = grid.search_of(given, self.composer, self.sweep, base, POOL, ["launch.py"])
+
+    def loss_of(self, values: dict, step: int) -> float:
+        return loss_of(values, step)
 
     def run(self, most: int = 1000) -> list[str]:
         """Names of the jobs started, in order."""
@@ -52,14 +61,14 @@ class Play:
             with (folder / "metrics.jsonl").open("a") as file:
                 file.write(
                     json.dumps(
-                        {"step": step, "loss": 1.0, "heldout_loss": loss_of(job.values, step)}
+                        {"step": step, "loss": 1.0, "heldout_loss": self.loss_of(job.values, step)}
                     )
                     + "\n"
                 )
             if step < STEPS and self.search.to_pause():
                 return record.finish(folder, {"status": "interrupted", "step": step})
         record.finish(
-            folder, {"status": "done", "step": STEPS, "objective": loss_of(job.values, STEPS)}
+            folder, {"status": "done", "step": STEPS, "objective": self.loss_of(job.values, STEPS)}
         )
 
     def states(self) -> dict[str, State]:
@@ -134,7 +143,9 @@ def test_a_paused_job_goes_on_when_later_results_put_it_among_the_best(tmp_path)
 
 
 def frozen(play, rank: int):
-    job, config = play.search.make({"lora.rank": str(rank), "optimizer.learning_rate": "0.001"})
+    job, config = play.search.branches[0].make(
+        {"lora.rank": str(rank), "optimizer.learning_rate": "0.001"}
+    )
     play.sweep.freeze([(job, config)], ["launch.py"])
     return job
 
@@ -160,3 +171,54 @@ def test_a_space_that_is_used_up_ends_the_search(tmp_path, capsys):
     )
     assert len(play.run()) == 4
     assert "all that came up have been tried" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_each_branch_of_a_search_keeps_to_its_own_range_and_the_command_line_narrows_them(tmp_path):
+    given = ["+sweeps=optimizers_search", "hydra.sweeper.n_startup_trials=4"]
+    given += ["hydra.sweeper.rungs=[]", "hydra.sweeper.n_trials=12"]
+    play = Branches(tmp_path / "all", *given)
+    assert len(play.run()) == 12
+    ranges = {"adamw": (5e-5, 3e-3), "schedule_free": (5e-5, 3e-3), "muon": (1e-4, 1e-2)}
+    ranges |= {"prodigy": (0.25, 2.0)}
+    found = [(job.values["optimizer"], job.values["learning_rate"]) for job in play.sweep.jobs()]
+    assert len({optimizer for optimizer, _ in found}) >= 3
+    for optimizer, rate in found:
+        low, high = ranges[optimizer]
+        assert low <= rate <= high, (optimizer, rate)
+    later = [optimizer for optimizer, _ in found[6:]]
+    assert later.count("prodigy") >= 3, "which has the lowest losses: TPE keeps to it"
+    one = Branches(tmp_path / "one", *given, "optimizer=prodigy", "hydra.sweeper.n_trials=2")
+    one.run()
+    assert {job.values["optimizer"] for job in one.sweep.jobs()} == {"prodigy"}
+    again = Branches(tmp_path / "all", *given, "hydra.sweeper.n_trials=14")
+    assert len(again.run()) == 2, "the jobs of the first start are known"
+
+
+class Branches(Play):
+    """A search with branches, whose losses are lowest for Prodigy."""
+
+    space = ()
+    composer = grid.Composer(searchpath=(str(PROJECT),))
+
+    def loss_of(self, values: dict, step: int) -> float:
+        return 0.05 if values["optimizer"] == "prodigy" else 0.08
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (["data.fps=4,8", "lora.rank=4"], "data.fps"),
+        (["validation.heldout_timesteps=range(2,8)", "data.id_token=CAT"], "validation.heldout_"),
+        (["model=nano,2b", "data.instance_data_root=/clips"], "model"),
+    ],
+)
+def test_a_search_over_what_changes_the_judge_is_refused(tmp_path, given, key):
+    with pytest.raises(UserError, match=rf"and {key}\w* changes what that loss measures"):
+        grid.sweep_of(["hydra/sweeper=optuna", *given], grid.Composer())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_over_what_is_trained_is_none_of_these():
+    given = ["hydra/sweeper=optuna", "data.max_train_clips=4,8", "train.mixed_precision=no,bf16"]
+    assert len(grid.sweep_of([*given, "memory=fast,low"], grid.Composer())[1]) >= 4

@@ -90,6 +90,15 @@ def test_many_swept_keys_leave_a_name_that_file_systems_take():
     assert len({*names}) == 3 and max(len(name.encode()) for name in names) < 250
 
 
+def test_lists_of_layers_are_values_like_any_other(tmp_path):
+    given = ["lora.target_modules=[to_q],[to_q,to_k]", f"output_dir={tmp_path / 'sweep'}"]
+    made, jobs, _ = grid.sweep_of(given, FROM_CONF)
+    made.freeze(jobs, ["launch.py"])
+    assert [job.values["target_modules"] for job in made.jobs()] == [["to_q"], ["to_q", "to_k"]]
+    assert comparison.setting_text(["to_q", "to_k"]) == "[to_q,to_k]"
+    comparison.conclude(made)
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_named_sweep_composes_and_opens_with_its_command(path):
     assert f"python launch.py sweep={path.stem}" in path.read_text(encoding="utf-8")

@@ -140,3 +140,10 @@ def test_a_clip_uses_all_of_its_captions_before_one_comes_again():
     used = [draw.choose(CAPTION_CHOICE, [("a", "b", "c")])[0] for draw in draws]
     assert [sorted(used[start : start + 3]) for start in (0, 3, 6)] == [["a", "b", "c"]] * 3
     assert [draw.choose(CAPTION_CHOICE, [("a",)]) for draw in draws] == [["a"]] * 9
+
+
+def test_the_id_token_is_left_out_in_its_share_of_epochs():
+    draws = [Draw(0, [Sample(epoch, 3, 0)] * 2, CPU) for epoch in range(400)]
+    left_out = [draw.leaves_out_id_token([0.25, 0.0]) for draw in draws]
+    assert 80 < sum(first for first, _ in left_out) < 120
+    assert not any(second for _, second in left_out)
