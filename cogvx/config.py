@@ -52,6 +52,7 @@ ADDED_SETTINGS = {
     "data": {
         "allow_outside_root": False,
         "decode_seconds": 300.0,
+        "shard": None,
         "id_token_position": "start",
         "id_token_share": 1.0,
         "caption_split": None,

@@ -53,6 +53,15 @@ def clips_are_given(s: Sections) -> list[str]:
     return ["data.instance_data_root must be given: data.instance_data_root=..."]
 
 
+def training_needs_every_clip(s: Sections) -> list[str]:
+    if s.data.shard is None or isinstance(s.task, tasks.EncodeTask):
+        return []
+    return [
+        f"data.shard={s.data.shard} is for task=encode: everything else needs all clips. "
+        f"When all parts are encoded: data.shard=null"
+    ]
+
+
 def captions_are_written_beside_clips(s: Sections) -> list[str]:
     if not isinstance(s.task, tasks.CaptionTask) or isinstance(s.data, Folder):
         return []
@@ -195,6 +204,7 @@ def videos_are_made_in_one_process(s: Sections) -> list[str]:
 
 RULES = (
     clips_are_given,
+    training_needs_every_clip,
     captions_are_written_beside_clips,
     model_takes_the_clips,
     images_need_image_to_video,

@@ -22,14 +22,15 @@ from cogvx.data.decoders import surveyed
 from cogvx.data.footage import FileFacts
 from cogvx.data.index import Index
 from cogvx.errors import UserError
-from cogvx.files import replacing
+from cogvx.files import replacing, write_text
 from cogvx.progress import bar, heartbeat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-INDEX = "index"  # the folder of the sets' indexes
+# Folders of the sets' indexes, and of the lists of files that runs use.
+INDEX, LISTS = "index", "lists"
 LOOKED_AT_ONCE = 4
 
 
@@ -100,6 +101,17 @@ class Cache:
 
     def keep_about(self, path: Path, stat: os.stat_result, about: dict) -> None:
         self.index.keep("about", self.name_of(path), stat, about)
+
+    def keep_list(self, paths: Iterable[Path]) -> str:
+        """The name of a list of these files, for task=cache: runs with the same files share it."""
+        names = "\n".join(sorted({self.name_of(path) for path in paths}))
+        key = content_key(names)
+        path = self.folder / LISTS / f"{key}.txt"
+        # A run can do without it.
+        with contextlib.suppress(OSError):
+            if not path.is_file():
+                write_text(path, names)
+        return key
 
     def name_of(self, path: Path) -> str:
         """A file of the cache, from the cache's folder."""

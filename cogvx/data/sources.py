@@ -5,6 +5,7 @@ Each file in conf/data/ has a class here. To add a format: a class with rows(), 
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -89,6 +90,7 @@ class Data:
     video_reshape_mode: Reshape
     decode_seconds: float
     cache_dir: Path
+    shard: str | None
     validation_fraction: float
     max_validation_clips: int
     max_train_clips: int | None
@@ -196,6 +198,32 @@ class Data:
         chosen = {left[place] for place in order}
         return [index in chosen for index in range(examples)]
 
+    def parts(self) -> tuple[int, int]:
+        """Which part of the clips this process encodes, counted from 1, and of how many."""
+        part, _, parts = (self.shard or "1/1").partition("/")
+        return int(part), int(parts)
+
+    def own_part(self, examples: list[Example]) -> list[Example]:
+        """Every n-th example. UserError if there are fewer examples than parts."""
+        part, parts = self.parts()
+        if part > len(examples):
+            raise UserError(
+                f"data.shard={self.shard}: there are only {counted(len(examples), 'clip')}, "
+                f"and each part needs one: data.shard=1/{len(examples)} is the most"
+            )
+        return examples[part - 1 :: parts]
+
+    def shard_problems(self) -> list[str]:
+        if self.shard is None:
+            return []
+        found = re.fullmatch(r"([0-9]+)/([0-9]+)", self.shard)
+        if found and 1 <= int(found[1]) <= int(found[2]):
+            return []
+        return [
+            f"data.shard={self.shard}: must be PART/PARTS, counted from 1: 1/64 is the first of "
+            f"64 parts and 64/64 the last"
+        ]
+
     def problems(self) -> list[str]:
         none, shortest = "none: data.validation_fraction=0", self.min_num_frames
         most_train = self.max_train_clips
@@ -229,6 +257,7 @@ class Data:
             for name, holds, must in rules
             if not holds
         ]
+        found += self.shard_problems()
         if len(set(self.columns())) < len(self.columns()):
             found.append(
                 f"data: captions, clips and images each need their own column, "

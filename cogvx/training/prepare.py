@@ -45,6 +45,7 @@ from cogvx.records import record
 from cogvx.training.judging import what_is_judged
 from cogvx.training.peaks import give_memory_back
 from cogvx.training.ranks import LONGEST_WAIT, Ranks, host_group
+from cogvx.training.shards import say_what_is_left
 from cogvx.training.step import Batch, on_device
 from cogvx.training.videos import RealClip, validation_images, validation_prompts
 
@@ -157,7 +158,8 @@ def prepare(
     images = validation_images(config.validation, 1 if prompts is None else len(prompts))
 
     cache = cache_of(data)
-    pretrained, examples = fetch(config, cache, ranks)
+    pretrained, every_example = fetch(config, cache, ranks)
+    examples = data.own_part(every_example)
     vae, text_encoder = encoders(pretrained, cache, config.memory)
     with ranks.peaks.phase("encode clips"):
         clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)
@@ -167,7 +169,8 @@ def prepare(
     if ranks.logs:
         report(folder, clips, uses, rejected)
         note_fingerprints(folder, config, pretrained, clips, cache, ranks)
-        record.note(folder, judged=what_is_judged(held_out, config, cache))
+        if data.shard is None:
+            record.note(folder, judged=what_is_judged(held_out, config, cache))
     describe(folder, train, held_out, data, ranks)
     require_equal_lengths(train, config.train)
     warn_of_lengths(clips, pretrained, ranks)
@@ -194,6 +197,9 @@ def prepare(
         embeds = encode_prompts(needed, cache, text_encoder, text_tokens, ranks.say)
         # Nor to the text encoder.
         give_memory_back(collect=True)
+    if ranks.logs:
+        record.note(folder, cache_list=cache.keep_list([*files_in_cache(clips), *embeds.values()]))
+    say_what_is_left(every_example, data, cache, vae, ranks)
     return Prepared(pretrained, train, held_out, embeds, prompts, example_prompt, pictures)
 
 
@@ -207,7 +213,7 @@ def fetch(config: Config, cache: Cache, ranks: Ranks) -> tuple[PretrainedModel, 
         examples = config.data.read()
         for line in config.data.said:
             ranks.say(line)
-        cache.look_at(example.video for example in examples)
+        cache.look_at(example.video for example in config.data.own_part(examples))
         # Raises an error if there are too few clips, before they are encoded.
         config.data.trained_on(len(examples))
         pretrained = fetch_model(config, ranks)
@@ -320,6 +326,11 @@ def fingerprint_of(example: Example, cache: Cache) -> list[str]:
     return [*captions, *(cache.fingerprint(path) for path in files)]
 
 
+def files_in_cache(clips: list[EncodedClip]) -> list[Path]:
+    cuts = [cut for clip in clips for cut in clip.cuts]
+    return [path for cut in cuts for path in (cut.path, cut.image_path) if path is not None]
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -344,7 +355,7 @@ def describe(
             f"data.fps={data.fps}, so some frames are used twice (dataset_report.csv, column "
             f"repeated); data.fps={lowest} avoids this"
         )
-    if not held_out:
+    if not held_out and data.shard is None:
         ranks.say(
             "warning no clip is held out, so there is no held-out loss: "
             "add clips, or set data.validation_fraction"
