@@ -51,6 +51,7 @@ NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps"
 ADDED_SETTINGS = {
     "data": {
         "allow_outside_root": False,
+        "buckets": None,
         "decode_seconds": 300.0,
         "shard": None,
         "id_token_position": "start",

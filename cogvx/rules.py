@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cogvx.data import sources
+from cogvx.data.buckets import problems_of_buckets, read_size
 from cogvx.data.folder import Folder
 from cogvx.model import pretrained
 from cogvx.options import optimizers, parallel, schedules, tasks
@@ -70,8 +71,12 @@ def captions_are_written_beside_clips(s: Sections) -> list[str]:
 
 
 def model_takes_the_clips(s: Sections) -> list[str]:
-    """The checkpoint's own limits on frames, size and precision."""
+    """The checkpoint's own limits on frames, sizes and precision."""
     return s.model.refusals(**asked_of_model(s.data, s.train))
+
+
+def buckets_are_sizes(s: Sections) -> list[str]:
+    return problems_of_buckets(s.data)
 
 
 def images_need_image_to_video(s: Sections) -> list[str]:
@@ -206,6 +211,7 @@ RULES = (
     clips_are_given,
     training_needs_every_clip,
     captions_are_written_beside_clips,
+    buckets_are_sizes,
     model_takes_the_clips,
     images_need_image_to_video,
     compile_needs_whole_feed_forwards,
@@ -226,9 +232,15 @@ RULES_OF_TRAINING = (
 
 def asked_of_model(data: sources.Data, train: Train) -> dict:
     """The settings that decide whether a checkpoint can be trained, for Model.refusals()."""
+    buckets = None
+    # What is no size is another rule's.
+    if data.buckets is not None:
+        given = data.buckets if isinstance(data.buckets, list) else []
+        buckets = [size for text in given if (size := read_size(text)) is not None]
     return {
         "frames": data.max_num_frames,
         "height": data.height,
         "width": data.width,
         "precision": train.mixed_precision.name,
+        "buckets": buckets,
     }

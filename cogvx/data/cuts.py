@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cogvx.data.buckets import Size, size_for
+from cogvx.data.buckets import Size, bucket_of, size_for
 
 if TYPE_CHECKING:
+    from cogvx.data.cache import Cache
     from cogvx.data.sources import Data, Example
 
 
@@ -21,14 +22,14 @@ class Cut:
     flipped: bool = False  # left and right are swapped
 
 
-def cuts_of(example: Example, data: Data) -> tuple[Cut, ...]:
+def cuts_of(example: Example, data: Data, cache: Cache) -> tuple[Cut, ...]:
     """The ways to use a clip. Training draws one for each epoch. All have the same size.
 
     The first one is used where nothing is drawn: for the held-out loss, and in reports.
     """
-    return (head(data),)
+    return (head(data, bucket_of(example, data, cache)),)
 
 
-def head(data: Data) -> Cut:
-    """The beginning of a file, after data.skip_frames_start."""
-    return Cut(size_for(data), data.skip_frames_start, data.skip_frames_end)
+def head(data: Data, size: Size | None = None) -> Cut:
+    """The beginning of a file, after data.skip_frames_start. None: at the size of `data`."""
+    return Cut(size or size_for(data), data.skip_frames_start, data.skip_frames_end)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogvx.data.buckets import Size
 from cogvx.data.cache import Cache, content_key
 from cogvx.data.cuts import Cut, cuts_of
 from cogvx.data.listed import shortened
@@ -81,6 +82,11 @@ class EncodedClip:
         return self.first.about
 
     @property
+    def size(self) -> Size:
+        """What the model sees: a clip may have fewer frames than its cut asks for."""
+        return replace(self.first.cut.size, frames=self.about["frames"])
+
+    @property
     def latent_shape(self) -> list[int]:
         return self.about["shapes"]["latent_moments"]
 
@@ -143,7 +149,7 @@ def encode_clips(
         reason = next(filter(None, why), None)
         if reason is None:
             cuts = [EncodedCut(cut, path, cache.about(path)) for cut, path in files.items()]
-            reason = too_short(min(each.about["frames"] for each in cuts), data)
+            reason = next(filter(None, (too_short(each, data) for each in cuts)), None)
         if reason is None:
             encoded.append(EncodedClip(example, tuple(cuts)))
         else:
@@ -156,7 +162,7 @@ def files_of(example: Example, data: Data, cache: Cache, vae: Encoder) -> dict[C
     """The file in the cache of each cut. BadClip or OSError if the clip cannot be read."""
     return {
         cut: cache.path("latents", clip_key(example.video, data, cut, cache, vae))
-        for cut in cuts_of(example, data)
+        for cut in cuts_of(example, data, cache)
     }
 
 
@@ -165,11 +171,14 @@ def unreadable(error: BadClip | OSError) -> str:
     return str(error) if isinstance(error, BadClip) else f"cannot be read: {error.strerror}"
 
 
-def too_short(frames: int, data: Data) -> str | None:
-    """Why a cached clip cannot be used: data.min_num_frames may be larger than it was before."""
-    if frames >= data.min_num_frames:
-        return None
-    return f"is too short: {frames} frames; data.min_num_frames is {data.min_num_frames}"
+def too_short(encoded: EncodedCut, data: Data) -> str | None:
+    """Why a cached cut cannot be used: data.min_num_frames may be larger than it was before."""
+    frames, least = encoded.about["frames"], data.min_num_frames
+    if frames < least:
+        return f"is too short: {counted(frames, 'frame')}; data.min_num_frames is {least}"
+    if data.buckets is not None and frames < encoded.cut.size.frames:
+        return f"is too short: {counted(frames, 'frame')}; its bucket is {encoded.cut.size}"
+    return None
 
 
 def latent_moments(model: AutoencoderKLCogVideoX, frames: Tensor, vae: Encoder) -> Tensor:
@@ -319,7 +328,10 @@ def thumbnails(frames: Tensor) -> Tensor:
 
 
 def facts_of(clip: Clip) -> dict[str, object]:
-    """What the dataset report says of a clip. `repeated`: frames that are used more than once."""
+    """What the dataset report says of a clip.
+
+    `repeated`: frames that are used more than once. `cropped`: the share of the picture.
+    """
     return {
         "frames": len(clip.indices),
         "first_frame": clip.indices[0],
@@ -329,6 +341,7 @@ def facts_of(clip: Clip) -> dict[str, object]:
         "file_fps": round(clip.file_fps, 3),
         "file_width": clip.file_width,
         "file_height": clip.file_height,
+        "cropped": round(clip.cropped, 3),
         "treatment": clip.treatment,
     }
 

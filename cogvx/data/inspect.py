@@ -22,6 +22,8 @@ COLUMNS = [
     "file_fps",
     "file_width",
     "file_height",
+    "size",
+    "cropped",
     "treatment",
     "latent_shape",
     "prompt",
@@ -41,6 +43,7 @@ def write_report(
             "video": str(clip.example.video),
             "image": clip.example.image,
             "use": use,
+            "size": str(clip.size),
             "latent_shape": "x".join(map(str, clip.latent_shape)),
             "prompt": clip.example.prompt,
         }
@@ -66,7 +69,8 @@ def write_contact_sheet(folder: Path, clips: list[EncodedClip], uses: list[str])
 
     shown = list(zip(clips, uses, strict=True))[:MOST_ON_SHEET]
     strips = [load_file(clip.first.path)["thumbnails"].numpy() for clip, _ in shown]  # [3, h, w, C]
-    _, height, width, _ = strips[0].shape
+    # Clips of several buckets have pictures of several sizes.
+    height, width = (max(strip.shape[side] for strip in strips) for side in (1, 2))
     columns, gap, text = min(3, len(shown)), 8, 30
     cell_width, cell_height = 3 * width + gap, height + text + gap
     rows = -(-len(shown) // columns)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cogvx.data import demo, world
 from cogvx.data.listed import ListedClip, located, paired, read_lines, require_columns
@@ -85,6 +85,7 @@ class Data:
     fps: float | None
     max_num_frames: int
     min_num_frames: int
+    buckets: Any  # a list of sizes, auto, or None
     skip_frames_start: int
     skip_frames_end: int
     video_reshape_mode: Reshape

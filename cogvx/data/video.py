@@ -36,6 +36,7 @@ class Clip:
     file_fps: float
     file_width: int
     file_height: int
+    cropped: float  # the share of the picture that is outside
     treatment: str  # what was done to its frames besides decoding and resizing them
 
 
@@ -73,6 +74,7 @@ def read_clip(path: Path, data: Data, cut: Cut | None = None, *, frame_multiple:
         file_fps=footage.fps,
         file_height=pixels.shape[1],
         file_width=pixels.shape[2],
+        cropped=cut.size.cropped(pixels.shape[1], pixels.shape[2] * footage.upright_pixel_aspect),
         treatment=", ".join(footage.treatment),
     )
 

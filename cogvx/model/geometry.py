@@ -5,6 +5,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogvx.data.buckets import Size
 from cogvx.errors import UserError
 from cogvx.model.released import NAMES, RELEASED
 
@@ -69,6 +70,11 @@ class Geometry:
         """The name of the diffusers class that generates videos with this model."""
         return "CogVideoXImageToVideoPipeline" if self.image_to_video else "CogVideoXPipeline"
 
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width in pixels. For 1.5: the most that there are positions for."""
+        return self.sample_height * self.spatial_stride, self.sample_width * self.spatial_stride
+
     def padding(self, latent_frames: int) -> int:
         """Latent frames that 1.5 needs in front of a clip, to fill whole tokens."""
         return -latent_frames % (self.patch_size_t or 1)
@@ -81,16 +87,24 @@ class Geometry:
         return self.text_tokens + in_time * rows * columns
 
     def problems(
-        self, *, frames: int, height: int, width: int, image_to_video: bool, precision: str
+        self,
+        *,
+        frames: int,
+        height: int,
+        width: int,
+        image_to_video: bool,
+        precision: str,
+        buckets: list[Size] | None = None,
     ) -> list[str]:
         """Why the model cannot be trained like this, and what is allowed.
 
-        `precision`: no, fp16 or bf16.
+        `precision`: no, fp16 or bf16. `buckets`: sizes besides this one; None: there is only one.
         """
         return [
             *self.kind_problems(image_to_video),
             *self.frame_problems(frames),
             *self.size_problems(height, width),
+            *self.bucket_problems(buckets),
             *self.precision_problems(precision),
         ]
 
@@ -113,39 +127,53 @@ class Geometry:
             ]
         return []
 
-    def frame_problems(self, frames: int) -> list[str]:
+    def frame_problems(self, frames: int, named: str = "data.max_num_frames") -> list[str]:
+        """`named`: the setting, for messages."""
         step = self.temporal_stride
         if frames >= 1 and frames % step == 1 % step:
             return []
         below = max(1, (frames - 1) // step * step + 1)
-        return [
-            f"data.max_num_frames={frames}: must be {step}k + 1; nearest: {below} or {below + step}"
-        ]
+        return [f"{named}={frames}: must be {step}k + 1; nearest: {below} or {below + step}"]
 
-    def size_problems(self, height: int, width: int) -> list[str]:
+    def size_problems(self, height: int, width: int, named: str = "data.") -> list[str]:
+        """`named`: the setting, for messages, without height or width."""
         found, multiple = [], self.pixel_multiple
         for name, value, latent in (
             ("height", height, self.sample_height),
             ("width", width, self.sample_width),
         ):
             native = latent * self.spatial_stride
+            setting = f"{named}{name}={value}"
             if self.learned_positions and value != native:
                 found.append(
-                    f"data.{name}={value}: must be {native}, "
-                    f"the only one this checkpoint has positions for"
+                    f"{setting}: must be {native}, the only one this checkpoint has positions for"
                 )
             elif value < multiple or value % multiple:
                 below = value // multiple * multiple
                 nearest = f"{below} or {below + multiple}" if below >= multiple else f"{multiple}"
                 found.append(
-                    f"data.{name}={value}: must be a multiple of {multiple} "
+                    f"{setting}: must be a multiple of {multiple} "
                     f"(VAE {self.spatial_stride} x patch {self.patch_size}); nearest: {nearest}"
                 )
             elif self.patch_size_t is not None and value > native:
                 found.append(
-                    f"data.{name}={value}: must be at most {native}, "
-                    f"where this checkpoint's positions end"
+                    f"{setting}: must be at most {native}, where this checkpoint's positions end"
                 )
+        return found
+
+    def bucket_problems(self, buckets: list[Size] | None) -> list[str]:
+        if buckets is None:
+            return []
+        if self.learned_positions:
+            height, width = self.native_size
+            return [
+                f"data.buckets: this checkpoint has positions for one size only, {height}x{width} "
+                f"(height x width): data.buckets=null"
+            ]
+        found = []
+        for size in buckets:
+            found += self.frame_problems(size.frames, f"data.buckets={size}: frames")
+            found += self.size_problems(size.height, size.width, f"data.buckets={size}: ")
         return found
 
     def precision_problems(self, precision: str) -> list[str]:
@@ -155,6 +183,25 @@ class Geometry:
                 "fp16; train.mixed_precision=bf16"
             ]
         return []
+
+    def caution_of_buckets(self, buckets: list[Size]) -> str | None:
+        """Which sizes are new to the checkpoint; None if none is, or if this is not known."""
+        if self.ofs:
+            new = [size for size in buckets if not trained_on_by_1_5_i2v(size)]
+            trained = "768 pixels on the short side and up to 1360 on the long one"
+        elif self.patch_size_t is None:
+            height, width = self.native_size
+            new = [size for size in buckets if (size.height, size.width) != (height, width)]
+            trained = f"{height}x{width}"
+        else:
+            return None
+        if not new:
+            return None
+        shapes = dict.fromkeys(f"{size.height}x{size.width}" for size in new)
+        return (
+            f"this checkpoint was trained at {trained} (height x width). New to it: "
+            f"{', '.join(shapes)}"
+        )
 
     def cautions(self, frames: int) -> list[str]:
         """What is allowed but not what the model was trained on."""
@@ -170,6 +217,12 @@ class Geometry:
                 f"and these are {frames}"
             ]
         return []
+
+
+def trained_on_by_1_5_i2v(size: Size) -> bool:
+    """The model card of CogVideoX1.5-5B-I2V: min(W, H) = 768, 768 <= max(W, H) <= 1360."""
+    shorter, longer = sorted((size.height, size.width))
+    return shorter == 768 and longer <= 1360
 
 
 def released(path: str) -> Geometry | None:

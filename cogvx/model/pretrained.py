@@ -19,6 +19,7 @@ from cogvx.progress import heartbeat, library_bars
 if TYPE_CHECKING:
     import torch
 
+    from cogvx.data.buckets import Size
     from cogvx.data.cache import Cache
     from cogvx.options.validation import Sampler
 
@@ -58,7 +59,15 @@ class Model:
         here = (Path(self.path) / "transformer" / "config.json").is_file()
         return read_geometry(Path(self.path)) if here else released(self.path)
 
-    def refusals(self, *, frames: int, height: int, width: int, precision: str) -> list[str]:
+    def refusals(
+        self,
+        *,
+        frames: int,
+        height: int,
+        width: int,
+        precision: str,
+        buckets: list[Size] | None = None,
+    ) -> list[str]:
         """Why it cannot be trained like this, as far as this is known before a download."""
         try:
             geometry = self.expected_geometry()
@@ -72,6 +81,7 @@ class Model:
             width=width,
             precision=precision,
             image_to_video=self.image_to_video,
+            buckets=buckets,
         )
 
     def prepare(self, **asked_for) -> Path:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from cogvx.config import Config
 from cogvx.data.encode import EncodedClip
 from cogvx.options.train import TimestepSampling
+from cogvx.training.order import SampleOrder, order_of
 from cogvx.training.prepare import Prepared
 from cogvx.training.ranks import Ranks
-from cogvx.training.step import (
-    CAPTION_CHOICE,
-    CUT,
-    IMAGE_NOISE,
-    Batch,
-    Draw,
-    sample_order,
-)
+from cogvx.training.step import CAPTION_CHOICE, CUT, IMAGE_NOISE, Batch, Draw
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Batches:
         start = (micro_step * self.ranks.count + self.ranks.index) * size
         return Draw(
             seed,
-            sample_order(seed, len(self.data.train), start, size),
+            self.order.samples(start, size),
             self.ranks.accelerator.device,
             timestep_sampling=TimestepSampling(
                 train.timestep_sampling, train.logit_mean, train.logit_std
@@ -61,6 +56,10 @@ class Batches:
             caption_dropout=train.caption_dropout,
             image_dropout=train.image_dropout,
         )
+
+    @functools.cached_property
+    def order(self) -> SampleOrder:
+        return order_of(self.config, self.data.train, self.ranks.count)
 
     def images(self, draw: Draw) -> list[int]:
         """Which encoding of its image each clip starts from. Encoding 0 is without noise."""

@@ -38,11 +38,14 @@ from cogvx.data.video import BadClip, to_bytes
 from cogvx.errors import UserError
 from cogvx.files import shown
 from cogvx.model.pretrained import PretrainedModel
+from cogvx.model.sizes import with_sizes
 from cogvx.options.memory import Memory
 from cogvx.options.train import Precision, Train
 from cogvx.progress import counted, heartbeat
 from cogvx.records import record
+from cogvx.training import bucket_table
 from cogvx.training.judging import what_is_judged
+from cogvx.training.order import samples_per_step
 from cogvx.training.peaks import give_memory_back
 from cogvx.training.ranks import LONGEST_WAIT, Ranks, host_group
 from cogvx.training.shards import say_what_is_left
@@ -159,6 +162,7 @@ def prepare(
 
     cache = cache_of(data)
     pretrained, every_example = fetch(config, cache, ranks)
+    data = with_sizes(data, pretrained.geometry())
     examples = data.own_part(every_example)
     vae, text_encoder = encoders(pretrained, cache, config.memory)
     with ranks.peaks.phase("encode clips"):
@@ -172,7 +176,10 @@ def prepare(
         if data.shard is None:
             record.note(folder, judged=what_is_judged(held_out, config, cache))
     describe(folder, train, held_out, data, ranks)
-    require_equal_lengths(train, config.train)
+    if data.buckets is None:
+        require_equal_lengths(train, config.train)
+    else:
+        describe_buckets(config, train, held_out, pretrained, ranks)
     warn_of_lengths(clips, pretrained, ranks)
 
     first, own = (held_out or train)[0].example, {}
@@ -343,9 +350,12 @@ def describe(
     clips = [*train, *held_out]
     frames = sorted({clip.about["frames"] for clip in clips})
     lengths = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
+    shapes = {(clip.size.width, clip.size.height) for clip in clips}
+    width, height = min(shapes)
+    size = f"{width}x{height}" if len(shapes) == 1 else f"{len(shapes)} shapes"
     ranks.say(
         f"data    {counted(len(train), 'clip')} to train on, {len(held_out)} held out; "
-        f"{lengths} frames of {data.width}x{data.height} at {data.fps or 'their own'} fps"
+        f"{lengths} frames of {size} at {data.fps or 'their own'} fps"
     )
     slow = [clip for clip in clips if clip.about["repeated"]]
     if slow:
@@ -377,10 +387,25 @@ def require_equal_lengths(clips: list[EncodedClip], train: Train) -> None:
     raise UserError(
         f"train.train_batch_size={size} needs clips of one length, "
         f"and there are {', '.join(lengths)}. "
-        f"Either train.train_batch_size=1 train.gradient_accumulation_steps={size}, "
-        f"or data.max_num_frames={frames[0]}, "
+        f"Either data.buckets=auto, or train.train_batch_size=1 "
+        f"train.gradient_accumulation_steps={size}, or data.max_num_frames={frames[0]}, "
         f"or data.min_num_frames={frames[-1]} to leave the shorter ones out"
     )
+
+
+def describe_buckets(
+    config: Config,
+    train: list[EncodedClip],
+    held_out: list[EncodedClip],
+    pretrained: PretrainedModel,
+    ranks: Ranks,
+) -> None:
+    rows = bucket_table.table_of(config, train, held_out, ranks.count)
+    for line in bucket_table.lines_of(rows, samples_per_step(config.train, ranks.count)):
+        ranks.say(line)
+    caution = pretrained.geometry().caution_of_buckets([row.size for row in rows])
+    if caution is not None:
+        ranks.say(f"warning {caution}")
 
 
 def warn_of_lengths(clips: list[EncodedClip], pretrained: PretrainedModel, ranks: Ranks) -> None:

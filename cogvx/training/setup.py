@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from cogvx.training.in_backward import SteppingInBackward
 from cogvx.training.loss_log import LossLog
 from cogvx.training.metrics import Metrics
 from cogvx.training.on_cpu import Fp32Weights
+from cogvx.training.order import number_of_steps
 from cogvx.training.prepare import Prepared
 from cogvx.training.previews import Previews
 from cogvx.training.ranks import Ranks
@@ -195,14 +195,6 @@ def resume_point(
     state.require_fit(source, manifest["optimizer"])
     ranks.say(f"resume  {shown(source)} after step {manifest['step']}")
     return manifest["step"], manifest["pending"][ranks.index :: ranks.count]
-
-
-def number_of_steps(config: Config, clips: int, processes: int) -> int:
-    train = config.train
-    if train.max_train_steps is not None:
-        return train.max_train_steps
-    clips_per_step = train.train_batch_size * train.gradient_accumulation_steps * processes
-    return math.ceil(train.num_train_epochs * clips / clips_per_step)
 
 
 def validation_videos(

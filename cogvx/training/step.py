@@ -55,7 +55,7 @@ class Sample(NamedTuple):
 # Each kind of random number has its own stream.
 ORDER, POSTERIOR, NOISE, TIMESTEP, CAPTION = 1, 2, 3, 4, 5
 IMAGE_POSTERIOR, IMAGE_NOISE, IMAGE_DROPOUT = 6, 7, 8
-CUT, CAPTION_CHOICE, ID_TOKEN = 9, 10, 11
+CUT, CAPTION_CHOICE, ID_TOKEN, TURNS = 9, 10, 11, 12
 Drawn = TypeVar("Drawn")
 # (sqrt(5) - 1) / 2. Its multiples, modulo 1, fill any interval evenly.
 GOLDEN = 0.6180339887498949
@@ -163,19 +163,6 @@ class FixedDraw(Draw):
 
     def timesteps(self, num_timesteps: int) -> Tensor:
         return torch.full((len(self.samples),), self.timestep, device=self.device)
-
-
-def sample_order(seed: int, examples: int, start: int, count: int) -> list[Sample]:
-    """`count` samples from place `start` of an endless sequence of epochs.
-
-    Each epoch is a seeded permutation of the examples.
-    """
-    order = []
-    for place in range(start, start + count):
-        epoch, position = divmod(place, examples)
-        permutation = numpy.random.default_rng((ORDER, seed, epoch)).permutation(examples)
-        order.append(Sample(epoch, int(permutation[position]), place))
-    return order
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from cogvx.options import schedules
-from cogvx.training.setup import number_of_steps
+from cogvx.training.order import number_of_steps
 
 CASES = {
     "constant": schedules.Constant(),

@@ -3,7 +3,7 @@
 import torch
 
 from cogvx.options.train import Timesteps, TimestepSampling
-from cogvx.training.step import CAPTION_CHOICE, IMAGE_NOISE, Draw, Sample, sample_order
+from cogvx.training.step import CAPTION_CHOICE, IMAGE_NOISE, Draw, Sample
 
 CPU = torch.device("cpu")
 SHAPE = torch.Size((1, 3, 16, 8, 8))
@@ -47,7 +47,7 @@ def test_no_global_generator_is_read_or_moved():
     torch.manual_seed(7)
     assert torch.equal(first, noise())
     torch.manual_seed(0)
-    noise(), sample_order(0, 5, 0, 9)
+    noise()
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -69,15 +69,6 @@ def test_captions_are_dropped_as_often_as_asked():
     assert not any(
         Draw(0, [Sample(epoch, 1, epoch)], CPU).drops_caption()[0] for epoch in range(100)
     )
-
-
-def test_every_epoch_has_every_example_once_in_another_order():
-    order = sample_order(0, 7, 0, 21)
-    epochs = [[index for epoch, index, _ in order if epoch == e] for e in range(3)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert sample_order(0, 7, 5, 6) == order[5:11], "it can be entered anywhere"
-    assert sample_order(1, 7, 0, 7) != order[:7]
 
 
 def timesteps(sampling, count=4000, mean=0.0, std=1.0, start=0):
