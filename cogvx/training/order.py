@@ -134,11 +134,12 @@ def sample_order(
 ) -> SampleOrder:
     """The order of clips, of which `buckets` and `sources` say to what each belongs.
 
-    shares: of the samples, by source, above 0; they need not add up to 1.
+    shares: of the samples, by source, above 0; they need not add up to 1. Empty: all clips are used
+    equally often.
     """
     present = Counter(sources)
     each = {
-        source: Fraction(shares[source]).limit_denominator(LARGEST_DENOMINATOR) / clips
+        source: Fraction((shares or present)[source]).limit_denominator(LARGEST_DENOMINATOR) / clips
         for source, clips in present.items()
     }
     members = defaultdict(lambda: defaultdict(list))

@@ -113,6 +113,12 @@ def test_shares_need_not_add_up_and_a_source_without_clips_has_none():
     assert order(sources=SOURCES, shares=given).samples(0, 300) == MIXED.samples(0, 300)
 
 
+def test_without_shares_all_clips_of_all_sources_are_used_equally_often():
+    whole = sample_order(0, [None] * 48, SOURCES, {}, 4)
+    counts = Counter(sample.index for sample in whole.samples(0, 48 * 100))
+    assert min(counts.values()) >= 99 and max(counts.values()) <= 101
+
+
 def test_places_of_a_source_are_spread_evenly():
     one = order(buckets=[None] * 48, sources=SOURCES, shares=SHARES)
     cats = [SOURCES[sample.index] == "cats" for sample in one.samples(0, 2000)]
