@@ -26,6 +26,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "compare": tasks.CompareTask,
         "list": tasks.ListTask,
         "clean": tasks.CleanTask,
+        "cache": tasks.CacheTask,
     },
     "model": {
         "nano": pretrained.Nano,

@@ -147,6 +147,13 @@ def start_clean(config: Config, folder: Path) -> dict:
     return {}
 
 
+def start_cache(config: Config, folder: Path) -> dict:
+    from cogvx.records import cached
+
+    cached.work_on_cache(config.data.cache_dir, config.task)
+    return {}
+
+
 STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.TrainTask: start_training,
     tasks.PlanTask: start_plan,
@@ -161,4 +168,5 @@ STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.CompareTask: start_comparison,
     tasks.ListTask: start_list,
     tasks.CleanTask: start_clean,
+    tasks.CacheTask: start_cache,
 }

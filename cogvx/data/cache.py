@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from cogvx.data.decoders import surveyed
 from cogvx.data.footage import FileFacts
 from cogvx.data.index import Index
-from cogvx.errors import UserError
+from cogvx.errors import UserError, first_line
 from cogvx.files import replacing, write_text
 from cogvx.progress import bar, heartbeat
 
@@ -186,6 +186,24 @@ def about_in_file(path: Path) -> dict | None:
             return {**about, "shapes": shapes}
     except (FileNotFoundError, SafetensorError):
         return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of the cache: None if nothing is, "" if it has no digest."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "digest" not in metadata:
+                return ""
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError) as error:
+        return f"it cannot be read ({first_line(error)})"
+    same = digest_of(metadata.get("about", ""), tensors) == metadata["digest"]
+    return None if same else "its content is not what was written"
 
 
 def digest_of(about: str, tensors: dict[str, Tensor]) -> str:

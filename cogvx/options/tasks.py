@@ -310,3 +310,42 @@ class CleanTask(Task):
     yes: bool  # removes without asking
     makes_a_run: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+
+
+class CacheWork(Enum):
+    """What task=cache does. Each is explained in conf/task/cache.yaml."""
+
+    stats = "stats"
+    verify = "verify"
+    gc = "gc"
+
+
+@dataclass
+class CacheTask(Task):
+    do: CacheWork
+    folder: Path
+    older_than: float | None  # days
+    keep_gb: float | None
+    used: bool
+    yes: bool
+    makes_a_run: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+
+    def problems(self) -> list[str]:
+        found = [
+            f"task.{name}={value:g}: must be 0 or more"
+            for name, value in (("older_than", self.older_than), ("keep_gb", self.keep_gb))
+            if value is not None and value < 0
+        ]
+        limited = self.older_than is not None or self.keep_gb is not None
+        if self.do is not CacheWork.gc and (limited or self.used or self.yes):
+            found.append(
+                "task.older_than, task.keep_gb, task.used and task.yes are for task.do=gc, and "
+                f"this is task.do={self.do.name}"
+            )
+        if self.used and not limited:
+            found.append(
+                "task.used=true alone would remove everything: "
+                "give task.older_than=DAYS or task.keep_gb=GB too"
+            )
+        return found

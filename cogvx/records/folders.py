@@ -205,7 +205,7 @@ def clean_folders(root: Path, *, yes: bool) -> list[Path]:
     show_useless(found)
     total = size_text(sum(each.size for each in found))
     print(f"{counted(len(found), 'file or folder', 'files and folders')}, {total}")
-    if not yes and not confirmed():
+    if not yes and not confirmed("task=clean"):
         return []
     removed = [each.path for each in found if remove(each.path)]
     print(f"removed {counted(len(removed), 'file or folder', 'files and folders')}")
@@ -223,9 +223,10 @@ def show_useless(found: list[Useless]) -> None:
             print(f"  ... and {len(those) - MOST_PATHS} more")
 
 
-def confirmed() -> bool:
+def confirmed(asked: str) -> bool:
+    """asked: the settings that would remove these files, if nobody had to be asked."""
     if not sys.stdin.isatty():
-        print("nothing was removed. To remove these:  python launch.py task=clean task.yes=true")
+        print(f"nothing was removed. To remove these:  python launch.py {asked} task.yes=true")
         return False
     if input("Remove these? [y/N] ").strip().lower() in ("y", "yes"):
         return True
