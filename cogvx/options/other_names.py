@@ -355,6 +355,7 @@ OTHER_OPTIONS: dict[str, dict[str, str]] = {
     "data": {
         **dict.fromkeys(("text", "txt"), "text_files"),
         **dict.fromkeys(("huggingface", "hub"), "dataset"),
+        **dict.fromkeys(("tar", "wds", "web_dataset"), "webdataset"),
     },
     "optimizer": {
         "adamw_8bit": "adamw8bit",
