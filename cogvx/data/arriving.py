@@ -24,7 +24,7 @@ END = {"end": True}
 
 
 @dataclass
-class Kept:
+class Arrived:
     """The rows of a source that have come, in their order."""
 
     path: Path
@@ -59,7 +59,7 @@ def remembered(cache_dir: Path, kind: str, source: Path | str, *settings: object
 
 
 @contextlib.contextmanager
-def remembering(path: Path, folder: Path) -> Iterator[Kept]:
+def remembering(path: Path, folder: Path) -> Iterator[Arrived]:
     """What is known of a source. Another run that reads the same one is waited for.
 
     folder: where the files are that the rows name as `files`. If one is gone, nothing is known.
@@ -70,7 +70,7 @@ def remembering(path: Path, folder: Path) -> Iterator[Kept]:
         rows = [row for row in rows if row != END]
         if not all((folder / name).is_file() for row in rows for name in row.get("files", ())):
             rows, done = [], False
-        kept = Kept(path, rows, done)
+        kept = Arrived(path, rows, done)
         if not done:
             # A killed run may have left half a line at the end.
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -73,7 +73,7 @@ class WebDataset(Data):
             raise UserError(listed(headline, problems))
         return rows
 
-    def row(self, archive: str, sample: Sample) -> ListedClip:
+    def row(self, archive: str, sample: TarSample) -> ListedClip:
         """UserError if there is no clip, no caption, or no image where images are asked for."""
         if sample.problem:
             raise UserError(sample.problem)
@@ -132,7 +132,7 @@ class WebDataset(Data):
 
     def read_one(self, path: Path, progress) -> Iterator[dict]:
         """A dictionary for each sample, then one that says how the archive ends."""
-        samples: dict[str, Sample] = {}
+        samples: dict[str, TarSample] = {}
         member, why = None, None
         try:
             with tarfile.open(path, "r|*") as archive:
@@ -160,7 +160,7 @@ class WebDataset(Data):
         if ending is None:
             return
         key = member.name[: -len(ending)]
-        sample = samples.setdefault(key, Sample(ascii(key)[1:-1]))
+        sample = samples.setdefault(key, TarSample(ascii(key)[1:-1]))
         content = archive.extractfile(member)
         if ending in self.video_column.lower().split():
             if sample.video is not None:
@@ -184,7 +184,7 @@ class WebDataset(Data):
 
 
 @dataclass
-class Sample:
+class TarSample:
     """What an archive holds of one clip. The files are in the cache."""
 
     key: str
@@ -226,15 +226,15 @@ class Archive:
     """What was read of an archive."""
 
     name: str
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[TarSample] = field(default_factory=list)
     cut: str | None = None  # why its end is missing
     alone: int = 0  # captions without a clip
 
     @classmethod
     def of(cls, name: str, rows: list[dict]) -> Archive:
         *samples, last = rows
-        names = [each.name for each in dataclasses.fields(Sample)]
-        found = [Sample(**{key: row[key] for key in names}) for row in samples]
+        names = [each.name for each in dataclasses.fields(TarSample)]
+        found = [TarSample(**{key: row[key] for key in names}) for row in samples]
         return cls(name, found, last["cut"], last["alone"])
 
 
