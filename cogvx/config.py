@@ -59,6 +59,12 @@ ADDED_SETTINGS = {
         "caption_split": None,
         "tag_shuffles": 0,
         "keep_tags": 0,
+        "long_files": "head",
+        "random_windows": 4,
+        "window_overlap": 0.5,
+        "scene_threshold": 27,
+        "short_files": "drop",
+        "flip": False,
     },
     "train": {"hub_repo_id": None, "hub_private": True, "hub_checkpoints": False},
     "validation": {

@@ -29,11 +29,17 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else "."
 
 
-def lacking(package: str, setting: str) -> list[str]:
-    """What is wrong if this setting needs a package that is not installed, else nothing."""
+def lacking(package: str, setting: str, install: str | None = None) -> list[str]:
+    """What is wrong if this setting needs a package that is not installed, else nothing.
+
+    install: what pip calls it, if it is not called as it is imported.
+    """
     if importlib.util.find_spec(package) is not None:
         return []
-    return [f"{setting} needs the package {package}, which is not installed: pip install {package}"]
+    return [
+        f"{setting} needs the package {package}, which is not installed: "
+        f"pip install {install or package}"
+    ]
 
 
 def first_line(error: object) -> str:

@@ -59,12 +59,27 @@ def bucket_of(example: Example, data: Data, cache: Cache) -> Size:
     if data.buckets is None:
         return size_for(data)
     facts = cache.facts(example.video)
-    return nearest_bucket(sizes_of(data), facts, frames_given(facts, data))
+    return nearest_bucket(sizes_of(data), facts, part_frames(example, data, cache))
 
 
-def frames_given(facts: FileFacts, data: Data) -> int:
-    """How many frames a file gives at data.fps."""
-    left = facts.frames - data.skip_frames_start - data.skip_frames_end
+def part_frames(example: Example, data: Data, cache: Cache) -> int:
+    """How many frames an example's part of its file gives at data.fps."""
+    unused = sum(used_part(example, data, cache))
+    return frames_given(cache.facts(example.video), data, unused)
+
+
+def used_part(example: Example, data: Data, cache: Cache) -> tuple[int, int]:
+    """The first frame that may be used, and how many at the file's end may not."""
+    first, skipped = data.skip_frames_start, data.skip_frames_end
+    if example.end is None:
+        return first, skipped
+    frames = cache.facts(example.video).frames
+    return max(first, example.start), max(skipped, frames - example.end)
+
+
+def frames_given(facts: FileFacts, data: Data, unused: int) -> int:
+    """How many frames a file gives at data.fps. unused: how many of its own may not be used."""
+    left = facts.frames - unused
     if data.fps is None or left <= 1:
         return left
     seconds = facts.seconds / (facts.frames - 1) * left

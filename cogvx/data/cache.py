@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvx.data.decoders import surveyed
+from cogvx.data.decoders import found_jumps, surveyed
 from cogvx.data.footage import FileFacts
 from cogvx.data.index import Index
 from cogvx.errors import UserError, first_line
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Folders of the sets' indexes, and of the lists of files that runs use.
 INDEX, LISTS = "index", "lists"
 LOOKED_AT_ONCE = 4
+VERSION_OF_SCENES = 1  # raise it when a change finds other scenes in the same file
 
 
 class Cache:
@@ -162,6 +163,20 @@ class Cache:
             return dataclasses.asdict(surveyed(path, self.decode_seconds).facts)
 
         return FileFacts(**self.remembered("facts", path, survey, self.index))
+
+    def scenes(self, path: Path, threshold: float) -> list[tuple[int, int]]:
+        """The first frame of each scene and the one after its last, remembered as facts are.
+
+        threshold: as in scenes.jumps(). BadClip if the file cannot be used.
+        """
+
+        def look(path: Path) -> list[tuple[int, int]]:
+            footage = surveyed(path, self.decode_seconds)
+            starts = [0, *found_jumps(footage, threshold, self.decode_seconds)]
+            return list(zip(starts, [*starts[1:], len(footage.times)], strict=True))
+
+        what = f"scenes {VERSION_OF_SCENES} {threshold}"
+        return [(start, end) for start, end in self.remembered(what, path, look, self.index)]
 
     def remembered(
         self, what: str, path: Path, find: Callable[[Path], object], index: Index

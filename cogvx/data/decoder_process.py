@@ -88,7 +88,14 @@ def frames_of_request(given: tuple[Footage, set[int]]) -> Iterator[tuple]:
         yield "frame", (time, pixels.shape), pixels
 
 
-STEPS = {"survey": footage_of, "frames": frames_of_request}
+def jumps_of_request(given: tuple[Footage, float]) -> Iterator[tuple]:
+    # PySceneDetect needs as long to start as all the others together.
+    from cogvx.data.scenes import jumps
+
+    yield "jumps", list(jumps(*given)), None
+
+
+STEPS = {"survey": footage_of, "frames": frames_of_request, "jumps": jumps_of_request}
 
 if __name__ == "__main__":
     serve_requests()

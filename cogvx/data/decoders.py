@@ -40,6 +40,11 @@ def decoded_frames(footage: Footage, indices: list[int], seconds: float | None) 
     return frames if order == list(range(len(rows))) else frames[order]
 
 
+def found_jumps(footage: Footage, threshold: float, seconds: float | None) -> list[int]:
+    """scenes.jumps() in another process. BadClip if it cannot be decoded, or not in `seconds`."""
+    return ask("jumps", (footage, threshold), seconds, {})
+
+
 def ask(what: str, given: object, seconds: float | None, rows: dict[int, int]) -> object:
     """The answer to one request. rows: for each time of a frame, its row in the array."""
     while True:

@@ -21,7 +21,7 @@ from cogvx.data.cache import Cache, content_key
 from cogvx.data.cuts import Cut, cuts_of
 from cogvx.data.listed import shortened
 from cogvx.data.sharing import Share, make_missing
-from cogvx.data.sources import Data, Example, Reshape
+from cogvx.data.sources import Data, Example, Reshape, ShortFiles
 from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
 from cogvx.progress import bar, counted
@@ -174,8 +174,10 @@ def unreadable(error: BadClip | OSError) -> str:
 def too_short(encoded: EncodedCut, data: Data) -> str | None:
     """Why a cached cut cannot be used: data.min_num_frames may be larger than it was before."""
     frames, least = encoded.about["frames"], data.min_num_frames
-    if frames < least:
-        return f"is too short: {counted(frames, 'frame')}; data.min_num_frames is {least}"
+    # Earlier versions of the cache have no frames that are added to a file.
+    own = encoded.about.get("own_frames", frames)
+    if own < least:
+        return f"is too short: {counted(own, 'frame')}; data.min_num_frames is {least}"
     if data.buckets is not None and frames < encoded.cut.size.frames:
         return f"is too short: {counted(frames, 'frame')}; its bucket is {encoded.cut.size}"
     return None
@@ -291,7 +293,7 @@ def noise_levels(count: int) -> list[float]:
 def image_key(example: Example, data: Data, cut: Cut, cache: Cache, vae: Encoder) -> str:
     """A hash of everything that decides an image's latents."""
     if example.image is None:
-        source = ("frame", cut.first)
+        source = ("frame", cut.first, *in_time(cut, data))
     else:
         # A random crop of the image lies where the crop of its video does.
         is_random = data.video_reshape_mode is Reshape.random
@@ -308,6 +310,13 @@ def image_key(example: Example, data: Data, cut: Cut, cache: Cache, vae: Encoder
         data.image_noise_variants,
         *(["flipped"] if cut.flipped else []),
     )
+
+
+def in_time(cut: Cut, data: Data) -> list[object]:
+    """For keys: how frames are chosen, as far as the first version of the cache did not choose."""
+    if not cut.place and not cut.spread:
+        return []
+    return [cut.place, cut.spread, data.fps, cut.size.frames, cut.skipped_at_end]
 
 
 def frames_of(clip: EncodedClip, data: Data, *, frame_multiple: int = 4) -> Tensor:
@@ -330,13 +339,16 @@ def thumbnails(frames: Tensor) -> Tensor:
 def facts_of(clip: Clip) -> dict[str, object]:
     """What the dataset report says of a clip.
 
-    `repeated`: frames that are used more than once. `cropped`: the share of the picture.
+    repeated: frames of the file that are used more than once, without those that are added to a
+    file that is too short. cropped: the share of the picture.
     """
+    own = clip.indices[: clip.own_frames]
     return {
         "frames": len(clip.indices),
+        "own_frames": clip.own_frames,
         "first_frame": clip.indices[0],
-        "last_frame": clip.indices[-1],
-        "repeated": len(clip.indices) - len(set(clip.indices)),
+        "last_frame": own[-1],
+        "repeated": len(own) - len(set(own)),
         "file_frames": clip.file_frames,
         "file_fps": round(clip.file_fps, 3),
         "file_width": clip.file_width,
@@ -360,7 +372,9 @@ def clip_key(video: Path, data: Data, cut: Cut, cache: Cache, vae: Encoder) -> s
         cut.first,
         cut.skipped_at_end,
         data.video_reshape_mode.name,
+        *in_time(cut, data),
         *(["flipped"] if cut.flipped else []),
+        *([] if data.short_files is ShortFiles.drop else [data.short_files.name]),
     )
 
 

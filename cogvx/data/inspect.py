@@ -6,7 +6,7 @@ of the held-out clips).
 
 from pathlib import Path
 
-from cogvx.data.encode import EncodedClip, Rejected
+from cogvx.data.encode import EncodedClip, EncodedCut, Rejected
 from cogvx.files import replacing, write_csv
 
 COLUMNS = [
@@ -17,6 +17,8 @@ COLUMNS = [
     "frames",
     "first_frame",
     "last_frame",
+    "cuts",
+    "taken",
     "repeated",
     "file_frames",
     "file_fps",
@@ -44,6 +46,8 @@ def write_report(
             "image": clip.example.image,
             "use": use,
             "size": str(clip.size),
+            "cuts": len(clip.cuts),
+            "taken": ", ".join(map(taken, clip.cuts)),
             "latent_shape": "x".join(map(str, clip.latent_shape)),
             "prompt": clip.example.prompt,
         }
@@ -60,6 +64,12 @@ def write_report(
         for bad in rejected
     ]
     write_csv(folder / "dataset_report.csv", rows, COLUMNS)
+
+
+def taken(encoded: EncodedCut) -> str:
+    """The first and the last frame of a cut."""
+    mirrored = " mirrored" if encoded.cut.flipped else ""
+    return f"{encoded.about['first_frame']} to {encoded.about['last_frame']}{mirrored}"
 
 
 def write_contact_sheet(folder: Path, clips: list[EncodedClip], uses: list[str]) -> None:

@@ -34,6 +34,11 @@ class Example:
     # The captions without id_token, and the share of epochs in which they are used.
     plain_captions: tuple[str, ...] = ()
     plain_share: float = 0.0
+    # If a file makes several examples: the frames from `start` to the one before `end` (None: to
+    # the last), and where between them the clip lies: 0 at their start, 1 at their end.
+    start: int = 0
+    end: int | None = None
+    place: float = 0.0
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -58,6 +63,27 @@ def example_of(row: ListedClip, captions: list[str], phrasing: Phrasing) -> Exam
 class Reshape(Enum):
     center = "center"
     random = "random"
+    none = "none"
+    pad = "pad"
+
+
+class LongFiles(Enum):
+    """Which frames of a file that is longer than the clip."""
+
+    head = "head"
+    middle = "middle"
+    random = "random"
+    uniform = "uniform"
+    sliding = "sliding"
+    scenes = "scenes"
+
+
+class ShortFiles(Enum):
+    """What becomes of a file that is shorter than the clip."""
+
+    drop = "drop"
+    loop = "loop"
+    hold = "hold"
 
 
 @dataclass
@@ -88,8 +114,14 @@ class Data:
     buckets: Any  # a list of sizes, auto, or None
     skip_frames_start: int
     skip_frames_end: int
+    long_files: LongFiles
+    random_windows: int
+    window_overlap: float  # share of a window
+    scene_threshold: float
+    short_files: ShortFiles
     video_reshape_mode: Reshape
     decode_seconds: float
+    flip: bool
     cache_dir: Path
     shard: str | None
     validation_fraction: float
@@ -248,6 +280,9 @@ class Data:
                 f"from 1 to max_num_frames={self.max_num_frames}",
             ),
             ("decode_seconds", self.decode_seconds > 0, "above 0 seconds"),
+            ("random_windows", self.random_windows >= 1, "1 or more windows of a file"),
+            ("window_overlap", 0 <= self.window_overlap < 1, "at least 0 and below 1"),
+            ("scene_threshold", 0 < self.scene_threshold <= 255, "above 0, up to 255"),
             ("validation_fraction", 0 <= self.validation_fraction < 1, "at least 0 and below 1"),
             ("max_validation_clips", self.max_validation_clips >= 1, f"1 or more; {none}"),
             ("max_train_clips", most_train is None or most_train >= 1, "1 or more; all: null"),
@@ -263,6 +298,25 @@ class Data:
             found.append(
                 f"data: captions, clips and images each need their own column, "
                 f"and these are {', '.join(self.columns())}"
+            )
+        return found + self.problems_of_long_files()
+
+    @property
+    def divides_files(self) -> bool:
+        """Whether a file can make several examples."""
+        return self.long_files in (LongFiles.sliding, LongFiles.scenes)
+
+    def problems_of_long_files(self) -> list[str]:
+        chosen, found = self.long_files, []
+        if chosen is LongFiles.scenes:
+            found += lacking("scenedetect", "data.long_files=scenes", "scenedetect-headless")
+        # A given image shows the start of the file.
+        elsewhere = chosen not in (LongFiles.head, LongFiles.uniform)
+        if self.image_column is not None and elsewhere:
+            found.append(
+                f"data.long_files={chosen.name} takes clips from anywhere in a file, and an image "
+                f"of data.image_column shows its start: data.long_files=head, or "
+                f"data.image_column=null for the first frame of each clip"
             )
         return found
 

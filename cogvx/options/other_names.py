@@ -63,15 +63,13 @@ DIFFUSERS: dict[str, OtherName] = {
     "height": OtherName("data.height"),
     "width": OtherName("data.width"),
     "video_reshape_mode": OtherName(
-        "data.video_reshape_mode", "center or random; clips are never stretched, so none is missing"
+        "data.video_reshape_mode", "center, random, pad or none; clips are never stretched"
     ),
     "fps": OtherName("data.fps", "frames are taken by their time, so clips keep their speed"),
     "max_num_frames": OtherName("data.max_num_frames"),
     "skip_frames_start": OtherName("data.skip_frames_start"),
     "skip_frames_end": OtherName("data.skip_frames_end"),
-    "random_flip": OtherName(
-        None, "Clips are never mirrored: captions may say left and right. The script ignores it."
-    ),
+    "random_flip": OtherName("data.flip=true", "captions that say left and right are warned of"),
     "train_batch_size": OtherName("train.train_batch_size"),
     "num_train_epochs": OtherName("train.num_train_epochs"),
     "max_train_steps": OtherName("train.max_train_steps"),

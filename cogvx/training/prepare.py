@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from cogvx.config import Config
 from cogvx.data.cache import Cache, content_key
-from cogvx.data.cuts import head
+from cogvx.data.cuts import Cut, spread
 from cogvx.data.encode import (
     EncodedClip,
     EncodedCut,
@@ -161,9 +161,10 @@ def prepare(
     images = validation_images(config.validation, 1 if prompts is None else len(prompts))
 
     cache = cache_of(data)
-    pretrained, every_example = fetch(config, cache, ranks)
+    pretrained, files = fetch(config, cache, ranks)
     data = with_sizes(data, pretrained.geometry())
-    examples = data.own_part(every_example)
+    with ranks.accelerator.main_process_first():
+        examples = spread(data.own_part(files), data, cache, ranks.say)
     vae, text_encoder = encoders(pretrained, cache, config.memory)
     with ranks.peaks.phase("encode clips"):
         clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)
@@ -182,14 +183,14 @@ def prepare(
         describe_buckets(config, train, held_out, pretrained, ranks)
     warn_of_lengths(clips, pretrained, ranks)
 
-    first, own = (held_out or train)[0].example, {}
+    first, own = (held_out or train)[0], {}
     if prompts is None:
         # One given image makes one video. Without it, each clip gives its own first frame.
         shown_clips = (held_out or train)[: 1 if images else data.shown_clips()]
         for clip in shown_clips:
-            own.setdefault(clip.example.prompt, clip.example)
+            own.setdefault(clip.example.prompt, clip)
         prompts = list(own)
-    example_prompt = [*prompts, first.prompt][0]
+    example_prompt = [*prompts, first.example.prompt][0]
     pictures = {}
     if pretrained.geometry().image_to_video:
         own = {example_prompt: first} | own
@@ -206,7 +207,7 @@ def prepare(
         give_memory_back(collect=True)
     if ranks.logs:
         record.note(folder, cache_list=cache.keep_list([*files_in_cache(clips), *embeds.values()]))
-    say_what_is_left(every_example, data, cache, vae, ranks)
+    say_what_is_left(files, data, cache, vae, ranks)
     return Prepared(pretrained, train, held_out, embeds, prompts, example_prompt, pictures)
 
 
@@ -222,7 +223,8 @@ def fetch(config: Config, cache: Cache, ranks: Ranks) -> tuple[PretrainedModel, 
             ranks.say(line)
         cache.look_at(example.video for example in config.data.own_part(examples))
         # Raises an error if there are too few clips, before they are encoded.
-        config.data.trained_on(len(examples))
+        if not config.data.divides_files:
+            config.data.trained_on(len(examples))
         pretrained = fetch_model(config, ranks)
     if words := config.data.id_tokens():
         require_readable(words, pretrained.tokenizer())
@@ -418,27 +420,30 @@ def warn_of_lengths(clips: list[EncodedClip], pretrained: PretrainedModel, ranks
 
 
 def first_frames(
-    own: dict[str, Example],
+    own: dict[str, EncodedClip],
     prompts: list[str],
     images: list[Path] | None,
-    first: Example,
+    first: EncodedClip,
     data: Data,
 ) -> dict[str, numpy.ndarray]:
     """By prompt, [H, W, 3] uint8. Without a given image: of the prompt's own clip, or of `first`.
 
     `own`: prompts that are captions of clips, with these clips.
     """
-    found = {prompt: first_frame(example, data) for prompt, example in own.items()}
+    found = {
+        prompt: first_frame(clip.example, clip.first.cut, data) for prompt, clip in own.items()
+    }
     for prompt, path in zip(prompts, images or [None] * len(prompts), strict=True):
-        example = own.get(prompt, first) if path is None else replace(first, image=path)
-        found[prompt] = first_frame(example, data)
+        clip = own.get(prompt, first) if path is None else first
+        example = clip.example if path is None else replace(clip.example, image=path)
+        found[prompt] = first_frame(example, clip.first.cut, data)
     return found
 
 
-def first_frame(example: Example, data: Data) -> numpy.ndarray:
+def first_frame(example: Example, cut: Cut, data: Data) -> numpy.ndarray:
     """The image that a clip starts from, [H, W, 3] uint8. UserError if the file has none."""
     try:
-        return to_bytes(image_of(example, head(data), data))[0]
+        return to_bytes(image_of(example, cut, data))[0]
     except BadClip as bad:
         image = example.image is not None
         whose = f"the prompt {example.prompt!r}" if image else f"the clip {example.video}"

@@ -90,7 +90,7 @@ def test_frames_are_counted_as_the_reader_counts_them(compose, make_clip, tmp_pa
         path = make_clip(tmp_path / f"{number}.mp4", frames=frames, fps=file_fps)
         data, footage = compose(f"data.fps={fps}").data, survey(path)
         expected = len(by_timestamp(footage.stamps, data.fps, 10_000))
-        assert frames_given(footage.facts, data) == expected
+        assert frames_given(footage.facts, data, unused=0) == expected
 
 
 def test_what_is_cropped_is_a_share_of_the_picture():

@@ -74,6 +74,10 @@ def test_what_decides_the_latents_decides_the_key(compose, clips, nano_folder, t
         "data.width=32",
         "data.max_num_frames=5",
         "data.video_reshape_mode=random",
+        "data.video_reshape_mode=pad",
+        "data.long_files=middle",
+        "data.long_files=uniform",
+        "data.short_files=loop",
     )
     for change in changes:
         data = compose(f"data.instance_data_root={clips}", change).data
