@@ -65,6 +65,7 @@ ADDED_SETTINGS = {
         "scene_threshold": 27,
         "short_files": "drop",
         "flip": False,
+        "near_duplicates_together": True,
     },
     "train": {"hub_repo_id": None, "hub_private": True, "hub_checkpoints": False},
     "validation": {

@@ -20,6 +20,7 @@ from cogvx.data.buckets import Size
 from cogvx.data.cache import Cache, content_key
 from cogvx.data.cuts import Cut, cuts_of
 from cogvx.data.listed import shortened
+from cogvx.data.looks import look_of
 from cogvx.data.sharing import Share, make_missing
 from cogvx.data.sources import Data, Example, Reshape, ShortFiles
 from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
@@ -90,6 +91,15 @@ class EncodedClip:
     def latent_shape(self) -> list[int]:
         return self.about["shapes"]["latent_moments"]
 
+    def look(self) -> str:
+        """For pairs_alike(). The cache's files of earlier versions do not say it."""
+        if "look" in self.about:
+            return self.about["look"]
+        from safetensors import safe_open
+
+        with safe_open(self.first.path, framework="pt") as file:
+            return look_of(file.get_tensor("thumbnails").numpy())
+
 
 @dataclass(frozen=True)
 class Rejected:
@@ -139,7 +149,8 @@ def encode_clips(
                 "latent_moments": latent_moments(model(), clip.frames, vae),
                 "thumbnails": thumbnails(clip.frames),
             }
-            share.write(path, tensors, facts_of(clip))
+            look = look_of(tensors["thumbnails"].numpy())
+            share.write(path, tensors, facts_of(clip) | {"look": look})
 
     paths = [path for files in wanted for path in files.values()]
     reasons = make_missing(paths, cache, encode, "clip", say)

@@ -7,6 +7,7 @@ of the held-out clips).
 from pathlib import Path
 
 from cogvx.data.encode import EncodedClip, EncodedCut, Rejected
+from cogvx.data.split import Split
 from cogvx.files import replacing, write_csv
 
 COLUMNS = [
@@ -27,6 +28,7 @@ COLUMNS = [
     "size",
     "cropped",
     "treatment",
+    "alike",
     "latent_shape",
     "prompt",
 ]
@@ -35,9 +37,9 @@ MOST_HELD_OUT = 12
 
 
 def write_report(
-    folder: Path, clips: list[EncodedClip], uses: list[str], rejected: list[Rejected]
+    folder: Path, clips: list[EncodedClip], split: Split, rejected: list[Rejected]
 ) -> None:
-    """uses: what each clip is used for."""
+    names = [clip.example.origin for clip in clips]
     rows = [
         {
             **{name: clip.about[name] for name in COLUMNS if name in clip.about},
@@ -48,10 +50,11 @@ def write_report(
             "size": str(clip.size),
             "cuts": len(clip.cuts),
             "taken": ", ".join(map(taken, clip.cuts)),
+            "alike": None if first is None else names[first],
             "latent_shape": "x".join(map(str, clip.latent_shape)),
             "prompt": clip.example.prompt,
         }
-        for clip, use in zip(clips, uses, strict=True)
+        for clip, use, first in zip(clips, split.uses, split.first_alike, strict=True)
     ]
     rows += [
         {

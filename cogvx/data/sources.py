@@ -128,6 +128,7 @@ class Data:
     max_validation_clips: int
     max_train_clips: int | None
     validation_seed: int
+    near_duplicates_together: bool
     max_bad_fraction: float
     needs_root: ClassVar[bool] = False  # True: the clips are listed in instance_data_root
     said: ClassVar[tuple[str, ...]] = ()  # after read(): lines that a user should see
@@ -197,39 +198,6 @@ class Data:
                 f"data.instance_data_root={root} {what}: give the folder that holds the clips' list"
             )
         return root
-
-    def held_out(self, examples: int) -> list[bool]:
-        """For each example, whether it is held out.
-
-        validation_fraction of them are, chosen with validation_seed: at least one, at most
-        max_validation_clips, and never all.
-        """
-        import numpy
-
-        wanted = max(1, min(round(self.validation_fraction * examples), self.max_validation_clips))
-        count = 0 if self.validation_fraction == 0 else min(examples - 1, wanted)
-        order = numpy.random.default_rng(self.validation_seed).permutation(examples)
-        chosen = set(order[:count].tolist())
-        return [index in chosen for index in range(examples)]
-
-    def trained_on(self, examples: int) -> list[bool]:
-        """For each example, whether it is trained on.
-
-        All that are not held out are, or max_train_clips of them. A larger max_train_clips keeps
-        the clips of a smaller one. UserError if there are too few.
-        """
-        import numpy
-
-        left = [index for index, out in enumerate(self.held_out(examples)) if not out]
-        wanted = len(left) if self.max_train_clips is None else self.max_train_clips
-        if wanted > len(left):
-            raise UserError(
-                f"data.max_train_clips={wanted}, but only {counted(len(left), 'clip')} can be "
-                f"trained on, the others are held out: give {len(left)} or fewer"
-            )
-        order = numpy.random.default_rng(self.validation_seed).permutation(len(left))[:wanted]
-        chosen = {left[place] for place in order}
-        return [index in chosen for index in range(examples)]
 
     def parts(self) -> tuple[int, int]:
         """Which part of the clips this process encodes, counted from 1, and of how many."""

@@ -117,7 +117,7 @@ def prepare_prompts(
     """
     prompts = prompts_from_files(task) or scores.scored_prompts_of(config, task.count)
     every = [prompt for those in prompts.values() for prompt in those]
-    data = prepare(config, folder, ranks, every)
+    data = prepare(config, folder, ranks, every, went_before=[task.run])
     if not prompts:
         clips = [*data.held_out, *data.train][: task.count]
         prompts = {"taught": [clip.example.prompt for clip in clips]}

@@ -42,9 +42,9 @@ class LoraWeights:
     def __str__(self) -> str:
         return f"LoRA rank {self.settings.rank}"
 
-    def require_start(self) -> None:
-        """UserError if lora.init_from does not exist."""
-        self.settings.start_file()
+    def require_start(self) -> Path | None:
+        """The local file or folder of lora.init_from, or None. UserError if it does not exist."""
+        return self.settings.start_file()
 
     def attach(self, base: PretrainedModel, seed: int) -> CogVideoXTransformer3DModel:
         """The base model's transformer with an adapter that does not change its output yet.

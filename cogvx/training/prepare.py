@@ -32,8 +32,10 @@ from cogvx.data.encode import (
     image_of,
 )
 from cogvx.data.inspect import write_contact_sheet, write_held_out, write_report
+from cogvx.data.looks import pairs_alike
 from cogvx.data.phrasing import require_readable
 from cogvx.data.sources import Data, Example
+from cogvx.data.split import USED, Earlier, Split, earlier_split, split_clips
 from cogvx.data.video import BadClip, to_bytes
 from cogvx.errors import UserError
 from cogvx.files import shown
@@ -152,16 +154,27 @@ class Prepared:
 
 
 def prepare(
-    config: Config, folder: Path, ranks: Ranks, more_prompts: Iterable[str] = ()
+    config: Config,
+    folder: Path,
+    ranks: Ranks,
+    more_prompts: Iterable[str] = (),
+    *,
+    went_before: Iterable[Path] = (),
+    trains: bool = False,
 ) -> Prepared:
-    """Encodes clips and prompts, and reports on them in the run's folder."""
+    """Encodes clips and prompts, and reports on them in the run's folder.
+
+    went_before: folders of runs. What these were trained on is not held out. trains: whether this
+    run is one that later runs need to know of.
+    """
     data = config.data
     # Blank prompts and missing images are reported before anything is encoded.
     prompts = validation_prompts(config.validation)
     images = validation_images(config.validation, 1 if prompts is None else len(prompts))
 
     cache = cache_of(data)
-    pretrained, files = fetch(config, cache, ranks)
+    earlier = earlier_split(went_before, cache)
+    pretrained, files = fetch(config, cache, earlier, ranks)
     data = with_sizes(data, pretrained.geometry())
     with ranks.accelerator.main_process_first():
         examples = spread(data.own_part(files), data, cache, ranks.say)
@@ -170,9 +183,14 @@ def prepare(
         clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)
         # Nothing refers to the VAE any more. The text encoder gets its memory.
         give_memory_back()
-    train, held_out, uses = split(clips, data)
+    split = split_of(clips, data, cache, earlier)
+    train, held_out = ([clips[place] for place in split.places(use)] for use in USED)
+    for line in split.said:
+        ranks.say(line)
     if ranks.logs:
-        report(folder, clips, uses, rejected)
+        if trains:
+            split.write(folder)
+        report(folder, clips, split, rejected)
         note_fingerprints(folder, config, pretrained, clips, cache, ranks)
         if data.shard is None:
             record.note(folder, judged=what_is_judged(held_out, config, cache))
@@ -214,17 +232,22 @@ def prepare(
 # -- step 1: read and encode ---------------------------------------------------------------------
 
 
-def fetch(config: Config, cache: Cache, ranks: Ranks) -> tuple[PretrainedModel, list[Example]]:
+def fetch(
+    config: Config, cache: Cache, earlier: Earlier, ranks: Ranks
+) -> tuple[PretrainedModel, list[Example]]:
     """The base model on this machine, and the list of clips."""
     # What the first process downloads or renders is there for the others.
     with ranks.accelerator.main_process_first():
         examples = config.data.read()
         for line in config.data.said:
             ranks.say(line)
-        cache.look_at(example.video for example in config.data.own_part(examples))
-        # Raises an error if there are too few clips, before they are encoded.
-        if not config.data.divides_files:
-            config.data.trained_on(len(examples))
+        own = [example.video for example in config.data.own_part(examples)]
+        cache.look_at(own)
+        whole = config.data.shard is None and not config.data.divides_files
+        if config.data.max_train_clips is not None and whole:
+            # Raises an error if there are too few clips, before they are encoded.
+            digests = [cache.fingerprint(video) for video in own if cache.knows(video)]
+            split_clips(digests, config.data, earlier=earlier)
         pretrained = fetch_model(config, ranks)
     if words := config.data.id_tokens():
         require_readable(words, pretrained.tokenizer())
@@ -279,26 +302,20 @@ def encode(
 # -- step 2: split and report --------------------------------------------------------------------
 
 
-def split(
-    clips: list[EncodedClip], data: Data
-) -> tuple[list[EncodedClip], list[EncodedClip], list[str]]:
-    """The clips to train on, the held-out clips, and what each clip is used for."""
-    out, used = data.held_out(len(clips)), data.trained_on(len(clips))
-    train = [clip for clip, trained in zip(clips, used, strict=True) if trained]
-    held_out = [clip for clip, aside in zip(clips, out, strict=True) if aside]
-    uses = [
-        "held out" if aside else "train" if trained else "left out: data.max_train_clips"
-        for aside, trained in zip(out, used, strict=True)
-    ]
-    return train, held_out, uses
+def split_of(clips: list[EncodedClip], data: Data, cache: Cache, earlier: Earlier) -> Split:
+    """What each clip is used for."""
+    digests = [cache.fingerprint(clip.example.video) for clip in clips]
+    alike = pairs_alike([clip.look() for clip in clips]) if data.near_duplicates_together else []
+    if data.shard is not None:
+        # max_train_clips counts the clips of all parts.
+        data = replace(data, max_train_clips=None)
+    return split_clips(digests, data, alike=alike, earlier=earlier)
 
 
-def report(
-    folder: Path, clips: list[EncodedClip], uses: list[str], rejected: list[Rejected]
-) -> None:
-    write_report(folder, clips, uses, rejected)
-    write_contact_sheet(folder, clips, uses)
-    write_held_out(folder, clips, uses)
+def report(folder: Path, clips: list[EncodedClip], split: Split, rejected: list[Rejected]) -> None:
+    write_report(folder, clips, split, rejected)
+    write_contact_sheet(folder, clips, split.uses)
+    write_held_out(folder, clips, split.uses)
 
 
 def note_fingerprints(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cogvx.config import Config
+from cogvx.data.split import run_around
 from cogvx.export.publish import publish_run, upload_of_run
 from cogvx.files import read_json
 from cogvx.inference import scores
@@ -26,7 +27,7 @@ def encode_data(config: Config, folder: Path) -> dict:
     """task=encode: fills the cache and reports on every clip. Returns the run's summary."""
     started, ranks = time.monotonic(), start_processes(config)
     with telling(folder, ranks.about):
-        data = prepare(config, folder, ranks)
+        data = prepare(config, folder, ranks, went_before=starts_from(config))
     for line in ranks.peaks.lines():
         ranks.say(line)
     return {
@@ -64,8 +65,7 @@ def prepare_and_train(
     source = ranks.done_by_first(
         lambda: checkpoints.resume_source(config.train.resume, folder, ranks.say)
     )
-    if source is None:
-        weights_of(config.lora).require_start()
+    start = starts_from(config) if source is None else [source.parent.parent]
     config.tracking.require_login()
     upload = upload_of_run(config)
     if upload is not None and ranks.logs:
@@ -73,7 +73,8 @@ def prepare_and_train(
     attention.require(config.train.attention, ranks.accelerator.device)
     prompts = scores.scored_prompts_of(config, config.validation.scored_prompts)
     scored = scores.video_requests(prompts, seed=0)
-    data = prepare(config, folder, ranks, [request.prompt for request in scored])
+    more_prompts = [request.prompt for request in scored]
+    data = prepare(config, folder, ranks, more_prompts, went_before=[folder, *start], trains=True)
     earlier = earlier_runs(folder, source)
     with chosen_attention(config, data.pretrained, folder, ranks, earlier):
         with ranks.peaks.phase("load"):
@@ -81,6 +82,13 @@ def prepare_and_train(
                 config, folder, ranks, data, scored=scored, source=source, expected=expected
             )
         return run_and_tell_tracker(trainer)
+
+
+def starts_from(config: Config) -> list[Path]:
+    """The folder of the run whose LoRA this one starts from. UserError if there is no such LoRA."""
+    place = weights_of(config.lora).require_start()
+    run = None if place is None else run_around(place)
+    return [] if run is None else [run]
 
 
 def earlier_runs(folder: Path, source: Path | None) -> list[Path]:

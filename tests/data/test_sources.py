@@ -158,30 +158,3 @@ def test_a_dataset_that_holds_the_videos_themselves(compose, clips, tmp_path):
 def test_a_dataset_that_is_not_in_the_cache_offline(compose):
     with pytest.raises(UserError, match=r"nothing-here is no folder here and not whole in the"):
         compose("data=dataset", "data.dataset_name=nobody/nothing-here").data.read()
-
-
-@pytest.mark.parametrize(
-    ("examples", "fraction", "count"),
-    [(12, 0.15, 2), (3, 0.15, 1), (2, 0.9, 1), (1, 0.5, 0), (9, 0, 0), (999, 0.5, 20)],
-)
-def test_some_are_held_out_but_never_all(compose, examples, fraction, count):
-    data = compose(f"data.validation_fraction={fraction}").data
-    chosen = data.held_out(examples)
-    assert (len(chosen), sum(chosen)) == (examples, count)
-    assert chosen == data.held_out(examples)
-
-
-def test_more_train_clips_keep_the_fewer_and_the_held_out_ones_stay(compose):
-    fewer, more, every = (compose(f"data.max_train_clips={count}").data for count in (3, 7, "null"))
-    few, many, all_of_them = (data.trained_on(12) for data in (fewer, more, every))
-    assert (sum(few), sum(many), sum(all_of_them)) == (3, 7, 10)
-    assert all(more for less, more in zip(few, many, strict=True) if less)
-    assert all_of_them == [not out for out in every.held_out(12)] and fewer.held_out(
-        12
-    ) == every.held_out(12)
-    with pytest.raises(
-        UserError, match=r"data.max_train_clips=7, but only 5 clips can be trained on"
-    ):
-        more.trained_on(6)
-    with pytest.raises(UserError, match=r"data.max_train_clips=0: must be 1 or more"):
-        compose("data.max_train_clips=0")
