@@ -15,8 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from multiprocessing import forkserver
@@ -37,6 +36,7 @@ from cogvx.runs.jobs import (
     record_end,
     run_job,
 )
+from cogvx.training.stop import signals_heard
 
 GIB_PER_JOB = 2  # of memory, on a machine without a GPU
 STOPPED = 130  # exit code, as after Ctrl-C
@@ -171,7 +171,7 @@ def run_pool(sweep: Sweep, queue: Queue, pool: Pool, command: list[str]) -> int:
     """The exit code: 0 if all jobs are done or paused, 1 if not, 130 if the sweep was stopped."""
     slots, given_up = pool.slots(), False
     with (
-        noting_signals(signal.SIGINT, signal.SIGTERM) as signals,
+        noting_signals(*signals_heard()) as signals,
         Table(sweep) as table,
         JobProcesses(sweep, command) as started,
     ):
@@ -189,7 +189,9 @@ def run_pool(sweep: Sweep, queue: Queue, pool: Pool, command: list[str]) -> int:
             table.show([each.job for each in started.running], queue.to_come())
             started.stop(queue.to_pause())
             if signals:
-                started.stop([each.job for each in started.running], at_once=len(signals) > 1)
+                started.stop(
+                    [each.job for each in started.running], at_once=signals.count(signals[0]) > 1
+                )
     if signals:
         return STOPPED
     states = [sweep.progress(job).state for job in sweep.jobs()]
@@ -223,7 +225,7 @@ class JobProcesses:
         self.jobs_end, self.own_end = self.context.Pipe(duplex=False)
         if self.forked:
             self.context.set_forkserver_preload(["cogvx.runs.preloaded"])
-            with ignoring_ctrl_c():
+            with processes.ignoring_terminal():
                 forkserver.ensure_running()
         return self
 
@@ -247,7 +249,7 @@ class JobProcesses:
         (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
         given = (str(folder), self.command, slot.gpus, slot.threads, self.jobs_end)
         process = self.context.Process(target=run_pool_job, args=given)
-        with ignoring_ctrl_c():
+        with processes.ignoring_terminal():
             process.start()
         self.running.append(Running(job, slot, process))
 
@@ -273,16 +275,6 @@ class JobProcesses:
                 elif each.process.pid not in self.told_to_stop:
                     self.told_to_stop.add(each.process.pid)
                     os.kill(each.process.pid, signal.SIGTERM)
-
-
-@contextmanager
-def ignoring_ctrl_c() -> Iterator[None]:
-    """Processes that start here inherit that they ignore Ctrl-C: it is for this process alone."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 # -- in a job's process --------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 # First: what is registered first runs last at exit.
 from cogvx import leaving  # isort: split
 
+import contextlib
 import errno
 import os
 import platform
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from cogvx import config as configuration
@@ -22,6 +24,7 @@ from cogvx.files import shown
 from cogvx.progress import heartbeat, quiet_libraries
 from cogvx.records import record, report
 from cogvx.start import start_task
+from cogvx.training.stop import REQUESTS, SAME_WITHIN, STOP_CODES, signals_heard
 
 GRACE = 15  # seconds
 # torch's own error for the GPU's memory has this type. What cuBLAS and cuDNN cannot allocate, and
@@ -69,11 +72,34 @@ def run_recorded(folder: Path, lock: int | None = None) -> int:
         return run_here(folder)
     (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
     ranks = start_ranks(folder, count, lock)
-    signal.signal(signal.SIGTERM, lambda number, frame: [rank.terminate() for rank in ranks])
-    codes = wait_for_ranks(ranks)
+    with passing_on(ranks) as received:
+        codes = wait_for_ranks(ranks)
     if any(codes):
         report_failed_ranks(folder, codes)
+    if received and STOP_CODES.intersection(codes):
+        return 128 + received[0]
     return next((code for code in (FAILED, *sorted(set(codes))) if code in codes and code != 0), 0)
+
+
+@contextlib.contextmanager
+def passing_on(ranks: list[subprocess.Popen]) -> Iterator[list[int]]:
+    """Every signal that asks to stop goes on to the ranks, as SIGTERM. Gives those that came."""
+    received: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        received.append(number)
+        if number == signal.SIGINT and len(received) > 1:
+            # Ranks take a second SIGTERM for the first one, if it follows at once.
+            time.sleep(SAME_WITHIN)
+        for rank in ranks:
+            rank.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in signals_heard()}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def report_failed_ranks(folder: Path, codes: list[int]) -> None:
@@ -89,13 +115,13 @@ def report_failed_ranks(folder: Path, codes: list[int]) -> None:
         print(f"error: {reason}; the checkpoints written so far are kept", file=sys.stderr)
         record.finish(folder, {"status": "killed", "reason": reason})
     elif not (folder / record.SUMMARY).is_file():
-        status = "interrupted" if 128 + signal.SIGTERM in codes else "failed"
+        status = "interrupted" if STOP_CODES.intersection(codes) else "failed"
         record.finish(folder, {"status": status, "reason": f"exit codes of the processes: {codes}"})
 
 
 def ranks_to_show(codes: list[int]) -> list[int]:
     """The failed ranks whose error rank 0 has not printed on the terminal."""
-    quiet = (0, FAILED, 130, 143)
+    quiet = (0, FAILED, *STOP_CODES)
     return [
         rank
         for rank, code in enumerate(codes)
@@ -126,8 +152,21 @@ def start_ranks(folder: Path, count: int, lock: int | None = None) -> list[subpr
         command = [sys.executable, "-m", "cogvx.runs.processes", str(folder)]
         log = None if rank == 0 else log_of(folder, rank).open("w", encoding="utf-8")
         settings = {"env": {**shared, **place}, "stdout": log, "stderr": log, "pass_fds": held}
-        ranks.append(subprocess.Popen(command, stdin=subprocess.PIPE, **settings))
+        with ignoring_terminal():
+            ranks.append(subprocess.Popen(command, stdin=subprocess.PIPE, **settings))
     return ranks
+
+
+@contextlib.contextmanager
+def ignoring_terminal() -> Iterator[None]:
+    """Processes that start here ignore Ctrl-C and a closed terminal: those are for this one."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def python_path() -> str:
@@ -148,11 +187,7 @@ def wait_for_ranks(ranks: list[subprocess.Popen]) -> list[int]:
     failed_at, stopped_here = None, []
     # Every rank is asked: any() would stop at the first that runs, and miss one that has failed.
     while None in [rank.poll() for rank in ranks]:
-        try:
-            time.sleep(0.1)
-        except KeyboardInterrupt:
-            # The terminal sends Ctrl-C to the ranks too; they stop after their step.
-            continue
+        time.sleep(0.1)
         if failed_at is None and any(rank.returncode for rank in ranks):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > GRACE and not stopped_here:
@@ -173,22 +208,31 @@ def run_here(folder: Path) -> int:
     prefer_expandable_segments()
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        if is_main:
-            record.note(folder, allocator=allocator_settings())
-        summary = start_task(config, folder)
+        with REQUESTS.listening(folder if is_main else None):
+            if is_main:
+                record.note(folder, allocator=allocator_settings())
+            summary = start_task(config, folder)
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
         message, code = explained(error)
-        memory = memory_advice(error) is not None
-        status = "interrupted" if code == 130 else "out_of_memory" if memory else "failed"
+        stopped, memory = code in STOP_CODES, memory_advice(error) is not None
+        status = "interrupted" if stopped else "out_of_memory" if memory else "failed"
         summary = {"status": status, "reason": message}
         if code == 1:
             raise
-        print(f"\n{'stopped' if code == 130 else 'error'}: {message}", file=sys.stderr, flush=True)
+        if stopped:
+            message = f"{message}. {how_to_go_on(folder)}"
+        print(f"\n{'stopped' if stopped else 'error'}: {message}", file=sys.stderr, flush=True)
     finally:
         if is_main:
             conclude_run(folder, summary)
     return code
+
+
+def how_to_go_on(folder: Path) -> str:
+    if any((folder / "checkpoints").glob("step_*")):
+        return f"Go on with:  python launch.py train.resume={shown(folder)}"
+    return "To go on, type the same command again"
 
 
 def prefer_expandable_segments() -> None:
@@ -212,7 +256,10 @@ def explained(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), FAILED
     if isinstance(error, KeyboardInterrupt):
-        return "by Ctrl-C; what is in the cache and the checkpoints written so far are kept", 130
+        number = getattr(error, "number", signal.SIGINT)
+        by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        kept = "what is in the cache and the checkpoints written so far are kept"
+        return f"by {by}; {kept}", 128 + number
     if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
         return (
             f"{error}: free some space, or set output_dir and data.cache_dir "

@@ -1,38 +1,140 @@
-"""Ctrl-C and termination: the run ends after the present step, with a checkpoint."""
+"""How a run is asked to stop or to save: by signals, and by files in its folder.   [no torch]
+
+Within the step loop the present step is finished, and a checkpoint is written. In every other phase
+the work ends at once: what is in the cache and the checkpoints stays.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cogvx.training.ranks import Ranks
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from cogvx.training.ranks import Ranks
+
+# Ctrl-C; kill and Slurm's end; a closed terminal; Slurm's notices, as --signal=USR1 asks for.
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Exit codes of a run that was asked to stop.
+STOP_CODES = {128 + number for number in ASKING}
+# Files in the run's folder that do the same as signals: touch outputs/RUN/stop
+STOP_FILE, SAVE_FILE = "stop", "save"
+LOOK_FOR_FILES = 1.0  # seconds
+# Slurm and the process that started this one may both pass on one signal. Later it is a second one.
+SAME_WITHIN = 3.0  # seconds
+SAVE = 1000  # a number above those of all signals
 
 
-class StopSignals:
-    """While this context is open, SIGINT and SIGTERM only note that the run should stop.
+class Stopped(KeyboardInterrupt):
+    """Raised where the run is, when it is asked to stop."""
 
-    A second Ctrl-C ends the run at once. A second SIGTERM does not: a job may get several, from
-    Slurm and from the process that started it.
-    """
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class StopRequests:
+    """What this process was asked for. There is one: signals are for the whole process."""
 
     def __init__(self):
-        self.received: int | None = None  # the signal's number
-        self.handlers: dict[int, object] = {}
+        self.forget()
 
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.receive)
-        return self
+    def forget(self) -> None:
+        self.received: int | None = None  # the first signal's number
+        self.received_at = 0.0
+        self.save = False
+        self.deferred = False  # within the step loop
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def listening(self, folder: Path | None) -> Iterator[None]:
+        """folder: the run's, where the files `stop` and `save` are looked for; None: nowhere."""
+        self.forget()
+        before = {number: signal.signal(number, self.receive) for number in signals_heard()}
+        ended = threading.Event()
+        if folder is not None:
+            threading.Thread(target=self.look_for_files, args=(folder, ended), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def receive(self, number: int, frame: object) -> None:
-        self.received = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
+        """The first signal asks. A second one ends the run where it is."""
+        if number == signal.SIGHUP:
+            forget_terminal()
+        second = self.received is not None
+        if not second:
+            self.received, self.received_at = number, time.monotonic()
+        elif number != signal.SIGINT and time.monotonic() - self.received_at < SAME_WITHIN:
+            return
+        name = signal.Signals(number).name
+        if self.deferred and not second:
+            tqdm.write(
+                f"stop    after this step, with a checkpoint ({name}). A second one stops at once",
+                file=sys.stderr,
+            )
+            return
+        raise Stopped(number)
 
-    def requested(self, ranks: Ranks) -> bool:
-        """Whether any process received a signal. All processes stop after the same step."""
-        self.received = ranks.highest(self.received or 0) or None
-        return self.received is not None
+    def look_for_files(self, folder: Path, ended: threading.Event) -> None:
+        while not ended.wait(LOOK_FOR_FILES):
+            if asked_by(folder / SAVE_FILE):
+                self.save = True
+            if asked_by(folder / STOP_FILE):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def after_the_step(self) -> Iterator[None]:
+        """Within this context the first signal is only noted. asked() tells of it."""
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
+
+    def asked(self, ranks: Ranks) -> int | None:
+        """A signal's number, SAVE, or None; the same in all processes after the same step."""
+        wanted = self.received or (SAVE if self.save else 0)
+        found = ranks.highest(wanted) or None
+        if found == SAVE:
+            self.save = False
+        elif found is not None:
+            self.received = found
+        return found
+
+
+REQUESTS = StopRequests()
+
+
+def signals_heard() -> list[int]:
+    """The signals that this process does not ignore, as nohup or a sweep lets it."""
+    return [number for number in ASKING if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def asked_by(file: Path) -> bool:
+    """Whether the file is there. It is removed: one file asks once."""
+    try:
+        file.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def forget_terminal() -> None:
+    """Writing to a terminal that is gone would be an error in the middle of work."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.isatty(stream):
+                os.dup2(nowhere, stream)
+    os.close(nowhere)

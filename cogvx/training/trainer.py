@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from cogvx.training.profiler import profiler
 from cogvx.training.ranks import Ranks
 from cogvx.training.state import TrainingState
 from cogvx.training.step import training_losses
-from cogvx.training.stop import StopSignals
+from cogvx.training.stop import REQUESTS, SAVE
 from cogvx.training.timing import StepTimer
 from cogvx.training.torch_optimizer import can_skip_on_device, estimated_rate, set_learning_rate
 from cogvx.training.videos import ValidationVideos
@@ -57,7 +57,6 @@ class Trainer:
     source: Path | None  # the checkpoint to resume from
     steps: int  # optimizer steps of the whole run
     step: int  # how many of them are done
-    stop: StopSignals = field(default_factory=StopSignals)
     grad_norm: torch.Tensor | None = None  # of the last step, on the device
     latest: tuple[int, HeldOutLoss | None] | None = None  # a step and its held-out loss
 
@@ -65,14 +64,27 @@ class Trainer:
 
     def run(self) -> dict:
         """Trains until the last step, or until a stop signal. Returns the run's summary."""
-        train, validation = self.config.train, self.config.validation
         before, latest = self.begin()
         # The first step does not begin with what the base model's loss has left reserved.
         give_memory_back()
+        with REQUESTS.after_the_step():
+            stopped = self.train()
+            if stopped is not None:
+                return self.interrupted(stopped)
+        return self.finish(before, self.latest[1] if self.latest else latest)
+
+    def train(self) -> int | None:
+        """The step loop. Returns the signal that ended it, or None after the last step."""
+        train, validation = self.config.train, self.config.validation
         phase = self.ranks.peaks.phase("train")
-        with phase, self.stop, self.progress_bar() as progress, self.profiler() as profile:
+        with phase, self.progress_bar() as progress, self.profiler() as profile:
             self.timer.start(progress)
-            while self.step < self.steps and not self.stop.requested(self.ranks):
+            while self.step < self.steps:
+                asked = REQUESTS.asked(self.ranks)
+                if asked == SAVE:
+                    self.save_when_asked()
+                elif asked is not None:
+                    return asked
                 rate = self.optimizer_step()
                 self.step += 1
                 progress.update()
@@ -80,16 +92,14 @@ class Trainer:
                 if self.is_due(train.logging_steps):
                     self.log(progress, rate)
                 if self.is_due(validation.heldout_steps) or self.is_due(train.checkpointing_steps):
-                    latest = self.evaluate()
+                    self.evaluate()
                 if self.is_due(validation.preview_steps):
                     self.write_preview()
                 if self.is_due(validation.validation_steps) and self.step < self.steps:
                     self.write_videos()
                 if self.is_due(train.checkpointing_steps):
                     self.save_checkpoint()
-        if self.step < self.steps:
-            return self.interrupted()
-        return self.finish(before, latest)
+        return None
 
     def is_due(self, every: int | None) -> bool:
         """What happens every so many steps also happens after the last one; None: never."""
@@ -113,13 +123,20 @@ class Trainer:
         self.ranks.say(f"train   {doing}{loss}")
         return before, latest
 
-    def interrupted(self) -> dict:
+    def save_when_asked(self) -> None:
+        """For the file `save` in the run's folder."""
+        if self.step:
+            self.save_checkpoint()
+            self.ranks.say(f"saved   a checkpoint after step {self.step}, as asked")
+
+    def interrupted(self, number: int) -> dict:
+        """number: the signal's."""
         self.save_checkpoint()
         self.ranks.say(
             f"stopped after step {self.step} of {self.steps}; a checkpoint is saved. "
             f"Go on with:  python launch.py train.resume={shown(self.folder)}"
         )
-        return {"status": "interrupted", "signal": self.stop.received, "step": self.step}
+        return {"status": "interrupted", "signal": number, "step": self.step}
 
     def finish(self, before: HeldOutLoss | None, after: HeldOutLoss | None) -> dict:
         usage = ""

@@ -341,11 +341,10 @@ def test_a_run_tells_its_tracker_how_it_ended(run, monkeypatch):
     monkeypatch.setattr(trainer.Trainer, "evaluate", lambda self, **how: None)
     looked = iter(range(10))
 
-    def requested(self, ranks):
-        self.received = 15
-        return next(looked) == 3
+    def asked(ranks):
+        return 15 if next(looked) == 3 else None
 
-    monkeypatch.setattr(trainer.StopSignals, "requested", requested)
+    monkeypatch.setattr(trainer.REQUESTS, "asked", asked)
     run("d", *settings, expect=143)
     assert ended == ["done", "failed", "interrupted", "interrupted"]
 
