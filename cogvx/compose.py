@@ -21,7 +21,7 @@ BACKSLASH = "\\"
 # What is typed for these is text, also if it looks like a number, a list or another setting.
 PROSE = {
     *("data.id_token", "data.id_token_position", "data.caption_split", "data.caption"),
-    *("task.prompt", "task.instructions"),
+    *("task.prompt", "task.instructions", "task.style", "task.expander_instructions"),
     *("task.enhancer_instructions", "validation.validation_prompt", "validation.negative_prompt"),
 }
 

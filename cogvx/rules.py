@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from cogvx.data import sources
 from cogvx.data.buckets import problems_of_buckets, read_size
 from cogvx.data.folder import Folder
+from cogvx.data.tables import TableOfClips
 from cogvx.model import pretrained
 from cogvx.options import optimizers, parallel, schedules, tasks
 from cogvx.options.memory import Memory, Recompute, Storage
@@ -63,11 +64,14 @@ def training_needs_every_clip(s: Sections) -> list[str]:
     ]
 
 
-def captions_are_written_beside_clips(s: Sections) -> list[str]:
-    if not isinstance(s.task, tasks.CaptionTask) or isinstance(s.data, Folder):
+def captions_have_a_place(s: Sections) -> list[str]:
+    if not isinstance(s.task, tasks.CaptionTask) or isinstance(s.data, Folder | TableOfClips):
         return []
     option = s.choices["data"]
-    return [f"task=caption writes a text file beside each clip: data=folder, not data={option}"]
+    return [
+        f"task=caption writes a text file beside each clip, or into a table: data=folder or "
+        f"data=table, not data={option}"
+    ]
 
 
 def model_takes_the_clips(s: Sections) -> list[str]:
@@ -210,7 +214,7 @@ def videos_are_made_in_one_process(s: Sections) -> list[str]:
 RULES = (
     clips_are_given,
     training_needs_every_clip,
-    captions_are_written_beside_clips,
+    captions_have_a_place,
     buckets_are_sizes,
     model_takes_the_clips,
     images_need_image_to_video,

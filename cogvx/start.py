@@ -48,7 +48,9 @@ def start_encoding(config: Config, folder: Path) -> dict:
 
 def start_captions(config: Config, folder: Path) -> dict:
     from cogvx.inference.captions import write_captions
+    from cogvx.progress import quiet_libraries
 
+    quiet_libraries()
     write_captions(config, config.task)
     return {}
 

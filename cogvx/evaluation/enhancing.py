@@ -46,7 +46,8 @@ def written_out(task: GenerateTask, prompt: str, id_token: str | None, chat: Cha
         {"role": "system", "content": task.enhancer_instructions},
         {"role": "user", "content": prompt},
     ]
-    answer = in_one_line(chat(messages))
+    [said] = chat([messages])
+    answer = in_one_line(said.text)
     if not answer:
         raise UserError(
             f"task.enhancer={task.enhancer} answers nothing to {prompt!r}: take another model, or "

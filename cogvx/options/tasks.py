@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import ClassVar
 
-from cogvx.errors import did_you_mean
+from cogvx.errors import did_you_mean, lacking
 from cogvx.files import absolute, is_hub_id
 from cogvx.hub_upload import repo_id_problems
 from cogvx.options.cards import CARDS
@@ -59,23 +59,75 @@ class EncodeTask(Task):
     pass
 
 
+class Overwrite(Enum):
+    """Which captions task=caption writes anew, besides those that are missing."""
+
+    none = "none"
+    models = "models"  # those that a model wrote and nobody changed
+    all = "all"
+
+
+class ModelStorage(Enum):
+    """How the weights of a language model are stored."""
+
+    own = "own"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 @dataclass
 class CaptionTask(Task):
-    captioner: str  # its name on the server
-    captioner_url: str
+    captioner: str  # a hub id or a folder, or a name on the server of captioner_url
+    captioner_url: str | None
     frames: int
     instructions: str
-    overwrite: bool
+    style: str | None
+    examples_file: Path | None
+    expander: str | None  # as captioner
+    expander_url: str | None
+    expander_instructions: str
+    most_words: int
+    overwrite: Overwrite
+    batch_size: int  # clips
+    storage: ModelStorage
     makes_a_run: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+
+    def make_paths_absolute(self) -> None:
+        for name in ("captioner", "expander"):
+            place = getattr(self, name)
+            if place is not None and Path(place).expanduser().exists():
+                setattr(self, name, str(absolute(Path(place))))
 
     def problems(self) -> list[str]:
         found = []
         if not 1 <= self.frames <= 64:
             found.append(f"task.frames={self.frames}: must be from 1 to 64")
-        if not self.instructions.strip():
-            found.append("task.instructions is blank: say what the model should write")
+        for name in ("most_words", "batch_size"):
+            if getattr(self, name) < 1:
+                found.append(f"task.{name}={getattr(self, name)}: must be 1 or more")
+        for name in ("instructions", "expander_instructions"):
+            if not getattr(self, name).strip():
+                found.append(f"task.{name} is blank: say what the model should write")
+        found += model_problems("captioner", self.captioner, self.captioner_url)
+        found += model_problems("expander", self.expander, self.expander_url)
+        if self.storage is not ModelStorage.own:
+            found += lacking("bitsandbytes", f"task.storage={self.storage.name}")
         return found
+
+
+def model_problems(name: str, model: str | None, url: str | None) -> list[str]:
+    """What is wrong with task.NAME and task.NAME_url, which say where a language model is."""
+    if url is not None and not url.startswith(("http://", "https://")):
+        return [f"task.{name}_url={url}: must begin with http:// or https://"]
+    if url is not None and model is None:
+        return [f"task.{name}_url without task.{name}: give the model's name on that server"]
+    if url is not None or model is None or is_hub_id(model) or Path(model).expanduser().is_dir():
+        return []
+    return [
+        f"task.{name}={model} is no folder and no hub id (name/repo). A model behind a server, for "
+        f"example Ollama: task.{name}_url=http://localhost:11434/v1"
+    ]
 
 
 @dataclass
@@ -190,13 +242,7 @@ class GenerateTask(Task):
                 f"task.video_strength={self.video_strength}: must be above 0 (the clip itself) "
                 f"and at most 1 (nothing of it is left)"
             )
-        url = self.enhancer_url
-        if url is not None and not url.startswith(("http://", "https://")):
-            found.append(f"task.enhancer_url={url}: must begin with http:// or https://")
-        if self.enhancer_url is not None and self.enhancer is None:
-            found.append(
-                "task.enhancer_url without task.enhancer: give the model's name on that server"
-            )
+        found += model_problems("enhancer", self.enhancer, self.enhancer_url)
         if self.run is None and not given:
             found.append(
                 "task.prompt must be given, or task.prompts_file, or task.run, whose validation "

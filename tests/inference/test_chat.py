@@ -70,9 +70,13 @@ def test_a_model_on_this_machine_answers_and_repeats_itself(tiny_chat, monkeypat
     answers = []
     for _ in range(2):
         chat = opened_chat(str(tiny_chat), None, CPU, "task.enhancer")
-        answers.append(chat(messages))
+        answers += [answer.text for answer in chat([messages])]
     assert answers[0] == answers[1] and 1 <= len(answers[0].split()) <= 5
-    assert chat([{"role": "user", "content": "the dog runs"}]) != answers[0]
+    other = [{"role": "user", "content": "the dog runs on the beach"}]
+    assert [answer.text for answer in chat([other, messages])][1] == answers[0], (
+        "beside a longer one"
+    )
+    assert chat([other])[0].text != answers[0]
     assert not [each for each in recwarn if "do_sample" in str(each.message)]
 
 
@@ -99,7 +103,7 @@ def test_a_servers_key_is_read_from_the_environment(server, monkeypatch):
         if key is not None:
             monkeypatch.setenv("OPENAI_API_KEY", key)
         server.answers += [said("yes")]
-        opened_chat("small", server.url, CPU, "task.enhancer")([])
+        opened_chat("small", server.url, CPU, "task.enhancer")([[]])
         assert server.keys[-1] == sent
 
 
@@ -125,8 +129,11 @@ def test_no_server_and_no_model_are_named(compose, server, tiny_chat, tmp_path):
     asked = task_of(compose, f"task.enhancer_url={free}", "task.enhancer=small")
     with pytest.raises(UserError, match=r"does not answer .*Is the server running there"):
         enhanced(asked, [Wanted("a")], None, CPU)
-    asked = task_of(compose, f"task.enhancer={tmp_path / 'none'}")
-    with pytest.raises(UserError, match=r"task.enhancer=.*none cannot be loaded as a chat model"):
+    with pytest.raises(UserError, match=r"task.enhancer=.*none is no folder and no hub id"):
+        task_of(compose, f"task.enhancer={tmp_path / 'none'}")
+    (tmp_path / "empty").mkdir()
+    asked = task_of(compose, f"task.enhancer={tmp_path / 'empty'}")
+    with pytest.raises(UserError, match=r"task.enhancer=.*empty cannot be loaded as a chat model"):
         enhanced(asked, [Wanted("a")], None, CPU)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_chat)
     model = LlamaForCausalLM.from_pretrained(tiny_chat)
