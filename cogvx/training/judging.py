@@ -23,6 +23,7 @@ def what_is_judged(held_out: list[EncodedClip], config: Config, cache: Cache) ->
             None if clip.example.image is None else cache.fingerprint(clip.example.image),
             clip.latent_shape,
             crop,
+            clip.first.cut.flipped,
             *(clip.about.get(name) for name in FRAMES),
         ]
         for clip in held_out

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from cogvx.data.buckets import Size
 from cogvx.data.cache import Cache
-from cogvx.data.encode import EncodedClip
+from cogvx.data.cuts import Cut
+from cogvx.data.encode import EncodedClip, EncodedCut
 from cogvx.data.sources import Example
 from cogvx.records import comparison, record
 from cogvx.records.alike import Groups, Judged
@@ -97,9 +99,13 @@ def test_what_is_judged_follows_clips_frames_sizes_captions_and_noise_alone(comp
         path.write_bytes(path.name.encode())
     shapes = {"latent_moments": [32, 3, 8, 8]}
     about = {"first_frame": 0, "last_frame": 8, "frames": 9, "repeated": 0, "shapes": shapes}
-    clips = [
-        EncodedClip(Example("a cat", path, "list:1"), Path("fp32"), dict(about)) for path in videos
-    ]
+    cut = Cut(Size(9, 64, 64), first=0)
+
+    def clip_of(video, latents="fp32", cut=cut, prompt="a cat", **facts):
+        example = Example(prompt, video, f"list:{latents}")
+        return EncodedClip(example, (EncodedCut(cut, Path(latents), about | facts),))
+
+    clips = [clip_of(path) for path in videos]
 
     def judged(clips=clips, *overrides):
         return what_is_judged(clips, compose(*overrides), cache)
@@ -107,16 +113,18 @@ def test_what_is_judged_follows_clips_frames_sizes_captions_and_noise_alone(comp
     ours = judged()
     moved = tmp_path / "elsewhere.mp4"
     moved.write_bytes(videos[0].read_bytes())
-    same = replace(clips[0], path=Path("bf16"), example=Example("a cat", moved, "other:7"))
-    assert judged([same, clips[1]], "train.mixed_precision=bf16", "memory=low", "seed=3") == ours
-    shorter = replace(clips[0], about=about | {"last_frame": 7})
-    smaller = replace(clips[0], about=about | {"shapes": {"latent_moments": [32, 3, 8, 4]}})
-    captioned = replace(clips[0], example=replace(clips[0].example, prompt="CAT a cat"))
-    for other in ([clips[1], clips[0]], clips[:1], [shorter, clips[1]], [smaller, clips[1]]):
+    same = [clip_of(moved, "bf16"), clips[1]]
+    assert judged(same, "train.mixed_precision=bf16", "memory=low", "seed=3") == ours
+    smaller = {"latent_moments": [32, 3, 8, 4]}
+    for other in (
+        [clips[1], clips[0]],
+        clips[:1],
+        [clip_of(videos[0], last_frame=7), clips[1]],
+        [clip_of(videos[0], shapes=smaller), clips[1]],
+        [clip_of(videos[0], cut=replace(cut, flipped=True)), clips[1]],
+    ):
         assert judged(other)["clips"] != ours["clips"]
-    assert judged([captioned, clips[1]]) == ours | {
-        "captions": judged([captioned, clips[1]])["captions"]
-    }
-    assert judged([captioned, clips[1]]) != ours
+    captioned = judged([clip_of(videos[0], prompt="CAT a cat"), clips[1]])
+    assert captioned["captions"] != ours["captions"] and captioned["clips"] == ours["clips"]
     for setting in ("heldout_timesteps=4", "heldout_draws=2"):
         assert judged(clips, f"validation.{setting}")["noise"] != ours["noise"]
