@@ -5,6 +5,7 @@ F frames, H height, W width, C is 3 (R, G, B).
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import struct
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 BACKGROUND = 0
 # A file is cut off if its frames end this many seconds before its header says.
 MISSING_SECONDS = 0.5
+# FFmpeg's names of formats with an index of key frames, by which a file is entered in its middle.
+INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+# Only to read frames after this one: less is read from the start as fast.
+FAR_IN = 100
+# It is entered so many frames before the first one that is wanted: deinterlacing looks back.
+FRAMES_BEFORE = 3
 # A frame is read whole before it is scaled. 8192x8192 pixels are 200 MB.
 FEWEST_PIXELS_OF_A_SIDE, MOST_PIXELS = 8, 8192 * 8192
 # How files begin that name other files, which FFmpeg would read in their place.
@@ -329,27 +336,47 @@ def missing_bytes(path: Path) -> int:
 def wanted_frames(footage: Footage, wanted: set[int]) -> Iterator[tuple[int, numpy.ndarray]]:
     """The frames that are shown at these times, each with its time: [H, W, C] uint8.
 
-    The file is read from its start to the last one. BadClip if one cannot be decoded.
+    The file is read from its start, or from a key frame before the first one, to the last one.
+    BadClip if one cannot be decoded.
     """
-    last, found = max(wanted), set()
-    for time, frame in shown_frames(footage):
-        if time in wanted:
-            found.add(time)
-            yield time, pixels_of(frame, footage)
-        if time >= last:
-            break
-    missing = len(wanted - found)
-    if missing:
-        raise BadClip(f"is damaged: {missing} of its {len(wanted)} frames cannot be decoded")
+    last, missing = max(wanted), set(wanted)
+    key_frame_before = start_far_in(footage, min(wanted))
+    for start in (key_frame_before, None) if key_frame_before is not None else (None,):
+        try:
+            for time, frame in shown_frames(footage, start):
+                if time in missing:
+                    missing.remove(time)
+                    yield time, pixels_of(frame, footage)
+                if time >= last:
+                    break
+        # Some files cannot be entered in their middle.
+        except BadClip:
+            if start is None:
+                raise
+        if not missing:
+            return
+    raise BadClip(f"is damaged: {len(missing)} of its {len(wanted)} frames cannot be decoded")
 
 
-def shown_frames(footage: Footage) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Every frame from the start of the file, with its time. BadClip if the file is damaged."""
+def start_far_in(footage: Footage, first: int) -> int | None:
+    """A time a little before `first`, if it is far from the start of the file."""
+    number = bisect.bisect_left(footage.times, first) - FRAMES_BEFORE
+    return footage.times[number] if number >= FAR_IN else None
+
+
+def shown_frames(footage: Footage, start: int | None = None) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Every frame, with its time. BadClip if the file is damaged.
+
+    With `start`: only those from the last key frame before that time, if the file's format has an
+    index of them.
+    """
     if footage.stream is None:
         yield from frames_of_webp(footage)
         return
     with opened(footage.path) as container:
         stream = container.streams[footage.stream]
+        if start is not None and container.format.name in INDEXED:
+            container.seek(start, stream=stream)
         frames = decoded(container, stream, alpha=footage.alpha)
         if footage.interlaced:
             frames = deinterlaced(frames, stream)

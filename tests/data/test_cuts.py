@@ -14,6 +14,8 @@ from cogvx.data.cuts import cuts_of, spread
 from cogvx.data.footage import BadClip
 from cogvx.data.sources import Example
 from cogvx.data.video import read_clip, read_first_frame, to_bytes
+from cogvx.files import read_json_lines
+from cogvx.training.prepare import Prepared
 
 NINE = ["data.max_num_frames=9", "data.fps=10"]  # 0.8 s from the first frame to the last
 
@@ -286,3 +288,54 @@ def test_a_picture_is_a_clip_of_one_frame(compose, tmp_path, name):
         assert numpy.abs(frames.astype(int) - (40, 80, 120)).max() <= 4
     with pytest.raises(BadClip, match=r"is a picture, a clip of 1 frame; .* data.min_num_frames=1"):
         read_clip(tmp_path / name, compose().data)
+
+
+# -- all of it, in training ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_windows_and_mirrored_clips_are_drawn_and_a_resumed_run_draws_the_same(
+    run_in, stopped, make_clip, tmp_path, monkeypatch
+):
+    """Image-to-video, with two long files, a short one that begins again, and two pictures."""
+    root, drawn, real = tmp_path / "set", [], Prepared.load_batch
+    names = ["long.mp4", "longer.mp4", "short.mp4", "a.png", "b.png"]
+    for name, frames in zip(names, (20, 24, 6), strict=False):
+        make_clip(root / name, frames=frames)
+    for name in names[3:]:
+        Image.effect_noise((96, 80), 60).convert("RGB").save(root / name)
+    (root / "videos.txt").write_text("\n".join(names))
+    (root / "prompts.txt").write_text("\n".join(f"clip {name}" for name in names))
+
+    def load_batch(self, clips, prompts, images):
+        drawn.append((self, clips[0]))
+        return real(self, clips, prompts, images)
+
+    monkeypatch.setattr(Prepared, "load_batch", load_batch)
+    settings = [
+        *("model=nano_i2v", f"data.instance_data_root={root}", "data.min_num_frames=1"),
+        *("data.long_files=random", "data.random_windows=2", "data.short_files=loop"),
+        *("data.flip=true", "data.validation_fraction=0.2", "train.max_train_steps=16"),
+        *("train.checkpointing_steps=8", "train.checkpoints_total_limit=null"),
+    ]
+    whole = run_in(tmp_path / "whole", *settings)
+    data = drawn[0][0]
+    assert [len(clip.cuts) for clip in (*data.train, *data.held_out)].count(4) == 2
+    for clip in data.train:
+        # 16 steps are four epochs of four clips: all cuts, each as often as the others.
+        own = [cut for _, cut in drawn if cut in clip.cuts]
+        assert sorted(map(clip.cuts.index, own)) == sorted(
+            [*range(len(clip.cuts))] * (4 // len(clip.cuts))
+        )
+        assert len({cut.image_path for cut in clip.cuts}) == len(clip.cuts)
+    [held_out] = data.held_out
+    assert all(cut == held_out.first for _, cut in drawn if cut in held_out.cuts)
+
+    again = run_in(stopped("again", whole, 8), *settings)
+    for name in ("pytorch_lora_weights.safetensors", "dataset_report.csv"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes()
+    losses = [
+        [line.get("loss") for line in read_json_lines(folder / "metrics.jsonl")]
+        for folder in (whole, again)
+    ]
+    assert losses[0] == losses[1]

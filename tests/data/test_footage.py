@@ -10,7 +10,7 @@ from PIL import Image
 
 from cogvx.data import hdr
 from cogvx.data.decoders import decoded_frames
-from cogvx.data.footage import BadClip, survey
+from cogvx.data.footage import BadClip, shown_frames, start_far_in, survey, wanted_frames
 from cogvx.data.video import read_clip
 
 # 96 x 64, 3 s at 30 fps. The left half is red; the right half's grey is the number of the frame.
@@ -18,6 +18,9 @@ SOURCE = (
     "color=c=black:s=96x64:r=30:d=3,format=gbrp,"
     "geq=r='if(lt(X,48),255,2*N)':g='if(lt(X,48),0,2*N)':b='if(lt(X,48),0,2*N)',format=yuv420p"
 )
+
+
+KEY_FRAMES = ["-c:v", "libx264", "-g", 40, "-bf", 3]
 
 
 def ffmpeg(*arguments: object) -> None:
@@ -105,6 +108,33 @@ def test_a_cover_picture_is_no_clip(made, plain, tmp_path):
     ffmpeg(*tone, "-c:a", "aac", tmp_path / "sound.mp4")
     with pytest.raises(BadClip, match="holds no video"):
         survey(tmp_path / "sound.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("a.mp4", [*KEY_FRAMES, "-x264-params", "open-gop=1"]),
+        ("refresh.mp4", ["-c:v", "libx264", "-x264-params", "intra-refresh=1:keyint=40"]),
+        ("a.mkv", ["-c:v", "libx265", "-x265-params", "log-level=error:keyint=40:open-gop=1"]),
+        ("a.webm", ["-c:v", "libvpx-vp9", "-b:v", 0, "-crf", 20, "-g", 40]),
+        ("laced.mp4", ["-vf", "interlace", "-flags", "+ildct+ilme", *KEY_FRAMES]),
+        ("cut.mov", ["-c", "copy", "-ss", 0.7]),
+        ("a.ts", KEY_FRAMES),
+    ],
+)
+def test_frames_far_in_are_the_same_without_what_is_before_them(plain, tmp_path, name, arguments):
+    ffmpeg("-stream_loop", 2, "-i", plain, *KEY_FRAMES, "-crf", 4, tmp_path / "long.mp4")
+    ffmpeg("-i", tmp_path / "long.mp4", *arguments, tmp_path / name)
+    footage = survey(tmp_path / name)
+    whole = dict(wanted_frames(footage, set(footage.times)))
+    begun = []
+    for first in range(103, len(footage.times) - 9, 11):
+        wanted = {footage.times[number] for number in (first, first + 1, first + 8)}
+        alone = dict(wanted_frames(footage, wanted))
+        assert all(numpy.array_equal(alone[time], whole[time]) for time in wanted)
+        time, _ = next(shown_frames(footage, start_far_in(footage, min(wanted))))
+        begun.append(footage.times.index(time))
+    assert (max(begun) > 50) == (name != "a.ts")
 
 
 # -- how they look -------------------------------------------------------------------------------
