@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from cogvx.data.buckets import Size
 from cogvx.data.cache import Cache, content_key
 from cogvx.data.cuts import Cut, cuts_of
+from cogvx.data.index import without_collections
 from cogvx.data.listed import shortened
 from cogvx.data.looks import look_of
 from cogvx.data.sharing import Share, make_missing
@@ -121,13 +122,8 @@ def encode_clips(
     Returns the clips, and the examples that cannot be used. UserError if these are more than
     data.max_bad_fraction.
     """
-    wanted, unusable = [], {}
-    for number, example in enumerate(bar(examples, desc="look    clips", leave=False)):
-        try:
-            wanted.append(files_of(example, data, cache, vae))
-        except (BadClip, OSError) as bad:
-            wanted.append({})
-            unusable[number] = unreadable(bad)
+    with without_collections():
+        wanted, unusable = files_of_all(examples, data, cache, vae)
     # A file that is listed twice is encoded once; messages name its first line.
     sources = {
         path: (example.video, cut)
@@ -155,18 +151,33 @@ def encode_clips(
     paths = [path for files in wanted for path in files.values()]
     reasons = make_missing(paths, cache, encode, "clip", say)
     encoded, rejected = [], []
-    for number, (example, files) in enumerate(zip(examples, wanted, strict=True)):
-        why = [unusable.get(number), *map(reasons.get, files.values())]
-        reason = next(filter(None, why), None)
-        if reason is None:
-            cuts = [EncodedCut(cut, path, cache.about(path)) for cut, path in files.items()]
-            reason = next(filter(None, (too_short(each, data) for each in cuts)), None)
-        if reason is None:
-            encoded.append(EncodedClip(example, tuple(cuts)))
-        else:
-            rejected.append(Rejected(example, reason))
+    with without_collections():
+        for number, (example, files) in enumerate(zip(examples, wanted, strict=True)):
+            why = [unusable.get(number), *map(reasons.get, files.values())]
+            reason = next(filter(None, why), None)
+            if reason is None:
+                cuts = [EncodedCut(cut, path, cache.about(path)) for cut, path in files.items()]
+                reason = next(filter(None, (too_short(each, data) for each in cuts)), None)
+            if reason is None:
+                encoded.append(EncodedClip(example, tuple(cuts)))
+            else:
+                rejected.append(Rejected(example, reason))
     report_rejected(rejected, len(examples), data.max_bad_fraction, say)
     return encoded, rejected
+
+
+def files_of_all(
+    examples: list[Example], data: Data, cache: Cache, vae: Encoder
+) -> tuple[list[dict[Cut, Path]], dict[int, str]]:
+    """files_of() each example, and why those that cannot be read cannot, by their number."""
+    wanted, unusable = [], {}
+    for number, example in enumerate(bar(examples, desc="look    clips", leave=False)):
+        try:
+            wanted.append(files_of(example, data, cache, vae))
+        except (BadClip, OSError) as bad:
+            wanted.append({})
+            unusable[number] = unreadable(bad)
+    return wanted, unusable
 
 
 def files_of(example: Example, data: Data, cache: Cache, vae: Encoder) -> dict[Cut, Path]:

@@ -129,7 +129,7 @@ def other_orders(caption: str, count: int, keep: int) -> list[str]:
     The orders follow from the caption, so the cache has them when the run is started again.
     """
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
-    if len(tags) - keep < 2:
+    if count == 0 or len(tags) - keep < 2:
         return []
     generator, found = random.Random(caption), []
     for _ in range(count):
