@@ -72,8 +72,9 @@ class Cache:
                     f"encoding gave {name} with values that are not finite ({tensor.dtype}): "
                     f"fp16 can overflow where bf16 does not; try train.mixed_precision=bf16"
                 )
-        written = json.dumps(about or {})
-        metadata = {"about": written, "digest": digest_of(written, tensors)}
+        about = about or {}
+        # In one text: safetensors writes several in any order.
+        metadata = {"about": json.dumps({**about, "digest": digest_of(about, tensors)})}
         try:
             with replacing(path) as partial:
                 save_file(tensors, partial, metadata=metadata)
@@ -86,7 +87,7 @@ class Cache:
                 f"or set data.cache_dir to another disk"
             ) from error
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        self.keep_about(path, os.stat(path), {**(about or {}), "shapes": shapes})
+        self.keep_about(path, os.stat(path), {**about, "shapes": shapes})
 
     def about(self, path: Path) -> dict | None:
         """What write() was given as `about`, and the tensors' shapes as `shapes`.
@@ -206,6 +207,7 @@ def about_in_file(path: Path) -> dict | None:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
+            about.pop("digest", None)
             names = list(file.keys())
             shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
             return {**about, "shapes": shapes}
@@ -219,23 +221,23 @@ def damage(path: Path) -> str | None:
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "digest" not in metadata:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            digest = about.pop("digest", "")
+            if not digest:
                 return ""
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         return f"it cannot be read ({first_line(error)})"
-    same = digest_of(metadata.get("about", ""), tensors) == metadata["digest"]
-    return None if same else "its content is not what was written"
+    return None if digest_of(about, tensors) == digest else "its content is not what was written"
 
 
-def digest_of(about: str, tensors: dict[str, Tensor]) -> str:
-    """The SHA-256 of names, types, shapes and contents."""
+def digest_of(about: dict, tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of what is said about a file, and of names, types, shapes and contents."""
     import torch
 
-    digest = hashlib.sha256(about.encode())
+    digest = hashlib.sha256(json.dumps(about).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         # numpy knows no bf16.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from cogvx.data.buckets import Size
 from cogvx.data.cache import Cache, content_key
 from cogvx.data.cuts import Cut, cuts_of
-from cogvx.data.index import without_collections
+from cogvx.data.index import collections_paused
 from cogvx.data.listed import shortened
 from cogvx.data.looks import look_of
 from cogvx.data.sharing import Share, make_missing
@@ -122,7 +122,7 @@ def encode_clips(
     Returns the clips, and the examples that cannot be used. UserError if these are more than
     data.max_bad_fraction.
     """
-    with without_collections():
+    with collections_paused():
         wanted, unusable = files_of_all(examples, data, cache, vae)
     # A file that is listed twice is encoded once; messages name its first line.
     sources = {
@@ -151,7 +151,7 @@ def encode_clips(
     paths = [path for files in wanted for path in files.values()]
     reasons = make_missing(paths, cache, encode, "clip", say)
     encoded, rejected = [], []
-    with without_collections():
+    with collections_paused():
         for number, (example, files) in enumerate(zip(examples, wanted, strict=True)):
             why = [unusable.get(number), *map(reasons.get, files.values())]
             reason = next(filter(None, why), None)

@@ -62,17 +62,20 @@ class Index:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             if is_new:
-                os.write(self.file, json.dumps({"index of": self.of}).encode())
+                self.write_line({"index of": self.of})
+        self.write_line(line)
+
+    def write_line(self, line: object) -> None:
         # First the end of a line: what is before it may be half a line.
         os.write(self.file, b"\n" + json.dumps(line).encode())
 
     def read(self) -> dict[str, dict[str, Remembered]]:
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            lines = list(filter(None, self.path.read_bytes().split(b"\n")))
         except OSError:
             return {}
         entries, count = {}, 0
-        with without_collections():
+        with collections_paused():
             for line in parsed(lines):
                 if isinstance(line, list) and len(line) == 5 and isinstance(line[1], str):
                     what, path, *entry = line
@@ -94,17 +97,17 @@ class Index:
 
 
 @contextlib.contextmanager
-def without_collections() -> Iterator[None]:
+def collections_paused() -> Iterator[None]:
     """For code that makes very many small objects which stay.
 
     Python's garbage collector would look through them again and again: twice as slow.
     """
-    collects = gc.isenabled()
+    paused = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collects:
+        if paused:
             gc.enable()
 
 

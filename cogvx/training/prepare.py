@@ -31,7 +31,7 @@ from cogvx.data.encode import (
     frames_of,
     image_of,
 )
-from cogvx.data.index import without_collections
+from cogvx.data.index import collections_paused
 from cogvx.data.inspect import write_contact_sheet, write_held_out, write_report
 from cogvx.data.looks import pairs_alike
 from cogvx.data.phrasing import require_readable
@@ -239,7 +239,7 @@ def fetch(
     """The base model on this machine, and the list of clips."""
     # What the first process downloads or renders is there for the others.
     with ranks.accelerator.main_process_first():
-        with without_collections():
+        with collections_paused():
             examples = config.data.read()
         for line in config.data.said:
             ranks.say(line)
