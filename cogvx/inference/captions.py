@@ -6,7 +6,6 @@ other. Every caption is written at once, so the same command goes on after a sto
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -158,9 +157,10 @@ class Captioning:
         """Writes the caption of each description."""
         if not described:
             return
-        # Nothing refers to the first model any more. The second one gets its memory.
-        give_memory_of_models_back()
         task = self.task
+        if task.captioner_url is None:
+            # Nothing refers to the first model any more. The second one gets its memory.
+            give_memory_of_models_back()
         chat: Chat = opened_chat(
             task.expander, task.expander_url, here(), "task.expander", quantization(task.storage)
         )
@@ -188,8 +188,8 @@ class Captioning:
         self.place.write(clip, caption)
         self.place.record.add(clip=clip.name, caption=caption, model=self.task.captioner, **more)
         self.written += 1
-        token = self.config.data.id_token
-        if token is not None and re.search(rf"(?<!\w){re.escape(token)}(?!\w)", caption):
+        tokens = self.config.data.id_tokens()
+        if any(re.search(rf"(?<!\w){re.escape(token)}(?!\w)", caption) for token in tokens):
             self.with_id_token += 1
 
     def leave_out(self, clip: ClipToCaption, reason: str) -> None:
@@ -203,7 +203,8 @@ class Captioning:
         yield from (f"warning left out: {line}" for line in self.left_out)
         if self.asked_again:
             yield f"asked   again, because an answer was no caption: {', '.join(self.asked_again)}"
-            if any("cut off" in said for said in self.asked_again):
+            by_server = self.task.captioner_url or self.task.expander_url
+            if by_server and any("cut off" in said for said in self.asked_again):
                 yield f"        {CONTEXT_OF_OLLAMA}"
         if self.with_id_token:
             yield (
@@ -251,5 +252,4 @@ def here() -> torch.device:
 def give_memory_of_models_back() -> None:
     from accelerate.utils.memory import clear_device_cache
 
-    gc.collect()
     clear_device_cache(garbage_collection=True)

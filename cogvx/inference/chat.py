@@ -17,9 +17,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogvx.errors import UserError, first_line
+from cogvx.files import is_hub_id
+from cogvx.hub_client import OnTheHub, split_revision
 from cogvx.progress import heartbeat
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ CONTEXT_OF_OLLAMA = (
     "Ollama cuts off what does not fit into its context, 4096 tokens by default, which eight "
     "pictures fill: OLLAMA_CONTEXT_LENGTH=16384 ollama serve"
 )
+FILES_OF_A_MODEL = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 TIMEOUT = 600  # seconds that a server may take for an answer
 # A text within one pair of quote marks.
 QUOTED = re.compile('["\u201c]([^"\u201c\u201d]*)["\u201d]')
@@ -70,10 +74,11 @@ def loaded_chat(path: str, device: torch.device, setting: str, storage: object =
     """The tokenizer and the model. UserError if it is no chat model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    folder = fetched_model(path, setting)
     try:
         with heartbeat(f"load    still reading {path}"):
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model = on_this_device(AutoModelForCausalLM, path, device, storage)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = on_this_device(AutoModelForCausalLM, folder, device, storage)
     # Missing and damaged files raise errors of many kinds.
     except Exception as error:
         raise UserError(
@@ -88,12 +93,21 @@ def loaded_chat(path: str, device: torch.device, setting: str, storage: object =
     return tokenizer, model
 
 
-def on_this_device(auto_class, path: str, device: torch.device, storage: object):
+def fetched_model(path: str, setting: str) -> Path:
+    """The model's folder on this machine. path: a folder, or name/repo or name/repo@revision."""
+    if not is_hub_id(path):
+        return Path(path)
+    repo, revision = split_revision(path)
+    instead = f"{setting}=/models/{repo.rpartition('/')[2]}"
+    return OnTheHub(repo, revision, setting, instead).download(FILES_OF_A_MODEL)
+
+
+def on_this_device(auto_class, folder: Path, device: torch.device, storage: object):
     """In the precision of the file. Quantized weights are put on the device as they are read."""
     if storage is None:
-        return auto_class.from_pretrained(path, dtype="auto").to(device).eval()
+        return auto_class.from_pretrained(folder, dtype="auto").to(device).eval()
     return auto_class.from_pretrained(
-        path, dtype="auto", quantization_config=storage, device_map={"": device}
+        folder, dtype="auto", quantization_config=storage, device_map={"": device}
     ).eval()
 
 

@@ -10,7 +10,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError, first_line
-from cogvx.inference.chat import Chat, asked_of_server, generated, on_this_device
+from cogvx.inference.chat import Chat, asked_of_server, fetched_model, generated, on_this_device
 from cogvx.options.tasks import ModelStorage
 from cogvx.progress import heartbeat
 
@@ -31,10 +31,11 @@ def loaded_vision(path: str, device: torch.device, setting: str, storage: object
     """The processor and the model. UserError if it is no chat model that sees pictures."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    folder = fetched_model(path, setting)
     try:
         with heartbeat(f"load    still reading {path}"):
-            processor = AutoProcessor.from_pretrained(path)
-            model = on_this_device(AutoModelForImageTextToText, path, device, storage)
+            processor = AutoProcessor.from_pretrained(folder)
+            model = on_this_device(AutoModelForImageTextToText, folder, device, storage)
     # Missing and damaged files raise errors of many kinds.
     except Exception as error:
         raise UserError(
