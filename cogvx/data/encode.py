@@ -23,7 +23,7 @@ from cogvx.data.index import collections_paused
 from cogvx.data.listed import shortened
 from cogvx.data.looks import look_of
 from cogvx.data.sharing import Share, make_missing
-from cogvx.data.sources import Data, Example, Reshape, ShortFiles
+from cogvx.data.sources import Data, Example, LongFiles, Reshape, ShortFiles
 from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
 from cogvx.progress import bar, counted
@@ -149,6 +149,10 @@ def encode_clips(
             share.write(path, tensors, facts_of(clip) | {"look": look})
 
     paths = [path for files in wanted for path in files.values()]
+    if data.flip or data.long_files is LongFiles.random:
+        say(
+            f"cuts    {counted(len(examples), 'clip')} in {len(paths)} versions; training draws one"
+        )
     reasons = make_missing(paths, cache, encode, "clip", say)
     encoded, rejected = [], []
     with collections_paused():

@@ -21,6 +21,7 @@ from cogvx.data.sources import Data
 from cogvx.errors import UserError, listed
 from cogvx.progress import counted
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 ENDING = re.compile(r"(\.\w+)+")
 
 
@@ -41,7 +42,12 @@ class Folder(Data):
             "video_column": self.video_column.split() or [""],
             "image_column": [] if self.image_column is None else [self.image_column],
         }
-        return super().problems() + [
+        both = self.image_column in endings["video_column"]
+        twice = [
+            f"data.image_column={self.image_column} is an ending of data.video_column too: such "
+            f"files are clips, or the images that clips start from; leave it out of one of them"
+        ]
+        return [*super().problems(), *(twice if both else [])] + [
             f"data.{name}={getattr(self, name)}: with data=folder it is the ending of files: a dot "
             f"and letters or digits, such as {'.mp4' if name == 'video_column' else '.txt'}"
             for name, found in endings.items()
@@ -84,9 +90,12 @@ class Folder(Data):
         if clips:
             return clips
         found = sorted({path.suffix for path in files if path.suffix})
+        pictures = " ".join(ending for ending in found if ending.lower() in PICTURES)
+        train_on_them = f'. Pictures: data.video_column="{pictures}" data.min_num_frames=1'
         raise UserError(
             f"{self.root()} has no clip: no file ends in {', '.join(endings)} "
             f"(data.video_column). Endings there now: {', '.join(found) or 'none'}"
+            f"{train_on_them if pictures else ''}"
         )
 
     def caption_file(self, clip: Path) -> Path:

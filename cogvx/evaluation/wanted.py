@@ -13,7 +13,7 @@ import numpy
 
 from cogvx.config import Config
 from cogvx.data.listed import text_of
-from cogvx.data.sources import Example
+from cogvx.data.sources import Example, ShortFiles
 from cogvx.data.tables import READERS, comma_rows
 from cogvx.data.video import BadClip, read_clip, to_bytes
 from cogvx.errors import UserError
@@ -213,11 +213,12 @@ def steps_left(config: Config, task: GenerateTask) -> int:
 def frames_at(path: Path, config: Config, *, own_length: bool = False) -> numpy.ndarray:
     """A clip at the run's size and frame rate, [F, H, W, 3] uint8.
 
-    own_length: nothing is skipped, and it may be shorter than a training clip.
+    own_length: nothing is skipped or added, and it may be shorter than a training clip.
     """
     data = config.data
     if own_length:
         data = replace(data, skip_frames_start=0, skip_frames_end=0, min_num_frames=1)
+        data = replace(data, short_files=ShortFiles.drop)
     if not path.is_file():
         raise UserError(f"the clip {path} does not exist")
     try:

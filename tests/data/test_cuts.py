@@ -13,7 +13,8 @@ from cogvx.data.cache import Cache
 from cogvx.data.cuts import cuts_of, spread
 from cogvx.data.footage import BadClip
 from cogvx.data.sources import Example
-from cogvx.data.video import read_clip, read_first_frame, to_bytes
+from cogvx.data.video import read_clip, read_first_frame, read_image, to_bytes
+from cogvx.errors import UserError
 from cogvx.files import read_json_lines
 from cogvx.training.prepare import Prepared
 
@@ -288,6 +289,66 @@ def test_a_picture_is_a_clip_of_one_frame(compose, tmp_path, name):
         assert numpy.abs(frames.astype(int) - (40, 80, 120)).max() <= 4
     with pytest.raises(BadClip, match=r"is a picture, a clip of 1 frame; .* data.min_num_frames=1"):
         read_clip(tmp_path / name, compose().data)
+
+
+def test_a_folder_of_pictures_says_what_to_type(compose, tmp_path):
+    folder = ["data=folder", f"data.instance_data_root={tmp_path}"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a picture")
+    with pytest.raises(
+        UserError, match=r'Pictures: data.video_column=".png" data.min_num_frames=1'
+    ):
+        compose(*folder).data.read()
+    assert len(compose(*folder, "data.video_column=.png").data.read()) == 1
+    with pytest.raises(
+        UserError, match=r"data.image_column=.png is an ending of data.video_column"
+    ):
+        compose(
+            "model=nano_i2v", *folder, "data.video_column='.mp4 .png'", "data.image_column=.png"
+        )
+
+
+def test_a_given_image_is_mirrored_with_its_clip(compose, long, memory, tmp_path):
+    Image.effect_noise((80, 60), 80).convert("RGB").save(tmp_path / "x.png")
+    data = compose("data.flip=true", "data.video_reshape_mode=pad").data
+    cuts = cuts_of(Example("", long, ""), data, memory)
+    plain, mirrored = (read_image(tmp_path / "x.png", data, long, cut) for cut in cuts)
+    assert torch.equal(plain.flip(-1), mirrored) and not torch.equal(plain, mirrored)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.random_windows=0"], "data.random_windows=0: must be 1 or more windows"),
+        (["data.window_overlap=1"], "data.window_overlap=1.0: must be at least 0 and below 1"),
+        (["data.scene_threshold=0"], "data.scene_threshold=0.0: must be above 0, up to 255"),
+        (["data.long_files=tail"], "data.long_files"),
+        (
+            ["model=nano_i2v", "data.image_column=images.txt", "data.long_files=random"],
+            "data.long_files=random takes clips from anywhere in a file, and an image",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(compose, overrides, said):
+    with pytest.raises(UserError) as raised:
+        compose(*overrides)
+    assert said in str(raised.value)
+
+
+def test_scenes_without_the_package_say_how_to_install_it(compose, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install scenedetect-headless"):
+        compose("data.long_files=scenes")
+
+
+def test_a_part_of_a_file_has_the_bucket_that_it_fills(compose, taken, long, memory):
+    buckets = "data.buckets=[5x64x64,17x64x64]"
+    scene = Example("", long, "", start=30, end=60)
+    assert taken(long, buckets) == [every(3, 0, 17)]
+    assert taken(long, buckets, example=scene) == [every(3, 30, 5)]
+    fill = ["data.short_files=loop", "data.min_num_frames=3"]
+    looped = taken(long, buckets, *fill, example=Example("", long, "", end=9))
+    assert looped == [[0, 3, 6, 0, 3]]
 
 
 # -- all of it, in training ----------------------------------------------------------------------
