@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from cogvx.data.buckets import AUTO, Size, size_for
+from cogvx.data.buckets import AUTO, Size, size_for, sizes_of
 from cogvx.data.sources import Data
 from cogvx.model.geometry import Geometry
 
@@ -28,6 +28,16 @@ def with_sizes(data: Data, geometry: Geometry) -> Data:
         str(size) for size in sizes_like(size_for(data), data.min_num_frames, geometry)
     ]
     return found
+
+
+def largest_size(data: Data, geometry: Geometry) -> Size:
+    """The size of the most tokens that clips are trained at: it takes the most memory."""
+    if data.buckets is None:
+        return size_for(data)
+    sizes = sizes_of(with_sizes(data, geometry))
+    return max(
+        sizes, key=lambda s: geometry.tokens(frames=s.frames, height=s.height, width=s.width)
+    )
 
 
 def sizes_like(size: Size, shortest: int, geometry: Geometry) -> list[Size]:

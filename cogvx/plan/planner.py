@@ -14,12 +14,17 @@ from cogvx.config import Config
 from cogvx.errors import UserError, lacking
 from cogvx.files import replacing, shown, write_json
 from cogvx.libraries import load_libraries
-from cogvx.model.geometry import Geometry
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.cards import CARDS, Card
 from cogvx.options.train import Attention, Precision
 from cogvx.plan.allocator import GIB, gib, replay
-from cogvx.plan.configs import configs_of, layers_of
+from cogvx.plan.configs import (
+    at_given_size,
+    at_largest_bucket,
+    configs_of,
+    geometry_of,
+    layers_of,
+)
 from cogvx.plan.found import MEMORY_PARTS, PHASES, Outcome, Phase, at_layers
 from cogvx.plan.making import TRACED, video_facts, video_lines
 from cogvx.plan.smaller import suggest
@@ -79,19 +84,29 @@ def trace_video(config: Config) -> Outcome:
 
 def trace_run(config: Config) -> tuple[Outcome, float]:
     """All phases, and the FLOPs that a step needs at least."""
-    plain = plainly(config)
-    jobs = [(config, phases, None) for phases in IN_TWO_PROCESSES]
+    largest = at_largest_bucket(config)
+    plain = plainly(largest)
+    jobs = [*jobs_of_phases(config, largest)]
     jobs += [(plain, ["train"], layers) for layers in (2, 3)]
     with heartbeat("plan    still running the phases"):
-        first, second, plain_two, plain_three = traces(jobs, say_planned)
+        first, *others, plain_two, plain_three = traces(jobs, say_planned)
     print()
     # Making videos loads the model too: "load" comes twice.
-    phases = first.phases + [phase for phase in second.phases if phase.name != "load"]
-    phases.sort(key=lambda phase: PHASES.index(phase.name))
-    host = max(first.host, second.host)
+    later = [phase for each in others for phase in each.phases if phase.name != "load"]
+    phases = sorted(first.phases + later, key=lambda phase: PHASES.index(phase.name))
+    host = max(each.host for each in (first, *others))
     layers = layers_of(config)
     necessary = at_layers(layers, plain_two.phase("train").flops, plain_three.phase("train").flops)
     return Outcome(phases, host, first.optimizer, first.trained), necessary
+
+
+def jobs_of_phases(config: Config, largest: Config) -> list[Asked]:
+    """Clips are encoded and trained at the largest bucket. Videos have the given size."""
+    given = at_given_size(config)
+    if given == largest:
+        return [(largest, phases, None) for phases in IN_TWO_PROCESSES]
+    training, (*encoding, video) = IN_TWO_PROCESSES
+    return [(largest, training, None), (largest, encoding, None), (given, [video], None)]
 
 
 def say_planned(job: Asked, left: int) -> None:
@@ -127,7 +142,7 @@ def step_facts(config: Config, card: Card, found: Outcome, necessary: float) -> 
         "necessary_tflop_per_step": necessary / 1e12,
         "seconds_per_step": round(times.total, 2),
         "seconds_by_kind": dataclasses.asdict(times),
-        "cache_mib_per_clip": round(cache_bytes(config) / 2**20, 2),
+        "cache_mib_per_clip": round(cache_bytes(at_largest_bucket(config)) / 2**20, 2),
         "checkpoint_gib": gib(found.trained + found.optimizer),
     }
 
@@ -149,7 +164,11 @@ def measure_phases(config: Config, found: Outcome) -> dict:
     from cogvx.plan.phases import run_phases
 
     print("\nmeasure runs every phase for real, with weights that mean nothing ...", flush=True)
-    names = [phase.name for phase in found.phases]
+    names, largest = [phase.name for phase in found.phases], at_largest_bucket(config)
+    if largest != at_given_size(config):
+        # It is planned at another size than the others.
+        names.remove("video")
+    config = largest
     if torch.cuda.is_available():
         meter = run_phases(config, names, steps=2, device=torch.device("cuda"))
         planned = {phase.name: phase.peak for phase in found.phases}
@@ -203,8 +222,7 @@ def phase_facts(phase: Phase) -> dict:
 
 def cache_bytes(config: Config) -> int:
     """The cache's size for one clip: its latents, its encoded images and its prompt."""
-    configs, data = configs_of(config), config.data
-    geometry = Geometry.from_configs(configs["transformer"], configs["vae"], None)
+    configs, data, geometry = configs_of(config), config.data, geometry_of(config)
     size = 4 if config.train.mixed_precision is Precision.no else 2  # bytes of a number
     pixels = data.height // geometry.spatial_stride * (data.width // geometry.spatial_stride)
     frames = (data.max_num_frames - 1) // geometry.temporal_stride + 1
@@ -214,9 +232,10 @@ def cache_bytes(config: Config) -> int:
 
 
 def print_headline(config: Config) -> None:
-    data, sampling = config.data, config.validation
+    trains, sampling = config.task.trains, config.validation
+    data = at_largest_bucket(config).data if trains else config.data
     kind = weights_of(config.lora)
-    if config.task.trains:
+    if trains:
         what = f"{kind}, batch {config.train.train_batch_size}"
     else:
         with_lora = f"with a {kind}" if kind.has_strength else "without a LoRA"
@@ -224,9 +243,12 @@ def print_headline(config: Config) -> None:
             f"a video {with_lora}, {sampling.num_inference_steps} steps, "
             f"guidance {sampling.guidance_scale:g}"
         )
+    clips = f"{data.max_num_frames} frames of {data.width}x{data.height}"
+    if trains and config.data.buckets is not None:
+        clips = f"its largest bucket, {clips}"
     print(
         f"plan    {config.model.path}, {what}, "
-        f"{data.max_num_frames} frames of {data.width}x{data.height}, "
+        f"{clips}, "
         f"{config.train.mixed_precision.name}, memory={config.choices['memory']}"
     )
     if config.parallel.num_processes > 1:

@@ -11,7 +11,7 @@ from cogvx.config import Config
 from cogvx.model.trained_weights import weights_of
 from cogvx.options.cards import Card
 from cogvx.plan.allocator import gib
-from cogvx.plan.configs import layers_of
+from cogvx.plan.configs import at_largest_bucket, layers_of
 from cogvx.plan.found import Outcome, at_layers
 from cogvx.plan.making import TRACED, VIDEO_PARTS, seconds_of_video
 from cogvx.plan.times import Times, times_on
@@ -68,7 +68,7 @@ def suggest(config: Config, card: Card, found: Outcome) -> list[dict]:
     estimate = TRAINING if config.task.trains else MAKING
     changes = [change for change in changes_of(config) if with_changes(config, change) != config]
     print(f"\ntrying  {counted(len(changes), 'change')} that need less memory ...", flush=True)
-    changed = [with_changes(config, change) for change in changes]
+    changed = [at_largest_bucket(with_changes(config, change)) for change in changes]
     jobs = [job for each in changed for job in estimate.jobs(each)]
     with heartbeat("trying  still at work on them"), bar(total=len(jobs), leave=False) as tried:
         outcomes = traces(jobs, lambda job, left: tried.update())
@@ -110,7 +110,12 @@ def print_suggestions(config: Config, suggestions: list[dict], seconds: float) -
 
 
 def changes_of(config: Config) -> list[list[str]]:
-    """Overrides that may need less memory."""
+    """Overrides that may need less memory. A list of buckets does not follow max_num_frames."""
+    listed = isinstance(config.data.buckets, list) and config.task.trains
+    return [c for c in all_changes(config) if not (listed and "data." in " ".join(c))]
+
+
+def all_changes(config: Config) -> list[list[str]]:
     # Half as long, 4k + 1 frames.
     shorter = 1 + (config.data.max_num_frames - 1) // 8 * 4
     if not config.task.trains:

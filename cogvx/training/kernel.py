@@ -14,6 +14,7 @@ from cogvx.files import read_json
 from cogvx.model import attention
 from cogvx.model.attention import KernelChoice
 from cogvx.model.pretrained import PretrainedModel
+from cogvx.model.sizes import largest_size
 from cogvx.options.train import Attention
 from cogvx.records import record
 from cogvx.training.prepare import device_name
@@ -68,8 +69,9 @@ def decide(
             f"speed   attention: {choice.kernel.name} was recorded, but {problem}. "
             f"Another kernel rounds differently"
         ]
-    geometry, data = pretrained.geometry(), config.data
-    tokens = geometry.tokens(frames=data.max_num_frames, height=data.height, width=data.width)
+    geometry = pretrained.geometry()
+    size = largest_size(config.data, geometry)
+    tokens = geometry.tokens(frames=size.frames, height=size.height, width=size.width)
     shape = (config.train.train_batch_size, geometry.heads, tokens, geometry.head_dim)
     choice = attention.choose(shape, device, pretrained.dtype)
     return said + lines_about(choice, tokens), choice

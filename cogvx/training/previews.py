@@ -124,12 +124,15 @@ class Previews:
         """[1, F, C, H, W], with the frames that 1.5 needs in front."""
         geometry, frames = self.geometry, self.frames(data)
         size = (data.height // geometry.spatial_stride, data.width // geometry.spatial_stride)
+        # Its image has the size of the clip's bucket.
+        if geometry.image_to_video:
+            size = tuple(self.clip.latent_shape[2:])
         return (1, frames + geometry.padding(frames), geometry.latent_channels, *size)
 
     def condition(self, frames: int) -> Tensor | None:
         if not self.geometry.image_to_video:
             return None
-        moments = read_tensor(self.clip.image_path, "image_moments", 0)
+        moments = read_tensor(self.clip.first.image_path, "image_moments", 0)
         mean = moments.float().chunk(2)[0][None]  # [1, C, 1, H, W]
         return self.model.image_condition(mean.to(self.model.device), frames)
 
