@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from cogvx.config import Config
+from cogvx.data.sources import Data
 from cogvx.files import is_hub_id, read_json, read_json_lines
 from cogvx.options.tasks import Format
 from cogvx.progress import counted
@@ -339,11 +340,20 @@ def training_of(published: Published) -> str:
     return "## Training\n\n" + table(["Setting", "Value"], rows)
 
 
+def sizes_in_words(data: Data) -> str:
+    given = f"{data.max_num_frames} frames of {data.width}x{data.height}"
+    if data.buckets is None:
+        return given
+    if isinstance(data.buckets, list):
+        return f"{', '.join(data.buckets)} (frames x height x width)"
+    return f"{given}, and other shapes and lengths of at most as many tokens"
+
+
 def training_rows(published: Published):
     config, facts = published.config, read_json(published.run / record.ENVIRONMENT)
     train, data, packages = config.train, config.data, facts.get("packages", {})
     yield "Data", data_in_words(published)
-    yield "Size", f"{data.max_num_frames} frames of {data.width}x{data.height}"
+    yield "Size", sizes_in_words(data)
     yield "Frame rate", f"{data.fps or config.model.fps:g}"
     if published.is_lora and "rank" in published.inference:
         settings = published.inference

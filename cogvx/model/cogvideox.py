@@ -51,6 +51,16 @@ class CogVideoX:
         padding = self.geometry.padding(latents.shape[1])
         return torch.cat([latents[:, :1]] * padding + [latents], dim=1) if padding else latents
 
+    def tokens(self, latents: Tensor) -> int:
+        """Of a batch [B, C, F, H, W] from the VAE, prompts and padding included."""
+        frames, height, width = latents.shape[2:]
+        geometry = self.geometry
+        return len(latents) * geometry.tokens(
+            frames=(frames - 1) * geometry.temporal_stride + 1,
+            height=height * geometry.spatial_stride,
+            width=width * geometry.spatial_stride,
+        )
+
     def image_condition(self, image_latents: Tensor | None, frames: int) -> Tensor | None:
         """The image latents [B, C, 1, H, W] as further channels [B, F, C, H, W].
 

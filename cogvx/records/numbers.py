@@ -96,6 +96,9 @@ def said_of_speed(run: Run):
         waited = [line["data_seconds"] for line in run.trained if "data_seconds" in line]
         if waited:
             yield "Of that, waiting for data", f"{statistics.median(waited) / middle:.0%}"
+    rates = [line["tokens_per_second"] for line in run.trained if "tokens_per_second" in line]
+    if rates:
+        yield "Tokens a second", f"{statistics.median(rates):,.0f}"
     if summary.get("peak_memory_gib") is not None:
         yield "Peak memory", f"{summary['peak_memory_gib']:.2f} GiB"
 

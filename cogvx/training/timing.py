@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 # The planner's step times are accurate to about 35 %.
 SLOW = 2.0
+
+
+class Lap(NamedTuple):
+    seconds: float  # per step
+    waited: float  # how many of them waited for data
+    tokens: float  # per second, of this process; buckets have steps of unlike length
 
 
 class StepTimer:
@@ -23,6 +30,7 @@ class StepTimer:
         self.since = first_step  # the last step before this lap
         self.started = time.monotonic()
         self.waited = 0.0  # seconds
+        self.tokens = 0  # of this process
         self.progress: tqdm | None = None
         self.warned = False
 
@@ -46,12 +54,12 @@ class StepTimer:
         yield
         self.waited += time.monotonic() - started
 
-    def lap(self, step: int) -> tuple[float, float]:
-        """Seconds per step since the last lap, and how many of them waited for data."""
-        steps = step - self.since
-        seconds, waited = (time.monotonic() - self.started) / steps, self.waited / steps
-        self.started, self.since, self.waited = time.monotonic(), step, 0.0
-        return seconds, waited
+    def lap(self, step: int) -> Lap:
+        """Means since the last lap."""
+        steps, passed = step - self.since, time.monotonic() - self.started
+        lap = Lap(passed / steps, self.waited / steps, self.tokens / passed)
+        self.started, self.since, self.waited, self.tokens = time.monotonic(), step, 0.0, 0
+        return lap
 
     def warn_if_slow(self, seconds: float, waited: float) -> None:
         """Once per run."""

@@ -185,6 +185,7 @@ class Trainer:
         with alone:
             with self.timer.waiting_for_data():
                 batch, draw = self.batches.load(micro_step)
+            self.timer.tokens += self.model.tokens(batch.latent_moments)
             losses, timesteps = training_losses(self.model, batch, draw)
             self.losses.add(self.batches.names(draw), timesteps, losses)
             if train.min_snr_gamma is not None:
@@ -227,10 +228,10 @@ class Trainer:
         # Reading these waits for the device. The steps are done, and timed, after that.
         self.report_skipped()
         losses, grad_norm = self.losses.means(), float(self.grad_norm)
-        seconds, waited = self.timer.lap(self.step)
+        lap = self.timer.lap(self.step)
         # The first steps are slower.
         if self.step >= 2 * self.config.train.logging_steps:
-            self.timer.warn_if_slow(seconds, waited)
+            self.timer.warn_if_slow(lap.seconds, lap.waited)
         if losses:
             text = f"loss {losses['loss']:.4f}, lr {rate:.2e}"
             progress.set_postfix_str(text, refresh=sys.stderr.isatty())
@@ -242,8 +243,9 @@ class Trainer:
                 grad_norm=grad_norm if math.isfinite(grad_norm) else None,
                 lr=rate,
                 **(estimated_rate(self.state.optimizer) if finds_rate else {}),
-                seconds=round(seconds, 4),
-                data_seconds=round(waited, 4),
+                seconds=round(lap.seconds, 4),
+                data_seconds=round(lap.waited, 4),
+                tokens_per_second=round(lap.tokens * self.ranks.count),
                 peak_memory_gib=self.ranks.peaks.of_line("train"),
             )
 

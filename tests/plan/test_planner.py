@@ -272,3 +272,25 @@ def test_t5_in_fp16_has_the_layers_in_fp32_that_transformers_leaves_there(compos
         recorder = phases.run_phases(config, ["encode prompts"])
         sizes.append(recorder.peak_of_phase["encode prompts"] / GIB)
     assert 8.8 < sizes[0] < 9.0 and 10.7 < sizes[1] < 10.9
+
+
+def test_the_largest_bucket_is_planned_and_videos_at_the_given_size(compose, capsys):
+    from cogvx.plan.configs import at_largest_bucket
+    from cogvx.plan.planner import jobs_of_phases, print_headline
+    from cogvx.plan.smaller import changes_of
+
+    given = ["task=plan", "model=2b", "data.instance_data_root=/clips"]
+    auto = compose(*given, "data.buckets=auto")
+    largest, plain = at_largest_bucket(auto), compose(*given)
+    assert largest.data == plain.data
+    assert jobs_of_phases(auto, largest) == jobs_of_phases(plain, plain)
+    listed = compose(*given, "data.buckets=[49x240x368,81x720x480,25x720x480]")
+    largest = at_largest_bucket(listed)
+    assert (largest.data.max_num_frames, largest.data.height, largest.data.width) == (81, 720, 480)
+    *encoded, (videos, phases_of_videos, _) = jobs_of_phases(listed, largest)
+    assert videos.data == plain.data and phases_of_videos == ["video"]
+    assert all(config.data == largest.data for config, _, _ in encoded)
+    print_headline(listed)
+    assert "its largest bucket, 81 frames of 480x720" in capsys.readouterr().out
+    # Fewer frames would not change these buckets.
+    assert "data." in str(changes_of(auto)) and "data." not in str(changes_of(listed))
