@@ -170,6 +170,11 @@ ELSEWHERE: dict[str, OtherName] = {
         "data.max_num_frames=49 data.height=480 data.width=720", "frames, height, width"
     ),
     "size": OtherName("data.height=480 data.width=720", "height and width in pixels"),
+    # finetrainers; musubi-tuner and sd-scripts; diffusion-pipe
+    "video_resolution_buckets": OtherName("data.buckets", "sizes such as [49x480x720], or auto"),
+    "enable_bucket": OtherName("data.buckets=auto"),
+    "enable_ar_bucket": OtherName("data.buckets=auto"),
+    "frame_buckets": OtherName("data.buckets", "sizes such as [49x480x720], or auto"),
     "num_frames": OtherName("data.max_num_frames"),
     "max_frames": OtherName("data.max_num_frames"),
     "frames": OtherName("data.max_num_frames"),

@@ -56,5 +56,6 @@ def test_a_run_of_mixed_sizes_is_said_counted_and_resumed_exactly(run, stopped, 
 
 def test_without_buckets_a_batch_of_two_lengths_offers_them(run, mixed_clips, capfd):
     given = [f"data.instance_data_root='{mixed_clips}'", *MIXED, "data.buckets=null"]
-    run("refused", *given, expect=2)
+    # The split could hold out all short clips.
+    run("refused", *given, "data.validation_fraction=0", expect=2)
     assert "needs clips of one length" in (text := capfd.readouterr().err) and "auto" in text
