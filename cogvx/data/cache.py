@@ -20,7 +20,7 @@ from stat import S_ISDIR
 from typing import TYPE_CHECKING
 
 from cogvx.data.decoders import found_jumps, surveyed
-from cogvx.data.footage import FileFacts
+from cogvx.data.footage import BadClip, FileFacts
 from cogvx.data.index import Index
 from cogvx.errors import UserError, first_line
 from cogvx.files import replacing, write_text
@@ -138,25 +138,40 @@ class Cache:
         names = (str(file.relative_to(path)) for file in files)
         return content_key(*zip(names, digests, strict=True))
 
-    def look_at(self, paths: Iterable[Path]) -> None:
-        """Fingerprints of files, several at a time: what is read here is remembered."""
-        unknown = [path for path in dict.fromkeys(paths) if not self.knows(path)]
+    def look_at(
+        self, paths: Iterable[Path], *, facts: bool = False, threshold: float | None = None
+    ) -> None:
+        """Fingerprints of files, several at a time: what is found here is remembered.
+
+        facts: their facts too. threshold: their scenes too.
+        """
+
+        def look(path: Path) -> None:
+            # It is asked for again, and the clip is then named.
+            with contextlib.suppress(OSError, BadClip):
+                self.fingerprint(path)
+                if facts:
+                    self.facts(path)
+                if threshold is not None:
+                    self.scenes(path, threshold)
+
+        wanted = ["sha256"] + ["facts"] * facts
+        wanted += [] if threshold is None else [scenes_at(threshold)]
+        unknown = [path for path in dict.fromkeys(paths) if not self.knows(path, *wanted)]
+        what = "hash" if wanted == ["sha256"] else "read"
         with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
-            looked = pool.map(self.try_fingerprint, unknown)
-            for _ in bar(looked, total=len(unknown), desc="hash    clips", leave=False):
+            looked = pool.map(look, unknown)
+            for _ in bar(looked, total=len(unknown), desc=f"{what}    clips", leave=False):
                 pass
 
-    def try_fingerprint(self, path: Path) -> None:
-        # It is asked for again, and the clip is then named.
-        with contextlib.suppress(OSError):
-            self.fingerprint(path)
-
-    def knows(self, path: Path) -> bool:
-        """Whether the file's fingerprint is remembered."""
+    def knows(self, path: Path, *wanted: str) -> bool:
+        """Whether this is remembered of the file; without more, its fingerprint."""
         try:
-            return self.index.recall("sha256", str(path.absolute()), os.stat(path)) is not None
+            name, stat = str(path.absolute()), os.stat(path)
         except OSError:
             return False
+        found = (self.index.recall(what, name, stat) for what in wanted or ["sha256"])
+        return all(value is not None for value in found)
 
     def facts(self, path: Path) -> FileFacts:
         """What is known of a video file, remembered as fingerprints are.
@@ -180,7 +195,7 @@ class Cache:
             starts = [0, *found_jumps(footage, threshold, self.decode_seconds)]
             return list(zip(starts, [*starts[1:], len(footage.times)], strict=True))
 
-        what = f"scenes {VERSION_OF_SCENES} {threshold}"
+        what = scenes_at(threshold)
         known = self.remembered(what, path, os.stat(path), look, self.index)
         return [(start, end) for start, end in known]
 
@@ -199,6 +214,11 @@ class Cache:
             found = find(path)
             index.keep(what, name, stat, found)
         return found
+
+
+def scenes_at(threshold: float) -> str:
+    """The name under which they are remembered."""
+    return f"scenes {VERSION_OF_SCENES} {threshold}"
 
 
 def about_in_file(path: Path) -> dict | None:

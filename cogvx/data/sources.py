@@ -274,6 +274,15 @@ class Data:
         """Whether a file can make several examples."""
         return self.long_files in (LongFiles.sliding, LongFiles.scenes)
 
+    @property
+    def scene_threshold_used(self) -> float | None:
+        return self.scene_threshold if self.long_files is LongFiles.scenes else None
+
+    @property
+    def needs_facts(self) -> bool:
+        """Whether something must be known of each file before it is encoded."""
+        return self.buckets is not None or self.long_files is not LongFiles.head
+
     def problems_of_long_files(self) -> list[str]:
         chosen, found = self.long_files, []
         if chosen is LongFiles.scenes:

@@ -177,8 +177,7 @@ def prepare(
     earlier = earlier_split(went_before, cache)
     pretrained, files = fetch(config, cache, earlier, ranks)
     data = with_sizes(data, pretrained.geometry())
-    with ranks.accelerator.main_process_first():
-        examples = spread(data.own_part(files), data, cache, ranks.say)
+    examples = spread(data.own_part(files), data, cache, ranks.say)
     vae, text_encoder = encoders(pretrained, cache, config.memory)
     with ranks.peaks.phase("encode clips"):
         clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)
@@ -244,7 +243,8 @@ def fetch(
         for line in config.data.said:
             ranks.say(line)
         own = [example.video for example in config.data.own_part(examples)]
-        cache.look_at(own)
+        threshold = config.data.scene_threshold_used
+        cache.look_at(own, facts=config.data.needs_facts, threshold=threshold)
         whole = config.data.shard is None and not config.data.divides_files
         if config.data.max_train_clips is not None and whole:
             # Raises an error if there are too few clips, before they are encoded.

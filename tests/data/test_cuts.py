@@ -180,6 +180,16 @@ def test_scenes(compose, taken, memory, tmp_path):
     assert read_clip(path, data, cut).indices == every(3, 46, 10) + [73] * 7
 
 
+def test_what_must_be_known_of_files_is_found_once(long, tmp_path, monkeypatch):
+    """The first process finds it in all files at once, and the others read it."""
+    (tmp_path / "bad.mp4").write_text("no video")
+    Cache(tmp_path).look_at([long, tmp_path / "bad.mp4"], facts=True, threshold=27.0)
+    monkeypatch.setattr("cogvx.data.cache.surveyed", None)
+    again = Cache(tmp_path)
+    assert again.scenes(long, 27.0) == [(0, 120)] and again.facts(long).frames == 120
+    assert again.knows(long, "facts") and not again.knows(tmp_path / "bad.mp4", "facts")
+
+
 def test_a_file_without_a_long_scene_is_named(compose, memory, tmp_path):
     path = write_numbered(tmp_path / "x.mov", range(8))
     data = compose(*NINE, "data.long_files=scenes").data
