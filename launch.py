@@ -29,7 +29,7 @@ from cogvx.records import comparison, live, record
 from cogvx.records.pages import PAGE
 from cogvx.runs import engines, grid, pool, processes, translate
 from cogvx.runs.pool import STOPPED
-from cogvx.start import start_task
+from cogvx.start import require_ready, start_task
 
 TYPED = list(sys.argv)  # the command, for the record
 
@@ -104,6 +104,9 @@ def run(config: configuration.Config, repeated: Path | None) -> int:
     if not config.task.makes_a_run:
         start_task(config, Path())
         return 0
+    started = config.output_dir is not None and record.finished(config.output_dir)
+    if not started:
+        require_ready(config)
     folder = record.open_folder(config)
     summary = record.finished(folder)
     if summary is not None:

@@ -13,9 +13,29 @@ from typing import TYPE_CHECKING
 from cogvx.errors import UserError
 from cogvx.libraries import load_libraries
 from cogvx.options import tasks
+from cogvx.options.cards import may_have_gpu
+from cogvx.options.train import FP16_WITHOUT_GPU, Precision
 
 if TYPE_CHECKING:
     from cogvx.config import Config
+
+
+def require_ready(config: Config) -> None:
+    """UserError for what can be known before torch is imported and a folder is made."""
+    task, data, model = config.task, config.data, config.model
+    if task.needs_data:
+        data.require_list()
+    if not isinstance(task, tasks.TrainTask | tasks.EncodeTask):
+        return
+    if data.is_demo() and not model.is_built_in:
+        raise UserError(
+            f"model={config.choices['model']} needs your clips: data.instance_data_root=/clips. "
+            f"The demo's clips are for model=nano. To try the model on them: "
+            f"data=world data.clips=32"
+        )
+    model.require_here()
+    if config.train.mixed_precision is Precision.fp16 and not may_have_gpu():
+        raise UserError(FP16_WITHOUT_GPU)
 
 
 def start_task(config: Config, folder: Path) -> dict:

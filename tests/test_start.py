@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 PROJECT = Path(__file__).parent.parent
 ENDING = """
 from cogvx import leaving
@@ -70,3 +73,41 @@ def test_a_library_that_cannot_be_imported_is_left_to_who_needs_it(monkeypatch):
     monkeypatch.setattr(libraries, "NOT_NEEDED", ("no_such_package",))
     libraries.load_libraries()
     assert "no_such_package" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model=2b"], "model=2b needs your clips: data.instance_data_root=/clips"),
+        (
+            ["model.path=/nowhere/CogVideoX-5b"],
+            "that model comes with cogvx and has no path. Say which model lies there: model=5b",
+        ),
+        (["data.instance_data_root=/nowhere"], "data.instance_data_root=/nowhere does not exist"),
+        (["data=table", "data.instance_data_root=."], "data=table reads metadata.csv"),
+        (["data=text_files", "data.instance_data_root=."], "prompts.txt and videos.txt not found"),
+        (
+            ["model=5b", "model.path=/nowhere/5b", "data=world", "data.clips=2"],
+            "model.path=/nowhere/5b does not exist here, and is not a hub id",
+        ),
+        (
+            ["-m", "data.instance_data_root=/nowhere", "lora.rank=4,8"],
+            "data.instance_data_root=/nowhere does not exist",
+        ),
+    ],
+)
+def test_what_can_be_known_is_said_before_torch_and_leaves_nothing(tmp_path, arguments, said):
+    command = [sys.executable, "-X", "importtime", PROJECT / "launch.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and said in " ".join(x for x in lines if "import time:" not in x)
+    assert not any(line.endswith("| torch") for line in lines), "torch was imported"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_fp16_without_a_gpu_is_refused_before_torch(tmp_path):
+    command = [sys.executable, PROJECT / "launch.py", "model=2b", "data=world", "data.clips=2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "needs a GPU, and none was found" in done.stderr
+    assert list(tmp_path.iterdir()) == []

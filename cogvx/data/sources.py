@@ -190,6 +190,11 @@ class Data:
         """Whether the clips are those of data/demo.py."""
         return False
 
+    def require_list(self) -> None:
+        """UserError if the list of clips is not there. It is not read: that can take long."""
+        if self.instance_data_root is not None:
+            self.root()
+
     def root(self) -> Path:
         root = self.instance_data_root
         if not os.path.isdir(root):
@@ -307,7 +312,7 @@ class TextFiles(Data):
 
     needs_root: ClassVar[bool] = True
 
-    def rows(self) -> list[ListedClip]:
+    def require_list(self) -> None:
         root = self.root()
         absent = [name for name in self.columns() if not (root / name).is_file()]
         if absent:
@@ -317,6 +322,10 @@ class TextFiles(Data):
                 f"caption per line, {self.video_column} one path per line. "
                 f"Files there now: {', '.join(here) or 'none'}. For a CSV file: data=csv"
             )
+
+    def rows(self) -> list[ListedClip]:
+        self.require_list()
+        root = self.root()
         lines = {name: read_lines(root / name) for name in self.columns()}
         return located(paired(lines, root), root, anywhere=self.allow_outside_root)
 
@@ -335,6 +344,10 @@ class Demo(TextFiles):
     def is_demo(self) -> bool:
         return self.instance_data_root is None
 
+    def require_list(self) -> None:
+        if not self.is_demo():
+            super().require_list()
+
 
 @dataclass
 class World(TextFiles):
@@ -348,6 +361,9 @@ class World(TextFiles):
     def root(self) -> Path:
         name = f"{world.WORLD_FOLDER}_{self.clips}_{self.clips_seed}"
         return world.render_clips(self.cache_dir, world.scenes(self.clips, self.clips_seed), name)
+
+    def require_list(self) -> None:
+        """It is made when it is needed."""
 
     def described(self) -> str:
         return "data=world"

@@ -64,6 +64,9 @@ class TableOfClips(Data):
         ]
         return located(found, self.root(), anywhere=self.allow_outside_root)
 
+    def require_list(self) -> None:
+        self.table()
+
     def table(self) -> Path:
         root = self.root()
         if self.dataset_name is None:

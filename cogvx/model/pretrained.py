@@ -106,13 +106,16 @@ class Model:
             raise UserError(listed(f"{self.path} cannot be trained like this:", found))
 
     def local_folder(self) -> Path:
-        folder = Path(self.path)
-        if not folder.is_dir():
+        self.require_here()
+        return Path(self.path)
+
+    def require_here(self) -> None:
+        """UserError if a local model is not there."""
+        if self.is_local() and not Path(self.path).is_dir():
             raise UserError(
                 f"model.path={self.path} does not exist here, and is not a hub id (name/name). "
                 f"{LAYOUT}"
             )
-        return folder
 
     def download(self, files: str) -> Path:
         """The files of every part that match the pattern, from the hub or its cache."""
@@ -134,9 +137,14 @@ class Nano(Model):
     takes_images: ClassVar[bool] = False
 
     def problems(self) -> list[str]:
+        this, other = ("nano_i2v", "nano") if self.takes_images else ("nano", "nano_i2v")
+        if not Path(self.path).name.startswith("nano"):
+            return [
+                f"model.path={self.path} with model={this}: that model comes with cogvx and has "
+                f"no path. Say which model lies there: model=5b model.path={self.path}"
+            ]
         if self.image_to_video is self.takes_images:
             return []
-        this, other = ("nano_i2v", "nano") if self.takes_images else ("nano", "nano_i2v")
         return [
             f"model.image_to_video={str(self.image_to_video).lower()} with model={this}: "
             f"that model is model={other}"
@@ -144,6 +152,9 @@ class Nano(Model):
 
     def is_local(self) -> bool:
         return True
+
+    def require_here(self) -> None:
+        """It is written when it is needed."""
 
     def expected_geometry(self) -> Geometry:
         return self.tiny().geometry

@@ -14,7 +14,11 @@ CARDS is the list that task.card chooses from. A Generation also says which kern
 a card of this generation can run.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cogvx.options.train import Attention
 
@@ -199,3 +203,22 @@ def says(device: str, words: list[str]) -> bool:
     """Whether these words stand one after the other in the device's name."""
     said = device.lower().replace("-", " ").split()
     return any(said[start : start + len(words)] == words for start in range(len(said)))
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them, without importing torch."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
+    command, settings = ["nvidia-smi", "-L"], {"capture_output": True, "text": True, "timeout": 30}
+    try:
+        listing = subprocess.run(command, **settings).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    count = sum(line.startswith("GPU ") for line in listing.splitlines())
+    return [str(number) for number in range(count)]
+
+
+def may_have_gpu() -> bool:
+    """False only if this machine surely has none: no NVIDIA or AMD driver, and no Mac."""
+    return bool(visible_gpus()) or Path("/dev/kfd").exists() or sys.platform == "darwin"

@@ -7,6 +7,11 @@ from pathlib import Path
 from cogvx.files import absolute
 from cogvx.hub_upload import repo_id_problems
 
+FP16_WITHOUT_GPU = (
+    "train.mixed_precision=fp16 needs a GPU, and none was found on this machine. "
+    "On a CPU: train.mixed_precision=bf16, or no for fp32"
+)
+
 
 class Precision(Enum):
     """Precision of frozen weights and arithmetic. Trained weights and the loss are always fp32."""

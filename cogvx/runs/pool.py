@@ -11,7 +11,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cogvx.errors import UserError
+from cogvx.options.cards import visible_gpus
 from cogvx.records import record
 from cogvx.records.sweep import LOG, Job, State, Sweep, is_locked
 from cogvx.records.table import Table
@@ -115,20 +115,6 @@ class Running:
     job: Job
     slot: Slot
     process: multiprocessing.process.BaseProcess
-
-
-def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them, without importing torch."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
-    command, settings = ["nvidia-smi", "-L"], {"capture_output": True, "text": True, "timeout": 30}
-    try:
-        listing = subprocess.run(command, **settings).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    count = sum(line.startswith("GPU ") for line in listing.splitlines())
-    return [str(number) for number in range(count)]
 
 
 class Queue(Protocol):

@@ -43,7 +43,7 @@ from cogvx.files import shown
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.sizes import with_sizes
 from cogvx.options.memory import Memory
-from cogvx.options.train import Precision, Train
+from cogvx.options.train import FP16_WITHOUT_GPU, Precision, Train
 from cogvx.progress import counted, heartbeat
 from cogvx.records import record
 from cogvx.training import bucket_table
@@ -86,10 +86,7 @@ def start_processes(config: Config) -> Ranks:
 
 def require_precision(precision: Precision, *, gpu: bool) -> None:
     if precision is Precision.fp16 and not gpu:
-        raise UserError(
-            "train.mixed_precision=fp16 needs a GPU, and torch sees none on this machine. "
-            "On a CPU: train.mixed_precision=bf16, or no for fp32"
-        )
+        raise UserError(FP16_WITHOUT_GPU)
     cuda = torch.cuda.is_available()
     if precision is Precision.bf16 and cuda:
         if torch.cuda.is_bf16_supported(including_emulation=False):

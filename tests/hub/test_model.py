@@ -10,7 +10,14 @@ from stand_in import Fault
 from cogvx import config as configuration
 
 NAME = "zai/tiny-5b"
-SMALL = ["model=5b", "data.height=64", "data.width=64", "data.max_num_frames=9"]
+SMALL = [
+    "model=5b",
+    "data=world",
+    "data.clips=8",
+    "data.height=64",
+    "data.width=64",
+    "data.max_num_frames=9",
+]
 STEPS = ["train.max_train_steps=3", "train.mixed_precision=no"]
 
 
