@@ -104,8 +104,7 @@ def run(config: configuration.Config, repeated: Path | None) -> int:
     if not config.task.makes_a_run:
         start_task(config, Path())
         return 0
-    started = config.output_dir is not None and record.finished(config.output_dir)
-    if not started:
+    if config.output_dir is None or not (config.output_dir / record.CONFIG).is_file():
         require_ready(config)
     folder = record.open_folder(config)
     summary = record.finished(folder)
@@ -157,6 +156,10 @@ def sweep(command: translate.Command) -> int:
     warn(base)
     for caution in grid.cautions(jobs, planned.swept):
         print(f"warning {caution}", flush=True)
+    # A cluster's machines see other files and have other GPUs than this one.
+    if not elsewhere and not planned.folder.exists():
+        for _, config in jobs:
+            require_ready(config)
     make_folder(planned.folder)
     with record.locked(planned.folder), live.following(planned.folder):
         planned.freeze([] if searching else jobs, TYPED)

@@ -19,8 +19,6 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import TYPE_CHECKING
 
-from cogvx.data.decoders import found_jumps, surveyed
-from cogvx.data.footage import BadClip, FileFacts
 from cogvx.data.index import Index
 from cogvx.errors import UserError, first_line
 from cogvx.files import replacing, write_text
@@ -28,6 +26,8 @@ from cogvx.progress import bar, heartbeat
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from cogvx.data.footage import FileFacts
 
 
 # Folders of the sets' indexes, and of the lists of files that runs use.
@@ -145,6 +145,7 @@ class Cache:
 
         facts: their facts too. threshold: their scenes too.
         """
+        from cogvx.data.footage import BadClip
 
         def look(path: Path) -> None:
             # It is asked for again, and the clip is then named.
@@ -178,6 +179,8 @@ class Cache:
 
         BadClip if the file cannot be used.
         """
+        from cogvx.data.decoders import surveyed
+        from cogvx.data.footage import FileFacts
 
         def survey(path: Path) -> dict:
             return dataclasses.asdict(surveyed(path, self.decode_seconds).facts)
@@ -189,6 +192,7 @@ class Cache:
 
         threshold: as in scenes.jumps(). BadClip if the file cannot be used.
         """
+        from cogvx.data.decoders import found_jumps, surveyed
 
         def look(path: Path) -> list[tuple[int, int]]:
             footage = surveyed(path, self.decode_seconds)
