@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,10 @@ def quoted(argument: str, *, sweeping: bool) -> str:
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-"):
         return argument
+    if key.startswith("data.sources."):
+        # A source of data=mix is not there before it is named.
+        key = f"++{key}"
+        argument = f"{key}={value}"
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:
@@ -116,7 +121,10 @@ def quoted(argument: str, *, sweeping: bool) -> str:
             f"{argument}: one text with a comma, or several values? Quotes within quotes tell:  "
             f"\"{key}='one, text'\"  or  \"{key}='this','that'\""
         )
-    name, several = key.lstrip("+"), override is not None and override.is_sweep_override()
+    name, several = (
+        of_its_format(key.lstrip("+")),
+        override is not None and override.is_sweep_override(),
+    )
     if name in PROSE and value != "null" and value[:1] not in ("'", '"', "") and not several:
         # ${...} would be another setting's value.
         return f"{key}={in_quotes(value.replace('${', BACKSLASH + '${'))}"
@@ -156,6 +164,11 @@ def searchpath_in(arguments: list[str]) -> tuple[str, ...]:
 def searchpath_of(places: Iterable[str]) -> str:
     """As searchpath_in() reads it."""
     return f"hydra.searchpath=[{','.join(in_quotes(place) for place in dict.fromkeys(places))}]"
+
+
+def of_its_format(key: str) -> str:
+    """data.id_token for data.sources.NAME.id_token, which is a setting of the same kind."""
+    return re.sub(r"^data\.sources\.\w+\.", "data.", key)
 
 
 def in_quotes(text: str) -> str:

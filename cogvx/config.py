@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from cogvx.data import sources
+from cogvx.data import mix, sources
 from cogvx.errors import UserError, first_line, listed
 from cogvx.files import absolute
 from cogvx.groups import GROUPS, SECTIONS
@@ -167,6 +167,8 @@ def check(composed: DictConfig, choices: dict[str, str]) -> Config:
         raise Wrong(problems + no_options)
     full = "lora" in composed and composed.lora is None
     values, wrong = typed_sections(composed, choices, full=full)
+    if isinstance(values["data"], mix.Mix):
+        wrong |= type_sources(values["data"])
     broken = rules(values, choices, full=full)
     top, found = typed(
         OmegaConf.create({"top": {name: composed.get(name) for name in TOP_LEVEL}}), "top", Top
@@ -245,6 +247,62 @@ def typed(
     return built, wrong
 
 
+def type_sources(data: mix.Mix) -> dict[str, str]:
+    """Gives a mix its sources as their dataclasses. Returns what is wrong with their keys."""
+    parts, recorded, wrong = {}, {}, {}
+    for name, given in data.sources.items():
+        section = f"data.sources.{name}"
+        if not isinstance(given, dict) or not re.fullmatch(r"[A-Za-z]\w*", str(name)):
+            wrong[section] = f"{section}={in_yaml(given)}: a source is data.sources.NAME.KEY=VALUE"
+            continue
+        option, share = given.get(mix.FORMAT, mix.USUAL_FORMAT), given.get(mix.SHARE)
+        if option not in GROUPS["data"] or option == "mix":
+            formats = ", ".join(key for key in GROUPS["data"] if key != "mix")
+            wrong[f"{section}.format"] = f"{section}.format={in_yaml(option)}: must be one of {formats}"
+            continue
+        if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+            wrong[section] = (
+                f"{section}.share={in_yaml(share)}: must be above 0, at most 1, or null"
+            )
+            share = None
+        parts[name], found = typed_source(data, section, option, given)
+        recorded[name] = mix.recorded_part(parts[name], option, share)
+        wrong |= found
+    data.sources = recorded
+    data.use(parts)
+    return wrong
+
+
+def typed_source(
+    data: mix.Mix, section: str, option: str, given: dict
+) -> tuple[sources.Data, dict[str, str]]:
+    """A source of a mix, and what is wrong with its keys.
+
+    It has the defaults of its format, and of what all sources share, the values of the mix.
+    """
+    part_class = GROUPS["data"][option]
+    own = mix.settings_of_part(part_class)
+    shared = {key: plain(v) for key, v in vars(data).items() if key not in (*own, "sources")}
+    given = {key: v for key, v in given.items() if key not in (mix.FORMAT, mix.SHARE)}
+    wrong = {
+        f"{section}.{key}": f"{section}.{key}={in_yaml(value)}: all sources share it: data.{key}"
+        for key, value in given.items()
+        if key in shared
+    }
+    values = defaults_of_format(option) | given | shared
+    node = OmegaConf.create({section: escaped(values)})
+    part, found = typed(node, section, part_class)
+    return part, wrong | found
+
+
+def defaults_of_format(option: str) -> dict:
+    """The values of conf/data/OPTION.yaml, and of those that it begins with."""
+    written = yaml.safe_load((CONF / "data" / f"{option}.yaml").read_text(encoding="utf-8"))
+    first = [each for each in written.pop("defaults", []) if each != "_self_"]
+    values = [defaults_of_format(each) for each in first]
+    return {key: value for each in (*values, written) for key, value in each.items()}
+
+
 def assign(
     given: DictConfig, node: DictConfig, name: str, hint: object, section: str
 ) -> str | None:
@@ -267,8 +325,8 @@ def stand_in(hint: object) -> object:
     """A value of this type."""
     if hint is Any or type(None) in get_args(hint):
         return None
-    if get_origin(hint) is list:
-        return []
+    if get_origin(hint) in (list, dict):
+        return get_origin(hint)()
     if isinstance(hint, type) and issubclass(hint, Enum):
         return next(iter(hint))
     return hint("1")  # 1, 1.0, True, "1" or Path("1")

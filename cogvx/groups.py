@@ -3,7 +3,7 @@
 To add an option: its YAML in conf/GROUP/, its class, and one line here.   [no torch]
 """
 
-from cogvx.data import folder, sources, tables, tars
+from cogvx.data import folder, mix, sources, tables, tars
 from cogvx.model import pretrained
 from cogvx.model.lora import Lora
 from cogvx.options import optimizers, parallel, schedules, tasks, tracking
@@ -46,6 +46,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "folder": folder.Folder,
         "dataset": sources.Dataset,
         "webdataset": tars.WebDataset,
+        "mix": mix.Mix,
     },
     "optimizer": {
         "adam": optimizers.Adam,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from cogvx.data import sources
 from cogvx.data.buckets import problems_of_buckets, read_size
 from cogvx.data.folder import Folder
+from cogvx.data.mix import Mix
 from cogvx.data.tables import TableOfClips
 from cogvx.model import pretrained
 from cogvx.options import optimizers, parallel, schedules, tasks
@@ -61,6 +62,15 @@ def training_needs_every_clip(s: Sections) -> list[str]:
     return [
         f"data.shard={s.data.shard} is for task=encode: everything else needs all clips. "
         f"When all parts are encoded: data.shard=null"
+    ]
+
+
+def a_mix_has_sources(s: Sections) -> list[str]:
+    if not s.task.needs_data or not isinstance(s.data, Mix) or s.data.sources:
+        return []
+    return [
+        "data=mix needs sources, each under a name: data.sources.new.instance_data_root=/clips "
+        "data.sources.old.instance_data_root=/others"
     ]
 
 

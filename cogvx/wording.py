@@ -28,6 +28,8 @@ def type_in_words(hint: object) -> str:
     """What a field takes, after "must be"."""
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     or_null = ", or null" if type(None) in get_args(hint) else ""
+    if get_origin(hint) is dict:
+        return "names with settings: data.sources.NAME.KEY=VALUE"
     if get_origin(hint) is list:
         inner = {float: "0.5,1", int: "1,2"}.get(kinds[0], "A,B")
         return f"a list: [{inner}]"
