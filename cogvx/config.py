@@ -258,7 +258,9 @@ def type_sources(data: mix.Mix) -> dict[str, str]:
         option, share = given.get(mix.FORMAT, mix.USUAL_FORMAT), given.get(mix.SHARE)
         if option not in GROUPS["data"] or option == "mix":
             formats = ", ".join(key for key in GROUPS["data"] if key != "mix")
-            wrong[f"{section}.format"] = f"{section}.format={in_yaml(option)}: must be one of {formats}"
+            wrong[f"{section}.format"] = (
+                f"{section}.format={in_yaml(option)}: must be one of {formats}"
+            )
             continue
         if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
             wrong[section] = (

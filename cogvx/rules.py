@@ -223,6 +223,7 @@ def videos_are_made_in_one_process(s: Sections) -> list[str]:
 
 RULES = (
     clips_are_given,
+    a_mix_has_sources,
     training_needs_every_clip,
     captions_have_a_place,
     buckets_are_sizes,

@@ -35,7 +35,7 @@ NOT_TRIED = {
 }
 # What README and docs name as missing. Whoever adds one of these rewrites the sentences about it.
 MISSING = {
-    "data=mix", "parallel=fsdp",
+    "parallel=fsdp",
     "parallel=deepspeed_zero2", "task=inspect",
 }  # fmt: skip
 # Plugins that README's command does not install.

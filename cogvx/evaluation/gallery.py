@@ -79,7 +79,8 @@ def generate_videos(config: Config, task: GenerateTask, folder: Path) -> dict:
     pretrained, config, variants = base_and_variants(config, task, folder, ranks)
     starts = starts_of(config, task, wanted, pretrained.geometry())
     if not earlier:
-        wanted = enhanced(task, wanted, config.data.id_token, ranks.accelerator.device)
+        token = next(iter(config.data.id_tokens()), None)
+        wanted = enhanced(task, wanted, token, ranks.accelerator.device)
         write_prompts(folder / PROMPTS, wanted)
     data = prepare_prompts_alone(config, wanted, pretrained, ranks)
     pairs = [(*each, seed) for each in zip(wanted, starts, strict=True) for seed in task.seeds]
@@ -136,11 +137,11 @@ def prepare_prompts_alone(
 
 
 def warn_of_id_token(config: Config, prompts: list[str], ranks: Ranks) -> None:
-    token = config.data.id_token
-    if token and not any(token in prompt for prompt in prompts):
+    words = config.data.id_tokens()
+    if words and not any(word in prompt for prompt in prompts for word in words):
         ranks.say(
-            f"warning the run was trained with data.id_token={token!r}, and no prompt has this "
-            f"word: the videos may not show what was learned"
+            f"warning the run was trained with data.id_token={' and '.join(map(repr, words))}, and "
+            f"no prompt has this word: the videos may not show what was learned"
         )
 
 

@@ -145,7 +145,7 @@ def metadata(published: Published):
         {"text": sample.prompt, "output": {"url": f"{SAMPLES}/{sample.name}.mp4"}}
         for sample in published.samples()
     ]
-    token = config.data.id_token
+    token = next(iter(config.data.id_tokens()), None)
     task = "image-to-video" if config.model.image_to_video else "text-to-video"
     return ModelCardData(
         **licence_of(base or ""),
@@ -232,7 +232,7 @@ def introduction(published: Published) -> str:
     rank = published.about.get("rank") or published.inference.get("rank")
     of_rank = f" of rank {rank}" if published.is_lora and rank else ""
     lines = [f"{kind}{of_rank} for {base_in_words(published)}, trained with cogvx."]
-    token = published.config.data.id_token
+    token = next(iter(published.config.data.id_tokens()), None)
     if token:
         lines.append(f"Put the word **{cell(token)}** into the prompt.")
     if published.differs:

@@ -58,7 +58,7 @@ def inference_settings(
         "revision": commit or config.model.revision,
         "torch_dtype": config.train.mixed_precision.value,
         **weights.inference_settings(),
-        "id_token": data.id_token,
+        "id_token": next(iter(data.id_tokens()), None),
         "scheduler": None if sampling.scheduler is None else sampling.scheduler.value,
         "call": {
             **({} if prompt is None else {"prompt": prompt}),

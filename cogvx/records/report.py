@@ -245,7 +245,8 @@ def heldout_change(run: Run) -> Interval | None:
 
 def verdict(run: Run) -> list[str]:
     """One or two sentences; empty while there is nothing to judge."""
-    found = (plan_verdict(run.summary), loss_verdict(run), score_verdict(run))
+    losses = (loss_verdict(run), source_verdict(run))
+    found = (plan_verdict(run.summary), *losses, score_verdict(run))
     return [sentence for sentence in found if sentence]
 
 
@@ -280,6 +281,15 @@ def loss_verdict(run: Run) -> str:
     if after < before:
         return f"{said} The interval excludes 0: better, also on clips that it was not trained on."
     return f"{said} The interval excludes 0: the tuned model is worse. Try a lower learning rate."
+
+
+def source_verdict(run: Run) -> str:
+    """Of data=mix: the held-out loss of each source."""
+    if len(run.judged) < 2 or "heldout_by_source" not in run.judged[-1]:
+        return ""
+    first, last = (line["heldout_by_source"] for line in (run.judged[0], run.judged[-1]))
+    losses = [f"{source} from {first[source]:.4f} to {last[source]:.4f}" for source in last]
+    return f"By source: {', '.join(losses)}."
 
 
 def score_verdict(run: Run) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ class HeldOutLoss:
     noise_floor: float | None  # standard error over draws of noise; None for a single draw
     by_timestep: dict[int, float]
     by_clip: list[float]  # in the order of the held-out clips: runs can be compared clip by clip
+    by_source: dict[str, float] = field(default_factory=dict)  # of data=mix, else empty
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" +- {self.standard_error:.4f}"
@@ -42,7 +44,16 @@ class HeldOutLoss:
             "heldout_noise_floor": self.noise_floor,
             "heldout_by_timestep": {str(t): loss for t, loss in self.by_timestep.items()},
             "heldout_by_clip": self.by_clip,
+            **({"heldout_by_source": self.by_source} if self.by_source else {}),
         }
+
+    def apart(self, sources: Sequence[str]) -> HeldOutLoss:
+        """With the mean of each source. sources: of each held-out clip; "" if there are none."""
+        losses = defaultdict(list)
+        for source, loss in zip(sources, self.by_clip, strict=True):
+            losses[source].append(loss)
+        found = {source: statistics.fmean(each) for source, each in losses.items() if source}
+        return replace(self, by_source=found)
 
 
 def heldout_loss(

@@ -43,6 +43,9 @@ class RunOutcome:
         """What the terminal shows."""
         if self.before and self.after:
             yield f"done    held-out loss {self.before} before, {self.after} after: {self.verdict}"
+            for source, loss in self.after.by_source.items():
+                before = self.before.by_source[source]
+                yield f"source  {source}: held-out loss {before:.4f} before, {loss:.4f} after"
         best = checkpoints.best_checkpoint(folder)
         if best is not None:
             manifest = checkpoints.read_manifest(best)

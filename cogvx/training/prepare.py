@@ -6,7 +6,8 @@ S text tokens, D their width, C channels, F H W latent frames, height and width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -362,6 +363,20 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
 
 
+def described_sources(
+    train: list[EncodedClip], held_out: list[EncodedClip], data: Data
+) -> Iterator[str]:
+    """Of data=mix: how many clips each source has, and its share of the samples."""
+    aside, shares = Counter(clip.example.source for clip in held_out), data.shares()
+    for source, clips in Counter(clip.example.source for clip in train).items():
+        if source:
+            share = shares[source] / sum(shares.values()) if shares else clips / len(train)
+            yield (
+                f"source  {source}: {counted(clips, 'clip')} to train on, {share:.0%} of the "
+                f"samples; {aside[source]} held out"
+            )
+
+
 def describe(
     folder: Path, train: list[EncodedClip], held_out: list[EncodedClip], data: Data, ranks: Ranks
 ) -> None:
@@ -375,6 +390,8 @@ def describe(
         f"data    {counted(len(train), 'clip')} to train on, {len(held_out)} held out; "
         f"{lengths} frames of {size} at {data.fps or 'their own'} fps"
     )
+    for line in described_sources(train, held_out, data):
+        ranks.say(line)
     slow = [clip for clip in clips if clip.about["repeated"]]
     if slow:
         lowest = math.floor(min(clip.about["file_fps"] for clip in slow))

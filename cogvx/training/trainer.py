@@ -277,9 +277,10 @@ class Trainer:
         found = heldout_loss(
             self.model, len(data.held_out), data.held_out_batch, validation, self.ranks
         )
-        if found:
-            require_finite(found, self.config, self.folder, None if base else self.step)
-        return found
+        if not found:
+            return None
+        require_finite(found, self.config, self.folder, None if base else self.step)
+        return found.apart([clip.example.source for clip in data.held_out])
 
     def write_videos(self, *, base: bool = False) -> list[tuple[Path, str]]:
         """This step's videos, and the title of the real clip beside each.
