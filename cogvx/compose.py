@@ -68,7 +68,7 @@ def composed_from(
         with initialize_config_dir(str(folder.absolute()), version_base="1.3", job_name="cogvx"):
             composed = compose(
                 "config",
-                [*([searchpath_of(searchpath)] if searchpath else []), *overrides],
+                [*([searchpath_of(searchpath)] if searchpath else []), *map(addable, overrides)],
                 return_hydra_config=True,
             )
     finally:
@@ -108,10 +108,8 @@ def quoted(argument: str, *, sweeping: bool) -> str:
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-"):
         return argument
-    if key.startswith("data.sources."):
-        # A source of data=mix is not there before it is named.
-        key = f"++{key}"
-        argument = f"{key}={value}"
+    argument = addable(argument)
+    key = argument.partition("=")[0]
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:
@@ -164,6 +162,11 @@ def searchpath_in(arguments: list[str]) -> tuple[str, ...]:
 def searchpath_of(places: Iterable[str]) -> str:
     """As searchpath_in() reads it."""
     return f"hydra.searchpath=[{','.join(in_quotes(place) for place in dict.fromkeys(places))}]"
+
+
+def addable(override: str) -> str:
+    """A source of data=mix is not there before it is named: ++ adds it."""
+    return f"++{override}" if override.startswith("data.sources.") else override
 
 
 def of_its_format(key: str) -> str:

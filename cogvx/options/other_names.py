@@ -209,9 +209,7 @@ ELSEWHERE: dict[str, OtherName] = {
     "shuffle_caption": OtherName("data.tag_shuffles=8", "orders are encoded in advance"),
     "shuffle_tags": OtherName("data.tag_shuffles=8", "orders are encoded in advance"),
     "keep_tokens": OtherName("data.keep_tags"),
-    "num_repeats": OtherName(
-        "data.sources.NAME.share", "with data=mix; the share of samples of a source"
-    ),
+    "num_repeats": OtherName(None, "A source of data=mix has a share: data.sources.NAME.share."),
     "enable_wildcard": OtherName("data.caption_split=lines", "each line is a caption"),
     # precision and memory
     "precision": OtherName("train.mixed_precision"),

@@ -28,9 +28,10 @@ def test_every_yaml_is_an_option_and_every_option_has_a_yaml():
 
 
 NEEDED = {
-    **dict.fromkeys(["text_files", "csv", "table", "folder", *RECIPES], ROOT),
+    **dict.fromkeys(["text_files", "csv", "table", "folder", "webdataset", *RECIPES], ROOT),
     "nano_pretrain": [],
     "dataset": ["data.dataset_name=a/b"],
+    "mix": ["data.sources.new.instance_data_root=/clips"],
     "low_full": ["lora=null"],
     "evaluate": ["task.run=outputs/RUN"],
     "generate": ["task.prompt=a"],
