@@ -187,6 +187,7 @@ def make_folder(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    leaving.outlast_readers()
     try:
         leaving.leave(entry(sys.argv[1:]))
     except KeyboardInterrupt:  # a second one, while the first was handled

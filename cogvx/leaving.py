@@ -8,6 +8,7 @@ exit ends the process. Hooks run in reverse order. Import this file before all o
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import sys
 from typing import NoReturn
@@ -19,6 +20,29 @@ def leave(code: int) -> NoReturn:
     """sys.exit(code): threads are waited for, hooks run, and then the process is gone."""
     codes.append(code)
     sys.exit(code)
+
+
+class Outlasting(io.FileIO):
+    """A stream whose reader may leave, as `| head` does: the rest then goes nowhere."""
+
+    def write(self, content) -> int:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(content)
+
+
+def outlast_readers() -> None:
+    """From here on, a run does not end because nobody reads what it prints."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
+            continue
+        raw = Outlasting(stream.fileno(), "w", closefd=False)
+        how = {"encoding": stream.encoding, "errors": stream.errors}
+        buffered = io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=True, **how)
+        setattr(sys, name, buffered)
 
 
 @atexit.register

@@ -111,3 +111,16 @@ def test_fp16_without_a_gpu_is_refused_before_torch(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "needs a GPU, and none was found" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_has_to_read_what_a_run_prints():
+    code = (
+        "import sys; from cogvx import leaving; leaving.outlast_readers()\n"
+        "for number in range(3000): print('a line of a run', number)\n"
+        "print('end', file=sys.stderr); leaving.leave(0)"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, **pipes)
+    assert process.stdout.readline() == "a line of a run 0\n"
+    process.stdout.close()
+    assert process.stderr.read() == "end\n" and process.wait(60) == 0

@@ -323,5 +323,6 @@ def stop_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    leaving.outlast_readers()
     threading.Thread(target=stop_with_parent, daemon=True).start()
     leaving.leave(run_here(Path(sys.argv[1])))
