@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cogvx.data import demo, world
-from cogvx.data.listed import ListedClip, located, paired, read_lines, require_columns
+from cogvx.data.listed import (
+    ListedClip,
+    located,
+    paired,
+    read_lines,
+    require_columns,
+    shortened,
+)
 from cogvx.data.phrasing import Phrasing
 from cogvx.errors import UserError, first_line, lacking
 from cogvx.files import absolute, is_hub_id, write_bytes
@@ -200,7 +207,8 @@ class Data:
         if not os.path.isdir(root):
             what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
             raise UserError(
-                f"data.instance_data_root={root} {what}: give the folder that holds the clips' list"
+                f"data.instance_data_root={shortened(str(root), 300)} {what}: give the folder that "
+                f"holds the clips' list"
             )
         return root
 
