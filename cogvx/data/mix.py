@@ -101,7 +101,7 @@ class Mix(Data):
         return [word for part in self.parts.values() for word in part.id_tokens()]
 
     def described(self) -> str:
-        return "data=mix"
+        return f"data=mix of {', '.join(part.described() for part in self.parts.values())}"
 
 
 def settings_of_part(part_class: type[Data]) -> list[str]:
