@@ -22,16 +22,9 @@ def say_what_is_left(
     part, parts = data.parts()
     # The processes of other parts have added to it.
     cache.index.forget()
-    left = {
-        number: missing
-        for number in range(1, parts + 1)
-        if number != part
-        and (
-            missing := sum(
-                not is_cached(e, data, cache, vae) for e in examples[number - 1 :: parts]
-            )
-        )
-    }
+    missing = [not is_cached(example, data, cache, vae) for example in examples]
+    by_part = {number: sum(missing[number - 1 :: parts]) for number in range(1, parts + 1)}
+    left = {number: count for number, count in by_part.items() if count and number != part}
     if not left:
         ranks.say(
             f"shard   all {parts} parts are in the cache. To train: the same command, without "
@@ -42,8 +35,8 @@ def say_what_is_left(
     more = ",..." if len(left) > MOST_PARTS_NAMED else ""
     ranks.say(
         f"shard   part {part} of {parts} is done. {counted(sum(left.values()), 'clip')} of "
-        f"{counted(len(left), 'other part')} are not in the cache yet. If nobody encodes them: "
-        f"python launch.py -m task=encode data.shard={wanted}{more}"
+        f"{counted(len(left), 'other part')} are not in the cache yet. If nobody encodes them, "
+        f"with the same settings: python launch.py -m task=encode data.shard={wanted}{more}"
     )
 
 
