@@ -14,6 +14,7 @@ from cogvx.options.validation import Validation
 GROUPS: dict[str, dict[str, type]] = {
     "task": {
         "train": tasks.TrainTask,
+        "inspect": tasks.InspectTask,
         "encode": tasks.EncodeTask,
         "caption": tasks.CaptionTask,
         "plan": tasks.PlanTask,

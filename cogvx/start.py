@@ -66,6 +66,12 @@ def start_encoding(config: Config, folder: Path) -> dict:
     return encode_data(config, folder)
 
 
+def start_inspecting(config: Config, folder: Path) -> dict:
+    from cogvx.plan.inspecting import inspect_clips
+
+    return inspect_clips(config, folder)
+
+
 def start_captions(config: Config, folder: Path) -> dict:
     from cogvx.inference.captions import write_captions
     from cogvx.progress import quiet_libraries
@@ -180,6 +186,7 @@ STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.TrainTask: start_training,
     tasks.PlanTask: start_plan,
     tasks.EncodeTask: start_encoding,
+    tasks.InspectTask: start_inspecting,
     tasks.CaptionTask: start_captions,
     tasks.NanoVaeTask: start_nano_vae,
     tasks.EvaluateTask: start_evaluation,

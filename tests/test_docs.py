@@ -36,7 +36,7 @@ NOT_TRIED = {
 # What README and docs name as missing. Whoever adds one of these rewrites the sentences about it.
 MISSING = {
     "parallel=fsdp",
-    "parallel=deepspeed_zero2", "task=inspect",
+    "parallel=deepspeed_zero2",
 }  # fmt: skip
 # Plugins that README's command does not install.
 ENGINES = {"slurm": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_cluster": "ray"}

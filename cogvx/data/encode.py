@@ -22,6 +22,7 @@ from cogvx.data.cuts import Cut, cuts_of
 from cogvx.data.index import collections_paused
 from cogvx.data.listed import shortened
 from cogvx.data.looks import look_of
+from cogvx.data.measures import measured, preview
 from cogvx.data.sharing import Share, make_missing
 from cogvx.data.sources import Data, Example, LongFiles, Reshape, ShortFiles
 from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
@@ -29,6 +30,7 @@ from cogvx.errors import UserError, listed
 from cogvx.progress import bar, counted
 
 if TYPE_CHECKING:
+    import numpy
     import torch
     from diffusers import AutoencoderKLCogVideoX
     from torch import Tensor
@@ -53,6 +55,10 @@ class Encoder:
     device: torch.device
     # Its weights are copied to the device block by block, anew in every pass.
     streamed: bool = False
+
+
+# Of task=inspect, which looks at clips and encodes nothing.
+NO_VAE = Encoder(lambda: None, "no VAE", dtype=None, device=None)
 
 
 @dataclass(frozen=True)
@@ -90,16 +96,19 @@ class EncodedClip:
 
     @property
     def latent_shape(self) -> list[int]:
-        return self.about["shapes"]["latent_moments"]
+        """[] with NO_VAE."""
+        return self.about["shapes"].get("latent_moments", [])
 
     def look(self) -> str:
         """For pairs_alike(). The cache's files of earlier versions do not say it."""
-        if "look" in self.about:
-            return self.about["look"]
+        return self.about.get("look") or look_of(self.picture("thumbnails"))
+
+    def picture(self, name: str) -> numpy.ndarray:
+        """thumbnails [3, h, w, C] or preview, the bytes of an mp4: uint8."""
         from safetensors import safe_open
 
-        with safe_open(self.first.path, framework="pt") as file:
-            return look_of(file.get_tensor("thumbnails").numpy())
+        with safe_open(self.first.path, framework="np") as file:
+            return file.get_tensor(name)
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,8 @@ def encode_clips(
 ) -> tuple[list[EncodedClip], list[Rejected]]:
     """Puts the latents of every example into the cache. Processes share the work.
 
-    Returns the clips, and the examples that cannot be used. UserError if these are more than
-    data.max_bad_fraction.
+    vae: NO_VAE to look at the clips only. Returns the clips, and the examples that cannot be used.
+    UserError if these are more than data.max_bad_fraction.
     """
     with collections_paused():
         wanted, unusable = files_of_all(examples, data, cache, vae)
@@ -134,19 +143,18 @@ def encode_clips(
     model = functools.cache(vae.load)
 
     def encode(share: Share) -> None:
-        multiple = model().config.temporal_compression_ratio
+        multiple = 4 if vae is NO_VAE else model().config.temporal_compression_ratio
 
         def read(path: Path) -> Clip:
             video, cut = sources[path]
             return read_clip(video, data, cut, frame_multiple=multiple)
 
         for path, clip in share.read_ahead(read):
-            tensors = {
-                "latent_moments": latent_moments(model(), clip.frames, vae),
-                "thumbnails": thumbnails(clip.frames),
-            }
+            tensors = shown_of(clip, data)
+            if vae is not NO_VAE:
+                tensors["latent_moments"] = latent_moments(model(), clip.frames, vae)
             look = look_of(tensors["thumbnails"].numpy())
-            share.write(path, tensors, facts_of(clip) | {"look": look})
+            share.write(path, tensors, facts_of(clip) | measured(clip) | {"look": look})
 
     paths = [path for files in wanted for path in files.values()]
     if data.flip or data.long_files is LongFiles.random:
@@ -349,6 +357,14 @@ def frames_of(clip: EncodedClip, data: Data, *, frame_multiple: int = 4) -> Tens
     """The clip as the model sees it, [F, C, H, W] in [-1, 1]. Read from its file again."""
     cut = clip.first.cut
     return read_clip(clip.example.video, data, cut, frame_multiple=frame_multiple).frames
+
+
+def shown_of(clip: Clip, data: Data) -> dict[str, Tensor]:
+    """thumbnails [3, h, w, C] and preview, an mp4: uint8."""
+    import torch
+
+    played = preview(clip, data.fps or clip.file_fps)
+    return {"thumbnails": thumbnails(clip.frames), "preview": torch.tensor(played)}
 
 
 def thumbnails(frames: Tensor) -> Tensor:

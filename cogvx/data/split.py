@@ -40,7 +40,7 @@ class Split:
 
     digests: list[str]
     uses: list[str]  # TRAINED_ON, HELD_OUT, LEFT_FROM_TRAINING or LEFT_FROM_JUDGING
-    first_alike: list[int | None]  # the first example of its group; None: itself
+    first_alike: list[int | None]  # the first example that looks like it; None: itself
     said: list[str]  # lines that a user should see
     earlier: Earlier
 
@@ -70,7 +70,8 @@ def split_clips(
     earlier = earlier or Earlier()
     digests = [digest[:SHORT_DIGEST] for digest in digests]
     same = first_by_digest(digests)
-    groups, said = grouped(len(digests), [*same, *alike]), []
+    like, said = grouped(len(digests), [*same, *alike]), []
+    groups = like if data.near_duplicates_together else grouped(len(digests), same)
     if len(groups) == 1 < len(set(digests)):
         groups = grouped(len(digests), same)
         said.append(
@@ -84,7 +85,7 @@ def split_clips(
     leave_out_of_training(uses, digests, data)
     said += said_of_earlier(uses, digests, data, earlier)
     first_alike = [None] * len(digests)
-    for first, *others in groups:
+    for first, *others in like:
         for place in others:
             first_alike[place] = first
     return Split(digests, uses, first_alike, said, earlier)

@@ -379,7 +379,8 @@ def draw_sheet(
     """
     from PIL import Image, ImageDraw
 
-    from cogvx.data.inspect import fitted, font
+    from cogvx.data.inspect import fitted
+    from cogvx.data.lettering import font
 
     chosen = first_of_each_kind(asked, most)
     _, frame_height, frame_width, _ = next(iter(videos.values()))[0].shape

@@ -16,7 +16,7 @@ def side_by_side(panels: dict[str, numpy.ndarray]) -> numpy.ndarray:
     """Titles and videos [F, H, W, 3] uint8 -> one video, as long as the shortest of them."""
     from PIL import Image, ImageDraw
 
-    from cogvx.data.inspect import font
+    from cogvx.data.lettering import font
 
     frames, (height, width) = min(map(len, panels.values())), next(iter(panels.values())).shape[1:3]
     times = -(-SMALL // height) if height < SMALL else 1

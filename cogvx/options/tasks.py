@@ -76,6 +76,11 @@ class ModelStorage(Enum):
 
 
 @dataclass
+class InspectTask(Task):
+    trains: ClassVar[bool] = False
+
+
+@dataclass
 class CaptionTask(Task):
     captioner: str  # a hub id or a folder, or a name on the server of captioner_url
     captioner_url: str | None

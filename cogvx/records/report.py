@@ -19,6 +19,7 @@ from cogvx import config as configuration
 from cogvx.files import read_json, shown
 from cogvx.progress import counted
 from cogvx.records import figures, pages, record, usage
+from cogvx.records.dataset import DATASET_PAGE
 from cogvx.records.left import Run, goes_on
 from cogvx.records.numbers import numbers, said_of_phases, seconds_and_plan
 from cogvx.records.pages import (
@@ -76,6 +77,7 @@ def values_of_page(run: Run) -> dict[str, object]:
         "verdict": verdict(run),
         "curves": curves(run),
         "held_out": held_out(run),
+        "dataset": DATASET_PAGE if (folder / DATASET_PAGE).is_file() else None,
         "usage": usage_of(folder),
         "repeat": command_of_import(run) or command_again(folder),
         "numbers": [group for group in numbers(run) if group[1]],

@@ -33,7 +33,15 @@ from cogvx.data.encode import (
     image_of,
 )
 from cogvx.data.index import collections_paused
-from cogvx.data.inspect import write_contact_sheet, write_held_out, write_report
+from cogvx.data.inspect import (
+    Inspected,
+    Texts,
+    inspected,
+    write_contact_sheet,
+    write_dataset,
+    write_held_out,
+    write_report,
+)
 from cogvx.data.looks import pairs_alike
 from cogvx.data.phrasing import require_readable
 from cogvx.data.sources import Data, Example
@@ -47,6 +55,7 @@ from cogvx.options.memory import Memory
 from cogvx.options.train import FP16_WITHOUT_GPU, Precision, Train
 from cogvx.progress import counted, heartbeat
 from cogvx.records import record
+from cogvx.records.dataset import write_dataset_page
 from cogvx.training import bucket_table
 from cogvx.training.judging import what_is_judged
 from cogvx.training.order import samples_per_step
@@ -188,7 +197,10 @@ def prepare(
     if ranks.logs:
         if trains:
             split.write(folder)
-        report(folder, clips, split, rejected)
+        # What is known of captions comes when they have been read.
+        texts = Texts.estimated_of(clips, pretrained.geometry().text_tokens)
+        found = inspected(clips, split, rejected, data, texts, config.model.fps)
+        report(folder, found, split)
         note_fingerprints(folder, config, pretrained, clips, cache, ranks)
         if data.shard is None:
             record.note(folder, judged=what_is_judged(held_out, config, cache))
@@ -222,6 +234,12 @@ def prepare(
         # Nor to the text encoder.
         give_memory_back(collect=True)
     if ranks.logs:
+        about = {clip.example.prompt: cache.about(embeds[clip.example.prompt]) for clip in clips}
+        texts = Texts(about, text_tokens, estimated=False)
+        found = inspected(clips, split, rejected, data, texts, config.model.fps)
+        write_report(folder, found)
+        write_dataset(folder, found)
+        say_flags(folder, found, ranks)
         record.note(folder, cache_list=cache.keep_list([*files_in_cache(clips), *embeds.values()]))
     say_what_is_left(files, data, cache, vae, ranks)
     return Prepared(pretrained, train, held_out, embeds, prompts, example_prompt, pictures)
@@ -305,17 +323,17 @@ def encode(
 def split_of(clips: list[EncodedClip], data: Data, cache: Cache, earlier: Earlier) -> Split:
     """What each clip is used for."""
     digests = [cache.fingerprint(clip.example.video) for clip in clips]
-    alike = pairs_alike([clip.look() for clip in clips]) if data.near_duplicates_together else []
+    alike = pairs_alike([clip.look() for clip in clips])
     if data.shard is not None:
         # max_train_clips counts the clips of all parts.
         data = replace(data, max_train_clips=None)
     return split_clips(digests, data, alike=alike, earlier=earlier)
 
 
-def report(folder: Path, clips: list[EncodedClip], split: Split, rejected: list[Rejected]) -> None:
-    write_report(folder, clips, split, rejected)
-    write_contact_sheet(folder, clips, split.uses)
-    write_held_out(folder, clips, split.uses)
+def report(folder: Path, found: Inspected, split: Split) -> None:
+    write_report(folder, found)
+    write_contact_sheet(folder, found.clips, split.uses)
+    write_held_out(folder, found.clips, split.uses)
 
 
 def note_fingerprints(
@@ -407,6 +425,14 @@ def describe(
         )
     sheet = shown(folder / "contact_sheet.png")
     ranks.say(f"clips   see {sheet} (pictures) and dataset_report.csv (table)")
+
+
+def say_flags(folder: Path, found: Inspected, ranks: Ranks) -> None:
+    page = write_dataset_page(folder)
+    flagged = sum(bool(row["flags"]) for row in found.rows)
+    those = ", ".join(f"{count} {kind}" for kind, count in found.counts().items())
+    ranks.say(f"clips   {flagged} of {len(found.rows)} are flagged{': ' * bool(those)}{those}")
+    ranks.say(f"        see {shown(page)}: they play there as the model sees them")
 
 
 def require_equal_lengths(clips: list[EncodedClip], train: Train) -> None:
