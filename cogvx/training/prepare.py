@@ -207,7 +207,8 @@ def prepare(
     describe(folder, train, held_out, data, ranks)
     if data.buckets is None:
         require_equal_lengths(train, config.train)
-    else:
+    # A part of the clips says nothing of the steps of a run.
+    elif data.shard is None:
         describe_buckets(config, train, held_out, pretrained, ranks)
     warn_of_lengths(clips, pretrained, ranks)
 
