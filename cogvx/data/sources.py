@@ -212,14 +212,14 @@ class Data:
             )
         return root
 
-    def parts(self) -> tuple[int, int]:
+    def shard_numbers(self) -> tuple[int, int]:
         """Which part of the clips this process encodes, counted from 1, and of how many."""
         part, _, parts = (self.shard or "1/1").partition("/")
         return int(part), int(parts)
 
     def own_part(self, examples: list[Example]) -> list[Example]:
         """Every n-th example. UserError if there are fewer examples than parts."""
-        part, parts = self.parts()
+        part, parts = self.shard_numbers()
         if part > len(examples):
             raise UserError(
                 f"data.shard={self.shard}: there are only {counted(len(examples), 'clip')}, "

@@ -19,7 +19,7 @@ def say_what_is_left(
     """Of all examples: which parts have clips that are not in the cache, and what to type."""
     if data.shard is None or not ranks.logs:
         return
-    part, parts = data.parts()
+    part, parts = data.shard_numbers()
     # The processes of other parts have added to it.
     cache.index.forget()
     missing = [not is_cached(example, data, cache, vae) for example in examples]

@@ -50,6 +50,7 @@ def test_each_source_has_its_format_and_its_word(mixed):
     ]
     assert examples[3].origin == "old metadata.jsonl:1" and data.id_tokens() == ["[V] ${x}"]
     assert [e.plain_share for e in examples] == [0.5] * 3 + [0] * 2
+    assert data.own_part(examples) == examples
     assert data.said == ("list    metadata.jsonl: captions from text, clips from video (old)",)
 
 

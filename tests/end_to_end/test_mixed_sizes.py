@@ -54,6 +54,25 @@ def test_a_run_of_mixed_sizes_is_said_counted_and_resumed_exactly(run, stopped, 
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
 
 
+@pytest.mark.slow
+def test_two_sources_share_the_steps_of_every_bucket(run, mixed_clips, capfd):
+    sources = [
+        f"data.sources.{name}.{setting}"
+        for name, share in (("new", 0.75), ("old", 0.25))
+        for setting in (
+            "format=text_files",
+            f"instance_data_root='{mixed_clips}'",
+            f"id_token={name.upper()}",
+            f"share={share}",
+        )
+    ]
+    without = ["data.validation_fraction=0", "train.max_train_steps=6"]
+    run("mix", "data=mix", *(f"++{each}" for each in sources), *MIXED, *without)
+    rows = [line.split() for line in capfd.readouterr().out.splitlines() if "x48x80" in line]
+    # The same clips twice. Those of one source are used three times as often.
+    assert [row[1] for row in rows if row[0] == "9x48x80"] == ["8"]
+
+
 def test_without_buckets_a_batch_of_two_lengths_offers_them(run, mixed_clips, capfd):
     given = [f"data.instance_data_root='{mixed_clips}'", *MIXED, "data.buckets=null"]
     # The split could hold out all short clips.
