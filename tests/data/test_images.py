@@ -182,7 +182,7 @@ def test_held_out_clips_start_from_the_image_itself_and_trained_ones_from_noisy_
     asked, real = [], Prepared.load_batch
 
     def load_batch(self, clips, prompts, images):
-        asked.append((clips[0] in self.held_out, images))
+        asked.append((clips[0] in [clip.first for clip in self.held_out], images))
         return real(self, clips, prompts, images)
 
     monkeypatch.setattr(Prepared, "load_batch", load_batch)
