@@ -50,9 +50,9 @@ MISTAKES = (
     Mistake(
         "captions moved on by one clip",
         "cogvx/data/sources.py",
-        right="for prompt, video, image, origin in self.rows()",
-        wrong="for (prompt, *_), (_, video, image, origin) in zip("
-        "[*self.rows()][1:] + [*self.rows()][:1], self.rows(), strict=True)",
+        right="rows = list(self.rows())",
+        wrong="rows = [*self.rows()]; rows = [row._replace(prompt=other.prompt) for row, other "
+        "in zip(rows, rows[1:] + rows[:1], strict=True)]",
     ),
 )
 

@@ -35,7 +35,7 @@ NEEDED = {
     "low_full": ["lora=null"],
     "evaluate": ["task.run=outputs/RUN"],
     "generate": ["task.prompt=a"],
-    "caption": ["data=folder", *ROOT, "task.captioner=small"],
+    "caption": ["data=folder", *ROOT, "task.captioner=my/captioner"],
     "export": ["task.run=outputs/RUN"],
     "import": ["task.file=lora.safetensors"],
     "report": ["task.run=outputs/RUN"],
@@ -115,7 +115,8 @@ def test_every_yaml_opens_with_its_command_and_says_what_it_is_for(path):
         is_the_default = chosen in ("task=train", "data=demo")
         assert chosen in lines[0] or is_the_default or "experiment=" in lines[0]
     assert len(composing.sentence(path)) > 10
-    assert all(len(line) <= 100 for line in lines)
+    # A command is typed in one piece.
+    assert all(len(line) <= 100 for line in lines if not line.startswith("# python launch.py"))
 
 
 def commands() -> list[str]:

@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 
 from cogvx import config as configuration
-from cogvx.options.other_names import DIFFUSERS, ELSEWHERE, OTHER_NAMES, OTHER_OPTIONS, RENAMED
+from cogvx.options.other_names import (
+    DIFFUSERS,
+    ELSEWHERE,
+    OTHER_NAMES,
+    OTHER_OPTIONS,
+    RENAMED,
+    SWEEPER,
+)
 
 SETTINGS = {
     f"{section}.{field.name}"
@@ -21,7 +28,7 @@ WHOLE = sorted({o.ours for o in OTHER_NAMES.values() if o.ours is not None and "
 
 def test_the_tables_hold_every_flag_of_the_script_and_name_nothing_twice():
     assert len(DIFFUSERS) == 68 and len(OTHER_NAMES) > 200
-    assert len(OTHER_NAMES) == len(DIFFUSERS) + len(ELSEWHERE) + len(RENAMED)
+    assert len(OTHER_NAMES) == sum(map(len, (DIFFUSERS, ELSEWHERE, RENAMED, SWEEPER)))
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES)
@@ -29,6 +36,10 @@ def test_every_name_leads_to_a_setting_or_says_why_there_is_none(name):
     ours, note = OTHER_NAMES[name]
     if ours is None:
         assert note.endswith(".") and len(note) > 20
+    elif ours.startswith("hydra."):
+        _, section, key = ours.split(".")
+        yamls = (configuration.CONF / "hydra" / section).glob("*.yaml")
+        assert any(f"\n{key}:" in path.read_text(encoding="utf-8") for path in yamls)
     elif "=" not in ours:
         assert ours in SETTINGS or ours in configuration.GROUPS or ours == "experiment"
 

@@ -10,6 +10,8 @@ import yaml
 from stand_in import OWNER, READER, Fault
 
 from cogvx.compose import compose_config
+from cogvx.data import world
+from cogvx.data.mp4 import write_video
 from cogvx.errors import UserError
 from cogvx.export import card
 from cogvx.hub_upload import Upload
@@ -34,10 +36,11 @@ def a_run(trained, clips_with_a_name):
 
 
 @pytest.fixture(scope="module")
-def clips_with_a_name(tmp_path_factory, make_clip):
+def clips_with_a_name(tmp_path_factory):
     root = tmp_path_factory.mktemp("client_of_ours") / "clips"
+    # Equal clips would all be on the same side of the split.
     for number in range(6):
-        make_clip(root / f"{number}.mp4")
+        write_video(root / f"{number}.mp4", world.draw_clip(world.scenes(6, seed=0)[number]), fps=8)
     (root / "prompts.txt").write_text("".join(f"a secret caption {n}\n" for n in range(6)))
     (root / "videos.txt").write_text("".join(f"{n}.mp4\n" for n in range(6)))
     return root
