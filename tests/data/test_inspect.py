@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from browser import CHROMIUM, Browser
 
 from cogvx.data.buckets import Size
 from cogvx.data.encode import NO_VAE, cache_of, encode_clips
@@ -300,7 +301,7 @@ def test_what_the_model_does_not_see_of_a_caption_is_struck_through(looked, tmp_
     found["rows"][3] |= {"prompt": "a long caption <i>", "cut_off": "caption <i>"}
     (tmp_path / "dataset.json").write_text(json.dumps(found))
     text = write_dataset_page(tmp_path).read_text()
-    assert ">caption &lt;i&gt;</s>" in text and "<p>a long <s" in text
+    assert ">caption &lt;i&gt;</s>" in text and ">a long <s" in text
 
 
 def test_looking_again_takes_what_is_known(looked, data, monkeypatch):
@@ -309,3 +310,20 @@ def test_looking_again_takes_what_is_known(looked, data, monkeypatch):
     data = replace(data, max_bad_fraction=1.0)
     clips, _ = encode_clips(examples, data, cache_of(data), NO_VAE, lambda line: None)
     assert [clip.about for clip in clips] == [clip.about for clip in looked.clips]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_in_a_browser_the_clips_in_sight_play_and_can_be_filtered(looked, tmp_path):
+    write_dataset(tmp_path, looked)
+    page = write_dataset_page(tmp_path)
+    with Browser(tmp_path / "profile", "--autoplay-policy=no-user-gesture-required") as browser:
+        browser.open(page.as_uri())
+        browser.until("document.querySelector('video').currentTime > 0")
+        shown = "[...document.querySelectorAll('.clip')].filter(card => !card.hidden).length"
+        assert browser.ask(shown) == 5
+        browser.ask("document.querySelector('[data-kind=nothing_moves]').click()")
+        assert browser.ask(shown) == 1
+        browser.ask("document.querySelector('[data-kind=\"\"]').click()")
+        browser.ask("order.value = 'moving'; order.onchange()")
+        assert browser.ask("document.querySelector('.clip').dataset.name") == "still.mp4"
+        assert browser.errors == []

@@ -1,9 +1,11 @@
 """The split: by content, so clips that come and go move no other; what was trained on stays so."""
 
+import csv
 import hashlib
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
@@ -257,3 +259,20 @@ def test_near_pairs_are_those_of_comparing_all_with_all_and_many_are_fast():
     started = time.monotonic()
     pairs_alike([bytes(row).hex() for row in generator.integers(0, 255, (8000, 144), numpy.uint8)])
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_another_ones_lora_judges_on_none_of_its_clips(run, capfd):
+    def files(folder: Path, use: str) -> set[str]:
+        with (folder / "dataset_report.csv").open(encoding="utf-8") as file:
+            return {row["video"] for row in csv.DictReader(file) if row["use"] == use}
+
+    first = run("a", "train.max_train_steps=1")
+    again = ["train.max_train_steps=1", "data.validation_seed=3", "data.validation_fraction=0.4"]
+    second = run("b", *again, f"lora.init_from={first}")
+    assert "in training instead of being held out: " in capfd.readouterr().out
+    assert files(second, HELD_OUT) and files(first, HELD_OUT)
+    assert not files(second, HELD_OUT) & files(first, TRAINED_ON)
+    # Without the first run it would be otherwise.
+    third = run("c", *again)
+    assert files(third, HELD_OUT) & files(first, TRAINED_ON)
