@@ -267,8 +267,8 @@ def test_a_run_that_starts_from_another_ones_lora_judges_on_none_of_its_clips(ru
         with (folder / "dataset_report.csv").open(encoding="utf-8") as file:
             return {row["video"] for row in csv.DictReader(file) if row["use"] == use}
 
-    first = run("a", "train.max_train_steps=1")
-    again = ["train.max_train_steps=1", "data.validation_seed=3", "data.validation_fraction=0.4"]
+    first = run("a", "train.max_train_steps=3")
+    again = ["train.max_train_steps=3", "data.validation_seed=3", "data.validation_fraction=0.4"]
     second = run("b", *again, f"lora.init_from={first}")
     assert "in training instead of being held out: " in capfd.readouterr().out
     assert files(second, HELD_OUT) and files(first, HELD_OUT)
