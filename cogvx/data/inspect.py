@@ -107,7 +107,7 @@ def inspected(
         flags = [
             *flags_of_likeness(place, split.uses, same[place], alike, names),
             *flags_of_clip(clip.about, clip.size, data, clip.example, model_fps),
-            *flags_of_caption(clip.example, text, data, texts.most_tokens, others),
+            *flags_of_caption(clip.example, text, data.of(clip.example), texts.most_tokens, others),
         ]
         first = split.first_alike[place]
         rows.append(

@@ -90,6 +90,9 @@ class Mix(Data):
         self.said = tuple(said)
         return examples
 
+    def of(self, example: Example) -> Data:
+        return self.parts[example.source]
+
     def shares(self) -> dict[str, float]:
         given = {name: each[SHARE] for name, each in self.sources.items() if each.get(SHARE)}
         if not given:

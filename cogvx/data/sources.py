@@ -159,6 +159,10 @@ class Data:
             example_of(row, captions, phrasing) for row, captions in zip(rows, texts, strict=True)
         ]
 
+    def of(self, example: Example) -> "Data":
+        """The settings of the source that an example comes from."""
+        return self
+
     def phrasing(self) -> Phrasing:
         return Phrasing(
             self.id_token,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,8 @@ def inspect_clips(config: Config, folder: Path) -> dict:
 
 def look_at_clips(config: Config) -> tuple[Inspected, Split]:
     # All that is wrong is shown on the page.
-    data = replace(sized(config), max_bad_fraction=1.0)
+    data = copy.copy(sized(config))
+    data.max_bad_fraction = 1.0
     cache = cache_of(data)
     listed = data.own_part(data.read())
     for line in data.said:
