@@ -162,7 +162,9 @@ class Cache:
         what = "hash" if wanted == ["sha256"] else "read"
         with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
             looked = pool.map(look, unknown)
-            for _ in bar(looked, total=len(unknown), desc=f"{what}    clips", leave=False):
+            for _ in bar(
+                looked, total=len(unknown), desc=f"{what}    clips", unit="clip", leave=False
+            ):
                 pass
 
     def knows(self, path: Path, *wanted: str) -> bool:

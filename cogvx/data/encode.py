@@ -183,7 +183,7 @@ def files_of_all(
 ) -> tuple[list[dict[Cut, Path]], dict[int, str]]:
     """files_of() each example, and why those that cannot be read cannot, by their number."""
     wanted, unusable = [], {}
-    for number, example in enumerate(bar(examples, desc="look    clips", leave=False)):
+    for number, example in enumerate(bar(examples, desc="look    clips", unit="clip", leave=False)):
         try:
             wanted.append(files_of(example, data, cache, vae))
         except (BadClip, OSError) as bad:
