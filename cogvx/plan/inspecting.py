@@ -23,7 +23,7 @@ from cogvx.data.inspect import (
 )
 from cogvx.data.looks import pairs_alike
 from cogvx.data.sources import Data
-from cogvx.data.split import Split, split_clips
+from cogvx.data.split import USED, Split, split_clips
 from cogvx.errors import UserError
 from cogvx.files import shown
 from cogvx.model.sizes import with_sizes
@@ -49,7 +49,7 @@ def inspect_clips(config: Config, folder: Path) -> dict:
         write_held_out(folder, found.clips, split.uses)
         write_dataset(folder, found)
     page = write_dataset_page(folder)
-    for line in [*split.said, *lines_of_flags(found)]:
+    for line in [*split.said, *lines_of_flags(found), *lines_of_buckets(config, found, split)]:
         print(line)
     print(f"page    {shown(page)}", flush=True)
     return {
@@ -87,6 +87,16 @@ def sized(config: Config) -> Data:
             f"this machine. Give a list, such as data.buckets=[49x480x720,25x720x480]"
         )
     return config.data
+
+
+def lines_of_buckets(config: Config, found: Inspected, split: Split) -> list[str]:
+    """As training says them."""
+    if config.data.buckets is None:
+        return []
+    from cogvx.training import bucket_table  # torch
+
+    train, held_out = ([found.clips[n] for n in split.places(use)] for use in USED)
+    return bucket_table.lines_about_buckets(config, train, held_out, config.parallel.num_processes)
 
 
 def say_look(line: str) -> None:

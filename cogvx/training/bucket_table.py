@@ -8,7 +8,7 @@ from cogvx.config import Config
 from cogvx.data.buckets import Size
 from cogvx.data.encode import EncodedClip
 from cogvx.progress import counted
-from cogvx.training.order import SampleOrder, number_of_steps, order_of
+from cogvx.training.order import SampleOrder, number_of_steps, order_of, samples_per_step
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,14 @@ class BucketRow:
     cropped: float | None  # the mean share of the picture; None: the cache does not say
     steps: int
     uses: tuple[int, int]  # of a clip: at least and at most
+
+
+def lines_about_buckets(
+    config: Config, train: list[EncodedClip], held_out: list[EncodedClip], processes: int
+) -> list[str]:
+    """The lines that a run says."""
+    rows = table_of(config, train, held_out, processes)
+    return lines_of(rows, samples_per_step(config.train, processes))
 
 
 def table_of(

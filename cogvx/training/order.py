@@ -160,7 +160,7 @@ def order_of(config: Config, clips: list[EncodedClip], processes: int) -> Sample
     train, mixed = config.train, config.data.buckets is not None
     return sample_order(
         config.seed,
-        [tuple(clip.latent_shape) if mixed else None for clip in clips],
+        [clip.size if mixed else None for clip in clips],
         [clip.example.source for clip in clips],
         config.data.shares(),
         samples_per_step(train, processes),

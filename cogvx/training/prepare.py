@@ -58,7 +58,6 @@ from cogvx.records import record
 from cogvx.records.dataset import write_dataset_page
 from cogvx.training import bucket_table
 from cogvx.training.judging import what_is_judged
-from cogvx.training.order import samples_per_step
 from cogvx.training.peaks import give_memory_back
 from cogvx.training.ranks import LONGEST_WAIT, Ranks, host_group
 from cogvx.training.shards import say_what_is_left
@@ -462,10 +461,10 @@ def describe_buckets(
     pretrained: PretrainedModel,
     ranks: Ranks,
 ) -> None:
-    rows = bucket_table.table_of(config, train, held_out, ranks.count)
-    for line in bucket_table.lines_of(rows, samples_per_step(config.train, ranks.count)):
+    for line in bucket_table.lines_about_buckets(config, train, held_out, ranks.count):
         ranks.say(line)
-    caution = pretrained.geometry().caution_of_buckets([row.size for row in rows])
+    sizes = [clip.size for clip in (*train, *held_out)]
+    caution = pretrained.geometry().caution_of_buckets(sizes)
     if caution is not None:
         ranks.say(f"warning {caution}")
 

@@ -31,6 +31,13 @@ def mixed_clips(make_clip, tmp_path_factory):
     return root
 
 
+def table_of_buckets(said: str) -> list[str]:
+    """With the numbers of clips, of steps and of uses."""
+    lines = said.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("buckets"))
+    return [line for line in lines[start:] if line.startswith(("buckets", "        "))][:6]
+
+
 @pytest.mark.slow
 def test_a_run_of_mixed_sizes_is_said_counted_and_resumed_exactly(run, stopped, mixed_clips, capfd):
     given = [f"data.instance_data_root='{mixed_clips}'", *MIXED, *PREVIEW]
@@ -46,6 +53,10 @@ def test_a_run_of_mixed_sizes_is_said_counted_and_resumed_exactly(run, stopped, 
     assert len(list((whole / "previews").glob("step_*/*.mp4"))) == 1
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert sum("tokens_per_second" in line for line in lines) == 12
+
+    run("look", "task=inspect", *given)
+    looked = capfd.readouterr().out
+    assert table_of_buckets(looked) == table_of_buckets(said) and len(table_of_buckets(said)) >= 5
 
     killed = stopped("killed", whole, 4)
     again = run("killed", *given)
