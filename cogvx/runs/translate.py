@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,6 +173,8 @@ def write_primary(path: Path, arguments: list[str], scratch: Path) -> None:
             composing.forget(recorded, group)
     if recorded["lora"] is None and any(a.startswith("lora.") for a in arguments):
         recorded["lora"] = defaults["lora"]
+    else:
+        follow_again(recorded, defaults, arguments)
     recorded["train"]["resume"] = None
     recorded["hydra"] = defaults["hydra"]
     recorded["defaults"] += [
@@ -179,6 +182,21 @@ def write_primary(path: Path, arguments: list[str], scratch: Path) -> None:
     ]
     text = yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True)
     write_text(scratch / "config.yaml", text)
+
+
+def follow_again(recorded: dict, defaults: dict, arguments: list[str]) -> None:
+    """What follows another setting by default, and did in the record, follows its new value.
+
+    lora_alpha follows rank: with an alpha that stays, another rank would change the strength.
+    """
+    for key, default in configuration.flat({"lora": defaults["lora"]}).items():
+        followed = re.fullmatch(r"\$\{([\w.]+)\}", str(default))
+        if followed is None or value_of(arguments, followed[1]) is None:
+            continue
+        values = configuration.flat(recorded)
+        if values.get(key) == values.get(followed[1]):
+            section, _, name = key.rpartition(".")
+            recorded[section][name] = default
 
 
 def options_first(arguments: list[str]) -> list[str]:

@@ -114,6 +114,17 @@ def test_a_newly_chosen_group_brings_everything_it_sets(compose, tmp_path, door)
     assert "Give one of them" in door(*again, "experiment=seed_2b").stderr
 
 
+def test_an_alpha_that_followed_the_rank_follows_it_again(compose, tmp_path, door):
+    """Else half the rank would double the strength."""
+    for name, alpha, expected in (("a", [], 8), ("b", ["lora.lora_alpha=4"], 4)):
+        record.open_folder(compose(f"output_dir={tmp_path / name}", "lora.rank=64", *alpha))
+        again = ["--config-dir", str(tmp_path / name), "--config-name", "config", "--cfg", "job"]
+        lora = yaml.safe_load(door(*again, "lora.rank=8", "--resolve").stdout)["lora"]
+        assert (lora["rank"], lora["lora_alpha"]) == (8, expected)
+        lora = yaml.safe_load(door(*again, "seed=3", "--resolve").stdout)["lora"]
+        assert (lora["rank"], lora["lora_alpha"]) == (64, (alpha and 4) or 64)
+
+
 def test_two_processes_do_not_run_in_one_folder(tmp_path):
     with record.locked(tmp_path):
         code = (
