@@ -289,13 +289,15 @@ def state_of_job(row: dict, folder: Path) -> str:
 # -- drawings ------------------------------------------------------------------------------------
 
 
-def curves_of_all(found: Compared) -> Markup | None:
-    judged = [
-        (found.name(row), found.progress[row["folder"]].judged)
-        for row in found.rows
-        if found.progress[row["folder"]].judged
-    ]
-    return figures.curves_of_runs(judged) if judged else None
+def curves_of_all(found: Compared) -> list[Markup]:
+    """A drawing for each group of runs that can be compared."""
+    drawn = []
+    for group in dict.fromkeys(row["group"] for row in found.rows):
+        rows = [row for row in found.rows if row["group"] == group]
+        judged = [(found.name(row), found.progress[row["folder"]].judged) for row in rows]
+        judged = [(name, lines) for name, lines in judged if lines]
+        drawn += [figures.curves_of_runs(judged)] if judged else []
+    return drawn
 
 
 def plots_by_setting(found: Compared) -> list[Markup]:

@@ -11,8 +11,9 @@ from cogvx.data.cuts import Cut
 from cogvx.data.encode import EncodedClip, EncodedCut
 from cogvx.data.sources import Example
 from cogvx.records import comparison, record
-from cogvx.records.alike import Groups, Judged
+from cogvx.records.alike import JUDGED_PARTS, OTHER_BASE_LOSS, Groups, Judged
 from cogvx.records.folders import list_folders
+from cogvx.records.sweep import groups_of
 from cogvx.runs import grid
 from cogvx.training.judging import what_is_judged
 
@@ -128,3 +129,17 @@ def test_what_is_judged_follows_clips_frames_sizes_captions_and_noise_alone(comp
     assert captioned["captions"] != ours["captions"] and captioned["clips"] == ours["clips"]
     for setting in ("heldout_timesteps=4", "heldout_draws=2"):
         assert judged(clips, f"validation.{setting}")["noise"] != ours["noise"]
+
+
+@pytest.mark.slow
+def test_runs_record_what_they_are_judged_on(run):
+    one = ["train.max_train_steps=1", "scheduler.lr_warmup_steps=0"]
+    runs = {
+        "fp32": run("fp32", *one),
+        "bf16": run("bf16", *one, "train.mixed_precision=bf16", "seed=3"),
+        "other words": run("words", *one, "data.id_token=CAT"),
+        "tiles": run("tiles", *one, "memory.vae_tiling=true"),
+    }
+    found = groups_of(runs)
+    assert found.numbers == {"fp32": 1, "bf16": 1, "other words": 2, "tiles": 3}
+    assert found.reasons == [JUDGED_PARTS["captions"], OTHER_BASE_LOSS]

@@ -211,6 +211,7 @@ class Branches(Play):
         (["data.fps=4,8", "lora.rank=4"], "data.fps"),
         (["validation.heldout_timesteps=range(2,8)", "data.id_token=CAT"], "validation.heldout_"),
         (["model=nano,2b", "data.instance_data_root=/clips"], "model"),
+        (["memory=fast,low"], "memory.vae_tiling"),
     ],
 )
 def test_a_search_over_what_changes_the_judge_is_refused(tmp_path, given, key):
@@ -221,4 +222,5 @@ def test_a_search_over_what_changes_the_judge_is_refused(tmp_path, given, key):
 
 def test_a_search_over_what_is_trained_is_none_of_these():
     given = ["hydra/sweeper=optuna", "data.max_train_clips=4,8", "train.mixed_precision=no,bf16"]
-    assert len(grid.sweep_of([*given, "memory=fast,low"], grid.Composer())[1]) >= 4
+    given += ["memory.base_storage=own,fp8", "memory.gradient_checkpointing=true"]
+    assert len(grid.sweep_of(given, grid.Composer())[1]) >= 4
