@@ -31,12 +31,19 @@ class Index:
     def __init__(self, path: Path, of: str):
         self.path, self.of = path, of
         self.lock = threading.Lock()
-        self.forget()
-
-    def forget(self) -> None:
-        """Reads the file again when something is asked for: other processes may have added."""
         self.entries: dict[str, dict[str, Remembered]] | None = None
         self.file: int | None = None
+
+    def forget(self) -> None:
+        """Frees its memory. When something is asked for, it reads the file again.
+
+        Other processes may have added to it by then.
+        """
+        with self.lock:
+            self.entries = None
+            if self.file is not None:
+                os.close(self.file)
+                self.file = None
 
     def recall(self, what: str, path: str, stat: os.stat_result) -> object | None:
         """None if nothing is known, or if the file has changed since then."""

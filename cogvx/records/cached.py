@@ -152,9 +152,9 @@ def show_table(heading: str, rows: dict[str, list[Kept]]) -> None:
         grid.add_column(name, justify="right")
     ordered = sorted(rows.items(), key=lambda row: -sum(each.size for each in row[1]))
     for name, files in ordered[:MOST_LINES]:
-        newest = max((each.written for each in files), default=time.time())
-        age = age_text(max(0.0, time.time() - newest))
-        grid.add_row(name, str(len(files)), total_text(files), age)
+        ages = [max(0.0, time.time() - each.written) for each in files]
+        newest = age_text(min(ages)) if ages else ""
+        grid.add_row(name, str(len(files)), total_text(files), newest)
     Console(width=WIDE).print(grid)
     if len(ordered) > MOST_LINES:
         print(f"... and {len(ordered) - MOST_LINES} more")

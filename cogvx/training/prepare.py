@@ -242,6 +242,8 @@ def prepare(
         say_flags(folder, found, ranks)
         record.note(folder, cache_list=cache.keep_list([*files_in_cache(clips), *embeds.values()]))
     say_what_is_left(files, data, cache, vae, ranks)
+    # 100,000 clips have 100 MB there.
+    cache.index.forget()
     return Prepared(pretrained, train, held_out, embeds, prompts, example_prompt, pictures)
 
 
