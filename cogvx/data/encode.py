@@ -145,16 +145,20 @@ def encode_clips(
     def encode(share: Share) -> None:
         multiple = 4 if vae is NO_VAE else model().config.temporal_compression_ratio
 
-        def read(path: Path) -> Clip:
+        def read(path: Path) -> tuple[Tensor, dict[str, Tensor], dict]:
+            """The frames, their pictures, and what is known of them."""
             video, cut = sources[path]
-            return read_clip(video, data, cut, frame_multiple=multiple)
+            clip = read_clip(video, data, cut, frame_multiple=multiple)
+            pictures = shown_of(clip, data)
+            look = look_of(pictures["thumbnails"].numpy())
+            return clip.frames, pictures, facts_of(clip) | measured(clip) | {"look": look}
 
-        for path, clip in share.read_ahead(read):
-            tensors = shown_of(clip, data)
+        for path, (frames, tensors, about) in share.read_ahead(read):
             if vae is not NO_VAE:
-                tensors["latent_moments"] = latent_moments(model(), clip.frames, vae)
-            look = look_of(tensors["thumbnails"].numpy())
-            share.write(path, tensors, facts_of(clip) | measured(clip) | {"look": look})
+                tensors["latent_moments"] = latent_moments(model(), frames, vae)
+            # Without this, one more clip would stay in memory.
+            del frames
+            share.write(path, tensors, about)
 
     paths = [path for files in wanted for path in files.values()]
     if data.flip or data.long_files is LongFiles.random:
