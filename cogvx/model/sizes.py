@@ -51,14 +51,17 @@ def sizes_like(size: Size, shortest: int, geometry: Geometry) -> list[Size]:
     wanted = [size.width / size.height, *ASPECTS]
     for aspect in [ratio for each in wanted for ratio in (each, 1 / each)]:
         shape = nearest_shape(aspect, size.pixels, geometry)
-        if all(is_another(shape, known) for known in shapes):
+        if shape and all(is_another(shape, known) for known in shapes):
             shapes.append(shape)
     lengths = halved(size.frames, shortest, geometry.temporal_stride)
     return [Size(frames, *shape) for frames in lengths for shape in shapes]
 
 
-def nearest_shape(aspect: float, area: int, geometry: Geometry) -> tuple[int, int]:
-    """Height and width of at most `area` pixels, as near to the aspect ratio as the model takes."""
+def nearest_shape(aspect: float, area: int, geometry: Geometry) -> tuple[int, int] | None:
+    """Height and width of at most `area` pixels, as near to the aspect ratio as the model takes.
+
+    None if the area is so small that there is none.
+    """
     multiple, shapes = geometry.pixel_multiple, []
     for height in range(multiple, area // multiple + 1, multiple):
         below = int(height * aspect) // multiple * multiple
@@ -70,7 +73,9 @@ def nearest_shape(aspect: float, area: int, geometry: Geometry) -> tuple[int, in
         and not geometry.size_problems(height, width, "")
     ]
     return min(
-        shapes, key=lambda shape: (factor(shape[1] / shape[0], aspect), -shape[0] * shape[1])
+        shapes,
+        key=lambda shape: (factor(shape[1] / shape[0], aspect), -shape[0] * shape[1]),
+        default=None,
     )
 
 

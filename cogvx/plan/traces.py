@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -122,8 +123,14 @@ def pool_of_two() -> Iterator:
     if method == "fork":
         import cogvx.plan.phases  # noqa: F401
     start_pool = multiprocessing.get_context(method).Pool
-    with no_visible_gpu(), start_pool(2, initializer=quiet_libraries) as pool:
+    with no_visible_gpu(), start_pool(2, initializer=begin_worker) as pool:
         yield pool
+
+
+def begin_worker() -> None:
+    """A forked process has the run's handler of SIGTERM, with which the pool ends its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    quiet_libraries()
 
 
 @contextlib.contextmanager

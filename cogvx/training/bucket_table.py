@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from cogvx.config import Config
@@ -37,21 +38,25 @@ def table_of(
     """The buckets, those with the most clips first."""
     steps = number_of_steps(config, len(train), processes)
     uses = uses_of_clips(order_of(config, train, processes), steps)
+    numbers, members = defaultdict(list), defaultdict(list)
+    for number, clip in enumerate([*train, *held_out]):
+        numbers[clip.size].append(number)
+        members[clip.size].append(clip)
     rows = []
-    for size in dict.fromkeys(clip.size for clip in (*train, *held_out)):
-        numbers = [number for number, clip in enumerate(train) if clip.size == size]
-        aside = [clip for clip in held_out if clip.size == size]
-        members = [*(train[number] for number in numbers), *aside]
-        crops = [share for c in members if (share := c.about.get("cropped")) is not None]
-        found = [uses[number] for number in numbers] or [(0, 0, 0)]
+    for size, clips in members.items():
+        found = [uses[number] for number in numbers[size] if number < len(train)]
+        crops = [share for c in clips if (share := c.about.get("cropped")) is not None]
         rows.append(
             BucketRow(
                 size,
-                clips=len(numbers),
-                held_out=len(aside),
+                clips=len(found),
+                held_out=len(clips) - len(found),
                 cropped=sum(crops) / len(crops) if crops else None,
-                steps=found[0][0],
-                uses=(min(use[1] for use in found), max(use[2] for use in found)),
+                steps=found[0][0] if found else 0,
+                uses=(
+                    min((low for _, low, _ in found), default=0),
+                    max((high for *_, high in found), default=0),
+                ),
             )
         )
     return sorted(rows, key=lambda row: -row.clips)

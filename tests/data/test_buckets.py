@@ -142,3 +142,24 @@ def test_a_size_that_is_new_to_the_checkpoint_is_said():
     i2v = released("THUDM/CogVideoX1.5-5B-I2V")
     assert i2v.caution_of_buckets([Size(81, 768, 1360), Size(81, 1024, 768)]) is None
     assert "New to it: 1008x1008" in i2v.caution_of_buckets([Size(81, 1008, 1008)])
+
+
+def test_auto_works_at_any_size():
+    geometry = released(NAMES[0])
+    for height, width in [(16, 16), (16, 48), (16, 640), (64, 64), (480, 16), (1024, 1024)]:
+        found = sizes_like(Size(9, height, width), 9, geometry)
+        assert found[0] == Size(9, height, width) and geometry.bucket_problems(found) == []
+
+
+def test_auto_becomes_a_list_and_what_reading_has_noted_stays(compose):
+    from cogvx.model.sizes import largest_size, with_sizes
+
+    data = compose("data.buckets=auto").data
+    data.said = ("read from a table",)
+    found = with_sizes(data, NANO.geometry)
+    assert found.buckets[:2] == ["9x64x64", "9x48x80"] and found.said == data.said
+    assert data.buckets == "auto" and with_sizes(found, NANO.geometry) is found
+    assert largest_size(data, NANO.geometry) == Size(9, 64, 64)
+    listed = compose("data.buckets=[9x64x64,13x80x48]").data
+    assert largest_size(listed, NANO.geometry) == Size(13, 80, 48)
+    assert largest_size(compose().data, NANO.geometry) == Size(9, 64, 64)

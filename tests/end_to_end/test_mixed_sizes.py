@@ -52,7 +52,11 @@ def test_a_run_of_mixed_sizes_is_said_counted_and_resumed_exactly(run, stopped, 
     assert {float(row["cropped"]) for row in rows} == {0}
     assert len(list((whole / "previews").glob("step_*/*.mp4"))) == 1
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert sum("tokens_per_second" in line for line in lines) == 12
+    speeds = [line["tokens_per_second"] * line["seconds"] for line in lines if "seconds" in line]
+    # Two clips with 32 tokens of text each.
+    tokens = {2 * (32 + frames * 6 * 10) for frames in (2, 3)} | {2 * (32 + 3 * 64)}
+    assert len(speeds) == 12
+    assert all(min(abs(each / speed - 1) for each in tokens) < 0.02 for speed in speeds)
 
     run("look", "task=inspect", *given)
     looked = capfd.readouterr().out
