@@ -7,6 +7,7 @@ and the task runs from that file. Nothing here imports torch: a mistake costs a 
 # First: what is registered first runs last at exit.
 from cogvx import leaving  # isort: split
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from cogvx import command_line, compose
 from cogvx import config as configuration
 from cogvx.errors import UserError, lacking
 from cogvx.files import shown
-from cogvx.records import comparison, live, record
+from cogvx.records import comparison, live, record, report
 from cogvx.records.pages import PAGE
 from cogvx.runs import engines, grid, pool, processes, translate
 from cogvx.runs.pool import STOPPED
@@ -106,20 +107,39 @@ def run(config: configuration.Config, repeated: Path | None) -> int:
         return 0
     if config.output_dir is None or not (config.output_dir / record.CONFIG).is_file():
         require_ready(config)
-    folder = record.open_folder(config)
+    folder = record.make_folder(config)
     summary = record.finished(folder)
     if summary is not None:
-        loss = summary.get("objective")
-        result = "" if loss is None else f" Its held-out loss is {loss:.4f}."
-        if record.is_imported(folder):
-            result = f" It was imported. To train on: {record.HOW_TO_TRAIN_ON}"
-        print(f"{shown(folder)} is finished: nothing to do.{result}")
-        return 0
-    print(f"run     {shown(folder)}\npage    {shown(folder / PAGE)} follows the run", flush=True)
+        record.settle_configuration(folder, config)
+        return nothing_to_do(folder, summary)
     with record.locked(folder) as lock:
+        record.settle_configuration(folder, config)
+        print(
+            f"run     {shown(folder)}\npage    {shown(folder / PAGE)} follows the run", flush=True
+        )
         record.environment(folder, TYPED, repeated)
         with live.following(folder):
             return processes.run_recorded(folder, lock)
+
+
+def nothing_to_do(folder: Path, summary: dict) -> int:
+    """For a run that is done. A kill just before the end may have left it without a page."""
+    # An archive may not be written to.
+    with contextlib.suppress(OSError):
+        if summary_is_newer(folder):
+            report.write_page(folder)
+    loss = summary.get("objective")
+    result = "" if loss is None else f" Its held-out loss is {loss:.4f}."
+    if record.is_imported(folder):
+        result = f" It was imported. To train on: {record.HOW_TO_TRAIN_ON}"
+    print(f"{shown(folder)} is finished: nothing to do.{result}")
+    return 0
+
+
+def summary_is_newer(folder: Path) -> bool:
+    page = folder / PAGE
+    written = page.stat().st_mtime if page.is_file() else 0
+    return written < (folder / record.SUMMARY).stat().st_mtime
 
 
 # -- a sweep ------------------------------------------------------------------------------------

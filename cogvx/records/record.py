@@ -52,20 +52,40 @@ def open_folder(config: Config) -> Path:
 
     UserError if it holds another configuration, or if it cannot be written.
     """
+    folder = make_folder(config)
+    settle_configuration(folder, config)
+    return folder
+
+
+def make_folder(config: Config) -> Path:
+    """The folder that the configuration names, or a new one. UserError if it cannot be made."""
     folder = Path.cwd() / "outputs" if config.output_dir is None else config.output_dir
-    try:
+    with said_of_folder(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        folder = new_folder(folder) if config.output_dir is None else folder
-        if (folder / CONFIG).is_file():
-            require_same_configuration(folder, config)
-        else:
-            write_config(folder, config)
+        return new_folder(folder) if config.output_dir is None else folder
+
+
+def settle_configuration(folder: Path, config: Config) -> None:
+    """Writes config.yaml, or compares it with the one that is there. The folder should be locked.
+
+    UserError if it is another configuration, or if the folder cannot be written.
+    """
+    if (folder / CONFIG).is_file():
+        require_same_configuration(folder, config)
+        return
+    with said_of_folder(folder):
+        write_config(folder, config)
+
+
+@contextlib.contextmanager
+def said_of_folder(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"the run's folder {folder} cannot be written: {error.strerror or error}. "
             f"Choose another: output_dir=/disk/with/space"
         ) from error
-    return folder
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -108,7 +128,9 @@ def locked(folder: Path) -> Iterator[int]:
     """
     import fcntl
 
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    with said_of_folder(folder):
+        lock = (folder / LOCK).open("a+", encoding="utf-8")
+    with lock as file:
         for patience in (*LOCK_TRIES, None):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

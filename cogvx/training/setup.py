@@ -204,7 +204,8 @@ def validation_videos(
         folder,
         VideoGenerator(config, data.pretrained, data.embeds, data.images),
         data.validation_prompts,
-        functools.partial(data.real_clip, data=config.data),
+        # Read once: a clip that goes missing later does not end the run.
+        functools.cache(functools.partial(data.real_clip, data=config.data)),
         scored,
     )
 

@@ -5,7 +5,6 @@ F frames, H height, W width, S text tokens, D their width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from cogvx.config import Config
 from cogvx.data.listed import text_of
 from cogvx.data.mp4 import write_video
 from cogvx.errors import UserError
-from cogvx.files import replacing, write_json
+from cogvx.files import read_json, replacing, write_json
 from cogvx.inference import pictures, scores
 from cogvx.inference.generate import SourceClip, generate
 from cogvx.model.pretrained import PretrainedModel
@@ -148,8 +147,8 @@ class ValidationVideos:
         `transformer` is the base model at this moment.
         """
         requests = self.requests()
-        missing = [each for each in requests if not self.base_frames(each[0]).is_file()]
-        unscored = bool(self.scored) and not self.base_scores.is_file()
+        missing = [each for each in requests if self.kept_base(each[0]) is None]
+        unscored = len(self.kept_base_scores()) != len(self.scored)
         if self.prompts:
             self.write_real_clips(requests)
         if not missing and not unscored:
@@ -179,6 +178,18 @@ class ValidationVideos:
         """The frames without the losses of an mp4, for later comparisons."""
         return self.place / "base" / f"{name}.npz"
 
+    def kept_base(self, name: str) -> numpy.ndarray | None:
+        """The base model's frames, [F, H, W, 3] uint8; None if they are not there or damaged."""
+        try:
+            with numpy.load(self.base_frames(name)) as file:
+                return file["frames"]
+        # Damaged files raise errors of many kinds. The video is then made again.
+        except Exception:
+            return None
+
+    def kept_base_scores(self) -> list[dict]:
+        return list(read_json(self.base_scores))
+
     @property
     def base_scores(self) -> Path:
         return self.place / "base" / "scores.json"
@@ -205,7 +216,7 @@ class ValidationVideos:
     def write_comparison(self, path: Path, name: str, prompt: str, tuned: numpy.ndarray) -> str:
         """Base model, tuned model and a real clip, from left to right. Returns the clip's title."""
         real = self.real_clip(prompt)
-        base = numpy.load(self.base_frames(name))["frames"]
+        base = self.kept_base(name)
         together = pictures.side_by_side(
             {"base model": base, "tuned": tuned, real.title: real.frames}
         )
@@ -216,8 +227,8 @@ class ValidationVideos:
 
     def score_both(self, transformer, step: int) -> dict[str, list[scores.VideoScores]]:
         """The scored videos of the base model and of this step."""
-        values = json.loads(self.base_scores.read_text(encoding="utf-8"))
-        base = [scores.VideoScores(*pair) for pair in zip(self.scored, values, strict=True)]
+        pairs = zip(self.scored, self.kept_base_scores(), strict=True)
+        base = [scores.VideoScores(*pair) for pair in pairs]
         tuned = self.score(transformer, self.generator.vae(), f"step {step}")
         return {"base": base, "result": tuned}
 

@@ -532,3 +532,35 @@ def test_the_report_says_which_clips_max_train_clips_leaves_out(run):
     assert (
         sorted(uses) == ["held out"] * 4 + ["left out: data.max_train_clips"] * 24 + ["train"] * 4
     )
+
+
+@pytest.mark.slow
+def test_a_damaged_base_video_is_made_again_and_a_missing_page_written(launch, cache, tmp_path):
+    """After a kill just before the page, and a power cut."""
+    run = tmp_path / "run"
+    settings = [*FEW, "validation.num_validation_videos=1", "validation.num_inference_steps=2"]
+    command = arguments(cache, run, *settings, "validation.validation_prompt='a circle'")
+    assert launch(*command).returncode == 0
+    page, [base] = run / "report.html", (run / "validation" / "base").glob("*.npz")
+    page.unlink()
+    again = launch(*command)
+    assert again.returncode == 0 and "is finished: nothing to do" in again.stdout
+    assert page.is_file()
+    whole = base.read_bytes()
+    base.write_bytes(whole[:100])
+    (run / "summary.json").unlink()
+    again = launch(*command)
+    assert again.returncode == 0 and "Traceback" not in again.stderr, again.stderr
+    assert numpy_of(base) == numpy_of_bytes(whole)
+
+
+def numpy_of(path) -> bytes:
+    return numpy_of_bytes(path.read_bytes())
+
+
+def numpy_of_bytes(content: bytes) -> bytes:
+    import io
+
+    import numpy
+
+    return numpy.load(io.BytesIO(content))["frames"].tobytes()
