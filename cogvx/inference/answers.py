@@ -23,13 +23,16 @@ class Fault(Enum):
     empty = "Answer with the caption, and with nothing else."
     cut_off = "Answer with the caption only, in at most 100 words."
     too_long = "Answer with the caption only, in at most 100 words, and repeat nothing."
-    refused = (
-        "The pictures are frames of an ordinary video clip. Say only what can be seen in them."
-    )
+    refusal = "It is a clip from an ordinary video. Answer with the caption of what can be seen."
 
     @property
-    def words(self) -> str:
+    def word(self) -> str:
         return self.name.replace("_", " ")
+
+    @property
+    def said(self) -> str:
+        """After "the answer is"."""
+        return "a refusal" if self is Fault.refusal else self.word
 
 
 def fault_of(answer: Answer, most_words: int | None) -> Fault | None:
@@ -40,7 +43,7 @@ def fault_of(answer: Answer, most_words: int | None) -> Fault | None:
     if not text:
         return Fault.empty
     if REFUSALS.match(text.lower().replace("\u2019", "'")):
-        return Fault.refused
+        return Fault.refusal
     return Fault.too_long if most_words is not None and len(text.split()) > most_words else None
 
 
@@ -55,6 +58,8 @@ class Asking:
 
     def answers(self, conversations: list[Messages]) -> list[str | Fault]:
         """For each conversation one line of text, or what is wrong also with the second answer."""
+        if not conversations:
+            return []
         found = [self.judged(answer) for answer in self.chat(conversations)]
         again = [place for place, each in enumerate(found) if isinstance(each, Fault)]
         if not again:
@@ -71,7 +76,7 @@ class Asking:
 
     def counts(self) -> Iterator[str]:
         """`3 cut off`, for each fault of first answers."""
-        return (f"{number} {fault.words}" for fault, number in self.asked_again.items())
+        return (f"{number} {fault.word}" for fault, number in self.asked_again.items())
 
 
 def reminded(messages: Messages, fault: Fault) -> Messages:

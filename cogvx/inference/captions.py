@@ -7,6 +7,7 @@ other. Every caption is written at once, so the same command goes on after a sto
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from cogvx.data.caption_places import CaptionPlace, ClipToCaption, caption_place
 from cogvx.data.listed import read_lines
 from cogvx.data.sources import Data
 from cogvx.data.video import BadClip, read_clip, to_bytes
-from cogvx.errors import UserError, listed
+from cogvx.errors import UserError, first_line, listed
 from cogvx.inference.answers import Asking, Fault
 from cogvx.inference.chat import CONTEXT_OF_OLLAMA, Chat, Messages, opened_chat
 from cogvx.inference.vision import opened_vision, quantization
@@ -43,6 +44,11 @@ def write_captions(config: Config, task: CaptionTask) -> None:
     print(f"caption {counted(len(wanted), 'clip')}; {there} of {len(clips)} have one", flush=True)
     try:
         captioning.run(wanted)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the models do not fit into the memory of the device: task.batch_size=1, fewer "
+            f"task.frames, or task.storage=nf4 ({first_line(error)})"
+        ) from error
     finally:
         where = captioning.place.finish()
     for line in captioning.report(where):
@@ -53,9 +59,13 @@ def write_captions(config: Config, task: CaptionTask) -> None:
 
 
 def how_to_look(config: Config) -> Iterator[str]:
-    data, root = config.choices["data"], config.data.instance_data_root
+    data = config.data
+    words = ["task=inspect", f"data={config.choices['data']}"]
+    words.append(f"data.instance_data_root={data.instance_data_root}")
+    table = getattr(data, "dataset_name", None)
+    words += [] if table is None else [f"data.dataset_name={table}"]
     yield "        Read them, and change what is wrong: what you change is yours, and is kept"
-    yield f"look    python launch.py task=inspect data={data} data.instance_data_root={root}"
+    yield f"look    {shlex.join(['python', 'launch.py', *words])}"
 
 
 def style_of(task: CaptionTask) -> str:
@@ -124,7 +134,7 @@ class Captioning:
             texts = asking.answers([self.question(frames) for frames in seen.values()])
             for clip, text in zip(seen, texts, strict=True):
                 if isinstance(text, Fault):
-                    self.leave_out(clip, f"the model's answer is {text.words}")
+                    self.leave_out(clip, f"the model's answer is {text.said}")
                     continue
                 found[clip] = text
                 if last:
@@ -169,7 +179,7 @@ class Captioning:
             told = [self.order(described[clip]) for clip in batch]
             for clip, text in zip(batch, asking.answers(told), strict=True):
                 if isinstance(text, Fault):
-                    self.leave_out(clip, f"the expander's answer is {text.words}")
+                    self.leave_out(clip, f"the expander's answer is {text.said}")
                 else:
                     self.write(clip, text, description=described[clip], expander=task.expander)
             require_use(asking, self.written, "task.expander", task.expander)

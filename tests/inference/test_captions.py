@@ -6,6 +6,7 @@ import json
 
 import pytest
 import scripted
+import torch
 import vision_models
 from PIL import Image
 from scripted import said
@@ -130,9 +131,9 @@ def test_an_answer_that_is_no_caption_is_asked_for_again_once_and_counted(
     again = server.asked[1][1]["messages"][0]["content"]
     assert again[-1]["text"] == Fault.cut_off.value and "50 to 100 words" in again[-2]["text"]
     out = capsys.readouterr().out
-    assert "warning left out: videos/1.mp4 the model's answer is refused" in out
+    assert "warning left out: videos/1.mp4 the model's answer is a refusal" in out
     assert "warning left out: videos/2.mp4 the model's answer is too long" in out
-    assert "no caption: 1 cut off, 1 empty, 1 too long, 1 refused" in out
+    assert "no caption: 1 cut off, 1 empty, 1 too long, 1 refusal" in out
     assert "OLLAMA_CONTEXT_LENGTH=16384 ollama serve" in out
     assert "1 caption has the word SNOW, which data.id_token puts before" in out
     server.answers += [said("Now."), said("Then.")]
@@ -144,9 +145,9 @@ def test_an_answer_that_is_no_caption_is_asked_for_again_once_and_counted(
     ("text", "fault"),
     [
         ("A sorry-looking dog waits.", None),
-        ("I can't believe", Fault.refused),
-        ("I\u2019m unable to see", Fault.refused),
-        ("Unfortunately, I cannot", Fault.refused),
+        ("I can't believe", Fault.refusal),
+        ("I\u2019m unable to see", Fault.refusal),
+        ("Unfortunately, I cannot", Fault.refusal),
         ("word " * 151, Fault.too_long),
         (' "" ', Fault.empty),
     ],
@@ -246,6 +247,26 @@ def test_what_cannot_be_captioned_is_said(caption, compose, server, clips, tmp_p
             caption(*overrides)
     with pytest.raises(Wrong, match=r"task.captioner must be given"):
         compose("task=caption", "data=folder", "data.instance_data_root=/clips")
+
+
+def test_a_lack_of_memory_is_said_and_what_is_there_is_kept(caption, clips, server, monkeypatch):
+    server.answers += [said("one")]
+    ask, asked = captions.Asking.answers, []
+
+    def answers(self, conversations):
+        asked.append(conversations)
+        if len(asked) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return ask(self, conversations)
+
+    monkeypatch.setattr(captions.Asking, "answers", answers)
+    with pytest.raises(UserError, match=r"do not fit .* task.batch_size=1, .*CUDA out of memory"):
+        caption()
+    assert texts(clips) == {"0": "one\n"}
+
+
+def test_no_question_is_no_conversation():
+    assert captions.Asking(None, 150).answers([]) == []
 
 
 def test_a_model_on_this_machine_captions_a_folder(compose, clips, tmp_path, monkeypatch, capsys):
