@@ -87,7 +87,8 @@ def test_frames_are_counted_as_the_reader_counts_them(compose, make_clip, tmp_pa
     for number, (frames, file_fps, fps) in enumerate(
         [(9, 8, 8), (8, 8, 8), (30, 30, 8), (33, 29.97, 12), (50, 25, "null"), (1, 8, 8)]
     ):
-        path = make_clip(tmp_path / f"{number}.mp4", frames=frames, fps=file_fps)
+        shape = {"width": 32, "height": 32}
+        path = make_clip(tmp_path / f"{number}.mp4", frames=frames, fps=file_fps, **shape)
         data, footage = compose(f"data.fps={fps}").data, survey(path)
         expected = len(by_timestamp(footage.stamps, data.fps, 10_000))
         assert frames_given(footage.facts, data, unused=0) == expected

@@ -88,6 +88,7 @@ def test_two_sources_share_the_steps_of_every_bucket(run, mixed_clips, capfd):
     assert [row[1] for row in rows if row[0] == "9x48x80"] == ["8"]
 
 
+@pytest.mark.slow
 def test_without_buckets_a_batch_of_two_lengths_offers_them(run, mixed_clips, capfd):
     given = [f"data.instance_data_root='{mixed_clips}'", *MIXED, "data.buckets=null"]
     # The split could hold out all short clips.
