@@ -17,7 +17,7 @@ from cogvx.data.cache import Cache
 from cogvx.data.footage import BadClip
 from cogvx.data.listed import shortened
 from cogvx.data.sources import Data, Example, LongFiles, ShortFiles
-from cogvx.progress import bar, counted
+from cogvx.progress import counted
 
 LEFT_OR_RIGHT = re.compile(r"\b(left|right)(wards?|most)?\b", re.IGNORECASE)
 # Of captions that are warned of: how many are named, and how many of their characters.
@@ -86,7 +86,7 @@ def places(count: int) -> list[float]:
 # -- several examples of a file ------------------------------------------------------------------
 
 
-def spread(
+def divided(
     examples: list[Example], data: Data, cache: Cache, say: Callable[[str], None]
 ) -> list[Example]:
     """With data.long_files=sliding or scenes: an example for each part of each file."""
@@ -96,7 +96,7 @@ def spread(
         return examples
     divide = sliding_windows if data.long_files is LongFiles.sliding else parts_by_scene
     found, short = [], 0
-    for example in bar(examples, desc="cuts    files", unit="file", leave=False):
+    for example in examples:
         try:
             parts = divide(example, data, cache)
         # Encoding it may fail too, and then the clip is left out.

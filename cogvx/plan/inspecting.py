@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cogvx.config import Config
 from cogvx.data.buckets import AUTO
 from cogvx.data.cache import Cache
-from cogvx.data.cuts import spread
+from cogvx.data.cuts import divided
 from cogvx.data.encode import NO_VAE, EncodedClip, cache_of, encode_clips, facts_of_prompt
 from cogvx.data.inspect import (
     Inspected,
@@ -68,8 +68,9 @@ def look_at_clips(config: Config) -> tuple[Inspected, Split]:
     listed = data.own_part(data.read())
     for line in data.said:
         print(line)
-    cache.look_at(example.video for example in listed)
-    examples = spread(listed, data, cache, print)
+    files, threshold = (example.video for example in listed), data.scene_threshold_used
+    cache.look_at(files, facts=data.needs_facts, threshold=threshold)
+    examples = divided(listed, data, cache, print)
     clips, rejected = encode_clips(examples, data, cache, NO_VAE, say_look)
     split = split_of_clips(clips, data, cache)
     found = inspected(clips, split, rejected, data, texts_of(clips, config), config.model.fps)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from cogvx.config import Config
 from cogvx.data.cache import Cache, content_key
-from cogvx.data.cuts import Cut, spread
+from cogvx.data.cuts import Cut, divided
 from cogvx.data.encode import (
     EncodedClip,
     EncodedCut,
@@ -183,7 +183,7 @@ def prepare(
     earlier = earlier_split(went_before, cache)
     pretrained, files = fetch(config, cache, earlier, ranks)
     data = with_sizes(data, pretrained.geometry())
-    examples = spread(data.own_part(files), data, cache, ranks.say)
+    examples = divided(data.own_part(files), data, cache, ranks.say)
     vae, text_encoder = encoders(pretrained, cache, config.memory)
     with ranks.peaks.phase("encode clips"):
         clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cogvx.data.cache import Cache
-from cogvx.data.cuts import spread
+from cogvx.data.cuts import divided
 from cogvx.data.encode import Encoder, files_of
 from cogvx.data.footage import BadClip
 from cogvx.data.sources import Data, Example
@@ -45,7 +45,7 @@ def is_cached(example: Example, data: Data, cache: Cache, vae: Encoder) -> bool:
     if not cache.knows(example.video):
         return False
     try:
-        parts = spread([example], data, cache, lambda text: None)
+        parts = divided([example], data, cache, lambda text: None)
         files = [path for part in parts for path in files_of(part, data, cache, vae).values()]
         return all(cache.about(path) is not None for path in files)
     # Nobody can encode it.

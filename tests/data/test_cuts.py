@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cogvx.data.cache import Cache
-from cogvx.data.cuts import cuts_of, spread
+from cogvx.data.cuts import cuts_of, divided
 from cogvx.data.footage import BadClip
 from cogvx.data.sources import Example
 from cogvx.data.video import read_clip, read_first_frame, read_image, to_bytes
@@ -143,7 +143,7 @@ def test_sliding_windows_cover_the_file_and_overlap(compose, taken, long, memory
     said = []
     settings = ["data.long_files=sliding", "data.window_overlap=0.25"]
     data = compose(*NINE, *settings).data
-    examples = spread([Example("a", long, "videos.txt:1")], data, memory, said.append)
+    examples = divided([Example("a", long, "videos.txt:1")], data, memory, said.append)
     assert said == ["cuts    1 file, divided into windows: 6 examples"]
     assert examples[1].origin == "videos.txt:1 window 2 of 6"
     assert {example.video for example in examples} == {long}
@@ -169,7 +169,7 @@ def test_scenes(compose, taken, memory, tmp_path):
         container.mux(stream.encode())
     said = []
     data = compose(*NINE, "data.long_files=scenes").data
-    examples = spread([Example("a", path, "a.csv:2")], data, memory, said.append)
+    examples = divided([Example("a", path, "a.csv:2")], data, memory, said.append)
     assert [(e.start, e.end) for e in examples] == [(0, 40), (46, 76), (76, 120)]
     assert said[0] == "cuts    1 file, divided into scenes: 3 examples"
     assert said[1].startswith("warning 1 scene has fewer than data.min_num_frames=5 frames at 10.0")
@@ -195,7 +195,7 @@ def test_what_must_be_known_of_files_is_found_once(long, tmp_path, monkeypatch):
 def test_a_file_without_a_long_scene_is_named(compose, memory, tmp_path):
     path = write_numbered(tmp_path / "x.mov", range(8))
     data = compose(*NINE, "data.long_files=scenes").data
-    [example] = spread([Example("a", path, "a.csv:2")], data, memory, print)
+    [example] = divided([Example("a", path, "a.csv:2")], data, memory, print)
     [cut] = cuts_of(example, data, memory)
     with pytest.raises(BadClip, match=r"is too short: 3 frames at 10.0 fps"):
         read_clip(path, data, cut)
@@ -207,7 +207,7 @@ def test_a_file_that_cannot_be_read_stays_one_example(compose, memory, tmp_path)
     for policy in ("sliding", "scenes"):
         said = []
         data = compose(*NINE, f"data.long_files={policy}").data
-        assert spread([example], data, memory, said.append) == [example]
+        assert divided([example], data, memory, said.append) == [example]
         assert said[0].startswith("warning a.csv:2 x.mp4 cannot be opened as a video")
         assert said[0].endswith("; not divided")
 
@@ -283,7 +283,7 @@ def test_captions_that_a_mirror_makes_wrong_are_named(compose, memory, long):
     data = compose("data.flip=true").data
     captions = ["a man turns left", "the RIGHTMOST house", "bright leftovers", "a cat"]
     examples = [Example(caption, long, "") for caption in captions]
-    assert spread(examples, data, memory, said.append) == examples
+    assert divided(examples, data, memory, said.append) == examples
     assert said[0].startswith("warning 2 captions say left or right, and data.flip=true shows")
     assert said[1:] == ["        'a man turns left'", "        'the RIGHTMOST house'"]
 
