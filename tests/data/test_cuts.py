@@ -186,7 +186,7 @@ def test_what_must_be_known_of_files_is_found_once(long, tmp_path, monkeypatch):
     """The first process finds it in all files at once, and the others read it."""
     (tmp_path / "bad.mp4").write_text("no video")
     Cache(tmp_path).look_at([long, tmp_path / "bad.mp4"], facts=True, threshold=27.0)
-    monkeypatch.setattr("cogvx.data.cache.surveyed", None)
+    monkeypatch.setattr("cogvx.data.decoders.surveyed", None)
     again = Cache(tmp_path)
     assert again.scenes(long, 27.0) == [(0, 120)] and again.facts(long).frames == 120
     assert again.knows(long, "facts") and not again.knows(tmp_path / "bad.mp4", "facts")
