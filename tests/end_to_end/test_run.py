@@ -546,21 +546,15 @@ def test_a_damaged_base_video_is_made_again_and_a_missing_page_written(launch, c
     again = launch(*command)
     assert again.returncode == 0 and "is finished: nothing to do" in again.stdout
     assert page.is_file()
-    whole = base.read_bytes()
-    base.write_bytes(whole[:100])
+    whole = frames_in(base)
+    base.write_bytes(base.read_bytes()[:100])
     (run / "summary.json").unlink()
     again = launch(*command)
     assert again.returncode == 0 and "Traceback" not in again.stderr, again.stderr
-    assert numpy_of(base) == numpy_of_bytes(whole)
+    assert frames_in(base) == whole
 
 
-def numpy_of(path) -> bytes:
-    return numpy_of_bytes(path.read_bytes())
-
-
-def numpy_of_bytes(content: bytes) -> bytes:
-    import io
-
+def frames_in(path: Path) -> bytes:
     import numpy
 
-    return numpy.load(io.BytesIO(content))["frames"].tobytes()
+    return numpy.load(path)["frames"].tobytes()
