@@ -141,7 +141,9 @@ def require_space(run_folder: Path, rehearsal: Path, state: TrainingState, kept:
     # A checkpoint: the weights and Adam's two moments; with an average, also the average and its
     # result. One more checkpoint exists while it is written, and the best one is kept.
     sizes = 5 if state.delivers_an_average() else 3
-    needed = weights * (1 + sizes * (kept + 2))
+    # A resumed run has some of them on the disk already.
+    there = min(kept, len(complete_checkpoints(run_folder)))
+    needed = weights * (1 + sizes * (kept + 2 - there))
     free = shutil.disk_usage(rehearsal).free
     if free < needed:
         raise UserError(

@@ -1,6 +1,7 @@
 """A checkpoint is whole or it is none."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -204,6 +205,20 @@ def test_the_rehearsal_looks_at_the_free_space(state, tmp_path, monkeypatch):
         UserError, match=r"MiB free; 3 checkpoints of this run and its result need up to"
     ):
         checkpoints.rehearse(tmp_path, state, kept=3)
+
+
+def test_a_resumed_run_does_not_need_the_space_twice(state, tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    usage, asked = namedtuple("usage", "total used free"), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1))
+    for step in (1, 2, 3):
+        with pytest.raises(UserError) as raised:
+            checkpoints.rehearse(tmp_path, state, kept=2)
+        asked.append(float(re.search(r"up to (\d+) MiB", str(raised.value))[1]))
+        checkpoints.write_checkpoint(tmp_path, state, step, [], limit=None)
+    assert asked[0] > asked[1] > asked[2]
 
 
 def test_the_manifest_names_step_and_files(state, tmp_path):
