@@ -45,7 +45,7 @@ DIFFUSERS: dict[str, OtherName] = {
     "dataloader_num_workers": OtherName(
         None,
         "Clips are decoded and encoded once, before training, which then reads the cache. "
-        "Two threads decode the next clips while the VAE encodes one.",
+        "Two processes decode the next clips while the VAE encodes one.",
     ),
     "validation_prompt": OtherName("validation.validation_prompt"),
     "validation_prompt_separator": OtherName("validation.validation_prompt_separator"),
