@@ -241,7 +241,7 @@ def test_ctrl_c_stops_all_jobs_with_a_checkpoint_and_an_edited_yaml_changes_none
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk that holds two jobs and a bit."""
-    folder, mount = tmp_path / "disk", ["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs"]
+    folder, mount = tmp_path / "disk", ["mount", "-t", "tmpfs", "-o", "size=2400k", "tmpfs"]
     folder.mkdir()
     if (
         os.geteuid() != 0
