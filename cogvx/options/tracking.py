@@ -6,6 +6,7 @@ They copy what is in metrics.jsonl, which is always written.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,8 +112,12 @@ class Wandb(Tracking):
             found.append(f"tracking.mode={self.mode}: must be online or offline")
         return found
 
+    def asked_mode(self) -> str:
+        """wandb's own variable WANDB_MODE comes before the setting: online, offline, disabled."""
+        return os.environ.get("WANDB_MODE") or self.mode
+
     def require_login(self) -> None:
-        if self.mode == "offline":
+        if self.asked_mode() != "online":
             return
         import wandb
 
@@ -143,9 +148,9 @@ class Wandb(Tracking):
             "settings": settings,
         }
         try:
-            self.run = wandb.init(**run, mode=self.mode)
+            self.run = wandb.init(**run, mode=self.asked_mode())
         except Exception as error:
-            if self.mode == "offline":
+            if self.asked_mode() != "online":
                 raise
             print(
                 f"warning wandb does not answer, so this run is offline: {first_line(error)}",
@@ -154,7 +159,9 @@ class Wandb(Tracking):
             # Without it wandb refuses to use the id a second time.
             wandb.teardown()
             self.run = wandb.init(**run | {"id": id_of(folder)}, mode="offline")
-        if self.run.offline:
+        if self.run.disabled:
+            print("wandb   disabled, as WANDB_MODE says", flush=True)
+        elif self.run.offline:
             print(f"wandb   offline; to send it later:  {self.sync()}", flush=True)
         else:
             print(f"wandb   {self.run.url}", flush=True)

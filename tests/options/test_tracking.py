@@ -216,6 +216,17 @@ def test_a_server_that_does_not_answer_stops_nothing(run, capfd, monkeypatch):
     assert [line["loss"] for line in histories_of(offline)] == losses(folder)
 
 
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_wandbs_own_variable_comes_before_the_setting(run, capfd, monkeypatch, mode):
+    """It needs no login, and is how people work offline."""
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    folder = run(mode, *SHORT, "tracking=wandb")
+    said = capfd.readouterr().out
+    assert "wandb   disabled" in said if mode == "disabled" else "wandb   offline; to send" in said
+    assert bool([*folder.glob("wandb/offline-run-*")]) is (mode == "offline")
+
+
 def histories_of(offline: Path) -> list[dict]:
     """Without the lines that only have the held-out loss."""
     import shutil
