@@ -1,5 +1,6 @@
 """What is measured and flagged of clips and captions, on clips with known right answers."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -310,6 +311,24 @@ def test_looking_again_takes_what_is_known(looked, data, monkeypatch):
     data = replace(data, max_bad_fraction=1.0)
     clips, _ = encode_clips(examples, data, cache_of(data), NO_VAE, lambda line: None)
     assert [clip.about for clip in clips] == [clip.about for clip in looked.clips]
+
+
+def test_task_inspect_loads_no_model_and_says_what_it_found(run, clips, make_clip, capfd):
+    make_clip(clips / "videos" / "0.mp4", width=300)
+    (clips / "videos" / "5.mp4").write_text("no video")
+    folder = run("look", "task=inspect", "model=5b", f"data.instance_data_root={clips}")
+    said = capfd.readouterr().out
+    assert "6 clips: " in said and "1 left out" in said and "encode" not in said
+    lines = said.splitlines()
+    page = next(line for line in lines if line.startswith("page    ") and "dataset.html" in line)
+    assert lines.index(page) > next(n for n, line in enumerate(lines) if "cropped" in line)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["clips"] == 5 and summary["flags"]["left out"] == 1
+    text = (folder / "dataset.html").read_text()
+    assert "Numbers of tokens are estimates" in text
+    with (folder / "dataset_report.csv").open(encoding="utf-8") as file:
+        sizes = {row["size"] for row in csv.DictReader(file) if row["size"]}
+    assert sizes == {"49x480x720"}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
