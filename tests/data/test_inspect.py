@@ -328,7 +328,7 @@ def test_task_inspect_loads_no_model_and_says_what_it_found(run, clips, make_cli
     assert "Numbers of tokens are estimates" in text
     with (folder / "dataset_report.csv").open(encoding="utf-8") as file:
         sizes = {row["size"] for row in csv.DictReader(file) if row["size"]}
-    assert sizes == {"49x480x720"}
+    assert sizes == {"13x480x720"}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
