@@ -60,6 +60,19 @@ class OnTheHub:
         except Exception as error:
             raise UserError(self.why_not(error)) from error
 
+    def commit(self) -> str | None:
+        """The newest commit of the revision. None if the hub cannot be asked now."""
+        from huggingface_hub import HfApi
+
+        if offline():
+            return None
+        try:
+            return HfApi().repo_info(self.repo, revision=self.revision, repo_type=self.kind).sha
+        except Exception as error:
+            if Causes(error).never_arrived():
+                return None
+            raise UserError(self.why_not(error)) from error
+
     def require_access(self) -> None:
         """UserError if it is not there, or if this user may not read it."""
         from huggingface_hub import HfApi

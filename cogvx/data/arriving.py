@@ -41,6 +41,7 @@ class Arrived:
 
     def restart(self) -> None:
         self.rows.clear()
+        self.done = False
         write_text(self.path, "")
 
     def write(self, row: dict) -> None:

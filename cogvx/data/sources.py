@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cogvx.data import demo, world
+from cogvx.data.arriving import Arrived, remembered, remembering
 from cogvx.data.listed import (
     ListedClip,
     located,
@@ -25,7 +26,7 @@ from cogvx.data.phrasing import Phrasing
 from cogvx.errors import UserError, first_line, lacking
 from cogvx.files import absolute, is_hub_id, write_bytes
 from cogvx.hub_client import OnTheHub, split_revision
-from cogvx.progress import counted
+from cogvx.progress import bar, counted
 
 
 @dataclass(frozen=True)
@@ -396,6 +397,18 @@ def fetched_from_hub(path: object) -> object:
     return Path(hf_hub_download(place.repo_id, place.path_in_repo, **how))
 
 
+def storable(value: object, videos: Path) -> dict[str, object]:
+    """A path of a list, or a file that is on this machine, as JSON can hold it."""
+    if not isinstance(value, Path):
+        return {"listed": value}
+    inside = value.is_relative_to(videos)
+    return {"file": str(value.relative_to(videos) if inside else value.absolute())}
+
+
+def restored(stored: dict, videos: Path) -> object:
+    return videos / stored["file"] if "file" in stored else stored["listed"]
+
+
 @dataclass
 class Dataset(Data):
     """Anything that datasets.load_dataset() reads.
@@ -440,23 +453,70 @@ class Dataset(Data):
         return OnTheHub(repo, revision, "data.dataset_name", local, kind="dataset")
 
     def cells(self) -> list[ListedClip]:
+        if self.streaming:
+            return self.arrived()
         table = self.load()
-        if self.streaming and table.features:
-            # A cast, as below, comes too late for rows that are decoded when they arrive.
+        require_columns(self.dataset_name, table.column_names, self.columns())
+        for column, feature in (table.features or {}).items():
+            # Video and Image: keep the path and the bytes, and decode them ourselves.
+            if hasattr(feature, "decode"):
+                table = table.cast_column(column, type(feature)(decode=False))
+        return [self.cell(number, *self.values(row)) for number, row in enumerate(table)]
+
+    def cell(self, number: int, prompt: object, video: object, image: object) -> ListedClip:
+        return ListedClip(prompt, video, image, f"{self.dataset_name} row {number}")
+
+    def values(self, row: dict) -> tuple[object, object, object]:
+        """Caption, clip and image. Clips and images that the row holds are written to the cache."""
+        image = self.image_column and (self.path_of(row[self.image_column]) or "")
+        return row[self.caption_column], self.path_of(row[self.video_column]), image
+
+    def arrived(self) -> list[ListedClip]:
+        """The rows, each written to the cache as it comes. Those that are there are not fetched."""
+        state, videos = self.state(), self.cache_dir / "videos"
+        place = remembered(
+            self.cache_dir, "rows", self.dataset_name, self.split, *map(str, self.columns())
+        )
+        with remembering(place, videos) as kept:
+            if kept.rows and state not in (None, kept.rows[0]["state"]):
+                kept.restart()
+            if not kept.rows:
+                kept.add({"state": state})
+            if not kept.done:
+                self.receive(kept, videos)
+            rows = kept.rows[1:]
+        return [
+            self.cell(number, row["prompt"], *(restored(each, videos) for each in row["places"]))
+            for number, row in enumerate(rows)
+        ]
+
+    def state(self) -> object:
+        """What changes when the rows change: a commit, or files' times. None: not known now."""
+        source = Path(self.dataset_name)
+        if source.exists():
+            files = [source] if source.is_file() else sorted(source.rglob("*"))
+            return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+        return self.on_the_hub().commit() if is_hub_id(self.dataset_name) else None
+
+    def receive(self, kept: Arrived, videos: Path) -> None:
+        """Goes on after the rows that are there."""
+        table = self.load()
+        if table.features:
+            # A cast, as for a table that is not streamed, comes too late for rows that are decoded
+            # when they arrive.
             table = table.decode(enable=False)
         # A streamed table may not know its columns before its first row.
         columns = table.column_names or list(next(iter(table), {}))
         require_columns(self.dataset_name, columns, self.columns())
-        for column, feature in (table.features or {}).items():
-            # Video and Image: keep the path and the bytes, and decode them ourselves.
-            if hasattr(feature, "decode") and not self.streaming:
-                table = table.cast_column(column, type(feature)(decode=False))
-        found = []
-        for number, row in enumerate(table):
-            prompt, video = row[self.caption_column], self.path_of(row[self.video_column])
-            image = self.image_column and (self.path_of(row[self.image_column]) or "")
-            found.append(ListedClip(prompt, video, image, f"{self.dataset_name} row {number}"))
-        return found
+        there = len(kept.rows) - 1
+        # A look at a table that has no rows left is an error in some formats.
+        rows = table.skip(there) if there else table
+        for row in bar(rows, desc="fetch   rows", unit="row", initial=there, leave=False):
+            prompt, *values = self.values(row)
+            places = [storable(value, videos) for value in values]
+            files = [each["file"] for each in places if "file" in each]
+            kept.add({"prompt": prompt, "places": places, "files": files})
+        kept.finish()
 
     def load(self):
         import datasets

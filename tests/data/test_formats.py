@@ -255,3 +255,55 @@ def test_paths_outside_of_the_root_need_a_word(listing, tmp_path):
     assert said.count("or data.allow_outside_root=true") == 2
     data = listing.data("text_files", "data.allow_outside_root=true")
     assert [e.video.name for e in data.read()] == ["other.mp4", "other.mp4", "a.mp4"]
+
+
+# -- rows that arrive one after the other --------------------------------------------------------
+
+
+@pytest.fixture
+def streamed(compose, tmp_path, monkeypatch):
+    """streamed(): captions and bytes of streamed rows; streamed.fetched: captions that came."""
+    datasets = pytest.importorskip("datasets")
+    table = tmp_path / "rows.parquet"
+
+    def write(*captions: str) -> None:
+        videos = [caption.encode() for caption in captions]
+        rows = datasets.Dataset.from_dict({"text": captions, "video": videos})
+        rows.to_parquet(str(table))
+
+    def read() -> list:
+        read.fetched = []
+        places = f"data.dataset_name='{table}'", f"data.cache_dir='{tmp_path}/cache'"
+        data = compose("data=dataset", *places, "data.streaming=true").data
+        values = type(data).values
+
+        def noted(self, row):
+            read.fetched.append(row["text"])
+            return values(self, row)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(data), "values", noted)
+            return [(e.prompt, e.video.read_bytes()) for e in data.read()]
+
+    write("a", "b", "c")
+    read.write, read.cache = write, tmp_path / "cache"
+    return read
+
+
+def test_streamed_rows_are_fetched_once(streamed):
+    rows = [("a", b"a"), ("b", b"b"), ("c", b"c")]
+    assert streamed() == rows and streamed.fetched == ["a", "b", "c"]
+    assert streamed() == rows and streamed.fetched == []
+    streamed.write("a", "d")
+    assert streamed() == [("a", b"a"), ("d", b"d")] and streamed.fetched == ["a", "d"]
+
+
+def test_a_stream_that_was_stopped_goes_on_where_it_was(streamed):
+    rows = streamed()
+    [known] = streamed.cache.glob("arrived/*.jsonl")
+    lines = known.read_text().splitlines(keepends=True)
+    # After the line of the source and two rows it was killed, in the middle of a line.
+    known.write_text("".join(lines[:3]) + lines[3][:10])
+    assert streamed() == rows and streamed.fetched == ["c"]
+    next(streamed.cache.glob("videos/*")).unlink()
+    assert streamed() == rows and streamed.fetched == ["a", "b", "c"]
