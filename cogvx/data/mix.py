@@ -33,10 +33,10 @@ class Mix(Data):
 
     sources: dict[str, Any]
 
-    parts: ClassVar[dict[str, Data]] = {}
+    by_name: ClassVar[dict[str, Data]] = {}  # what use() is given
 
     def use(self, parts: dict[str, Data]) -> None:
-        self.parts = parts
+        self.by_name = parts
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -46,7 +46,7 @@ class Mix(Data):
             for name in ("id_token", "instance_data_root")
             if getattr(self, name) is not None
         ]
-        for name, part in self.parts.items():
+        for name, part in self.by_name.items():
             found += problems_of_part(name, part)
         return found + self.problems_of_shares()
 
@@ -68,7 +68,7 @@ class Mix(Data):
     def make_paths_absolute(self) -> None:
         from cogvx.files import absolute
 
-        for name, part in self.parts.items():
+        for name, part in self.by_name.items():
             part.cache_dir = self.cache_dir
             if part.instance_data_root is not None:
                 part.instance_data_root = absolute(part.instance_data_root)
@@ -80,7 +80,7 @@ class Mix(Data):
     def read(self) -> list[Example]:
         """The examples of all sources. An error says of which source it speaks."""
         examples, said = [], []
-        for name, part in self.parts.items():
+        for name, part in self.by_name.items():
             try:
                 found = part.read()
             except UserError as error:
@@ -101,7 +101,7 @@ class Mix(Data):
         return {name: given.get(name, rest) for name in self.sources}
 
     def id_tokens(self) -> list[str]:
-        return [word for part in self.parts.values() for word in part.id_tokens()]
+        return [word for part in self.by_name.values() for word in part.id_tokens()]
 
     def described(self) -> str:
         return f"data=mix of {', '.join(part.described() for part in self.parts.values())}"
