@@ -7,7 +7,7 @@ clips that look alike, stay together in a group: all are trained on, or none.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +60,10 @@ def split_clips(
     *,
     alike: Iterable[tuple[int, int]] = (),
     earlier: Earlier | None = None,
+    sources: Sequence[str] = (),
 ) -> Split:
-    """digests: of the examples' files. alike: places of examples that look alike.
+    """digests: of the examples' files. alike: places of examples that look alike. sources: of
+    data=mix; each holds out a clip at least, if it has two.
 
     data.validation_fraction says how many are held out, at least one and never all. At most
     data.max_validation_clips are: those with the lowest hash, and as long as a group fits. What an
@@ -79,6 +81,8 @@ def split_clips(
             "held out: the held-out loss says little about other clips"
         )
     aside = held_out_groups(groups, digests, data, earlier)
+    if aside:
+        aside = [*of_other_sources(aside, groups, digests, data, earlier, sources), *aside]
     uses = [TRAINED_ON] * len(digests)
     for number, place in enumerate(place for group in aside for place in group):
         uses[place] = HELD_OUT if number < data.max_validation_clips else LEFT_FROM_JUDGING
@@ -116,6 +120,23 @@ def held_out_groups(
     # A single group may be larger than all that may be judged.
     chosen = chosen or (drawn or free)[:1]
     return chosen[:-1] if len(chosen) == len(groups) else chosen
+
+
+def of_other_sources(
+    aside: list[list[int]],
+    groups: list[list[int]],
+    digests: list[str],
+    data: Data,
+    earlier: Earlier,
+    sources: Sequence[str],
+) -> list[list[int]]:
+    """Of each source that holds out no clip: what it would hold out if it were alone."""
+    found = []
+    for source in dict.fromkeys(sources):
+        own = [group for group in groups if {sources[place] for place in group} == {source}]
+        if not any(group in aside for group in own):
+            found += held_out_groups(own, digests, data, earlier)[:1] if own else []
+    return found
 
 
 def draw_of(group: list[int], digests: list[str], data: Data) -> float:

@@ -329,7 +329,8 @@ def split_of(clips: list[EncodedClip], data: Data, cache: Cache, earlier: Earlie
     if data.shard is not None:
         # max_train_clips counts the clips of all parts.
         data = replace(data, max_train_clips=None)
-    return split_clips(digests, data, alike=alike, earlier=earlier)
+    sources = [clip.example.source for clip in clips]
+    return split_clips(digests, data, alike=alike, earlier=earlier, sources=sources)
 
 
 def report(folder: Path, found: Inspected, split: Split) -> None:

@@ -276,3 +276,14 @@ def test_a_run_that_starts_from_another_ones_lora_judges_on_none_of_its_clips(ru
     # Without the first run it would be otherwise.
     third = run("c", *again)
     assert files(third, HELD_OUT) & files(first, TRAINED_ON)
+
+
+def test_each_source_of_a_mix_holds_out_a_clip(compose):
+    data = compose("data.validation_fraction=0.05").data
+    digests = files(60)
+    alone = split_clips(digests, data)
+    sources = ["many"] * 50 + ["few"] * 9 + ["one"]
+    mixed = split_clips(digests, data, sources=sources)
+    assert {*alone.places(HELD_OUT)} <= {*mixed.places(HELD_OUT)}
+    assert {sources[place] for place in mixed.places(HELD_OUT)} == {"many", "few"}
+    assert split_clips(digests, data, sources=[""] * 60) == alone
