@@ -91,7 +91,7 @@ class Mix(Data):
         return examples
 
     def of(self, example: Example) -> Data:
-        return self.parts[example.source]
+        return self.by_name[example.source]
 
     def shares(self) -> dict[str, float]:
         given = {name: each[SHARE] for name, each in self.sources.items() if each.get(SHARE)}
@@ -104,7 +104,7 @@ class Mix(Data):
         return [word for part in self.by_name.values() for word in part.id_tokens()]
 
     def described(self) -> str:
-        return f"data=mix of {', '.join(part.described() for part in self.parts.values())}"
+        return f"data=mix of {', '.join(part.described() for part in self.by_name.values())}"
 
 
 def settings_of_part(part_class: type[Data]) -> list[str]:

@@ -107,7 +107,8 @@ def say_look(line: str) -> None:
 
 def split_of_clips(clips: list[EncodedClip], data: Data, cache: Cache) -> Split:
     digests = [cache.fingerprint(clip.example.video) for clip in clips]
-    return split_clips(digests, data, alike=pairs_alike([clip.look() for clip in clips]))
+    alike = pairs_alike([clip.look() for clip in clips])
+    return split_clips(digests, data, alike=alike, sources=[c.example.source for c in clips])
 
 
 def texts_of(clips: list[EncodedClip], config: Config) -> Texts:
