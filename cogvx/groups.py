@@ -3,7 +3,7 @@
 To add an option: its YAML in conf/GROUP/, its class, and one line here.   [no torch]
 """
 
-from cogvx.data import folder, mix, sources, tables, tars
+from cogvx.data import folder, load_dataset, mix, tables, tars, text_files
 from cogvx.model import pretrained
 from cogvx.model.lora import Lora
 from cogvx.options import optimizers, parallel, schedules, tasks, tracking
@@ -39,13 +39,13 @@ GROUPS: dict[str, dict[str, type]] = {
         "1_5_5b_i2v": pretrained.Model,
     },
     "data": {
-        "demo": sources.Demo,
-        "world": sources.World,
-        "text_files": sources.TextFiles,
+        "demo": text_files.Demo,
+        "world": text_files.World,
+        "text_files": text_files.TextFiles,
         "csv": tables.TableOfClips,
         "table": tables.TableOfClips,
         "folder": folder.Folder,
-        "dataset": sources.Dataset,
+        "dataset": load_dataset.Dataset,
         "webdataset": tars.WebDataset,
         "mix": mix.Mix,
     },

@@ -14,7 +14,8 @@ from PIL import Image
 
 from cogvx.data.cache import filled
 from cogvx.data.cuts import head
-from cogvx.data.encode import Encoder, image_moments, image_of, prompt_embeds
+from cogvx.data.encode import Encoder, image_moments, image_of
+from cogvx.data.prompts import prompt_embeds
 from cogvx.data.sources import Example
 from cogvx.model import nano
 from cogvx.model.cogvideox import CogVideoX

@@ -30,8 +30,8 @@ from cogvx.progress import bar, counted
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.heldout import heldout_loss
 from cogvx.training.kernel import chosen_attention
-from cogvx.training.prepare import Prepared, first_frame, prepare, start_processes
-from cogvx.training.ranks import Ranks
+from cogvx.training.prepare import Prepared, first_frame, prepare
+from cogvx.training.ranks import Ranks, start_processes
 from cogvx.training.setup import frozen_variants
 from cogvx.training.videos import VideoGenerator
 

@@ -13,7 +13,7 @@ import numpy
 
 from cogvx.config import Config
 from cogvx.data.cache import Cache
-from cogvx.data.encode import encode_prompts
+from cogvx.data.prompts import encode_prompts
 from cogvx.evaluation.adapters import read_added, require_low_rank, with_added
 from cogvx.evaluation.enhancing import enhanced
 from cogvx.evaluation.evaluate import (
@@ -43,8 +43,8 @@ from cogvx.progress import bar, counted
 from cogvx.records.pages import VIDEO_INDEX, duration
 from cogvx.training.kernel import chosen_attention
 from cogvx.training.peaks import give_memory_back
-from cogvx.training.prepare import Prepared, encoders, fetch_model, start_processes
-from cogvx.training.ranks import Ranks
+from cogvx.training.prepare import Prepared, encoders, fetch_model
+from cogvx.training.ranks import Ranks, start_processes
 from cogvx.training.videos import VideoGenerator
 
 SHEET, PROMPTS = "videos.png", "prompts.json"

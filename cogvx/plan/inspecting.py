@@ -11,7 +11,7 @@ from cogvx.config import Config
 from cogvx.data.buckets import AUTO
 from cogvx.data.cache import Cache
 from cogvx.data.cuts import divided
-from cogvx.data.encode import NO_VAE, EncodedClip, cache_of, encode_clips, facts_of_prompt
+from cogvx.data.encode import NO_VAE, EncodedClip, cache_of, encode_clips
 from cogvx.data.inspect import (
     Inspected,
     Texts,
@@ -22,6 +22,7 @@ from cogvx.data.inspect import (
     write_report,
 )
 from cogvx.data.looks import pairs_alike
+from cogvx.data.prompts import facts_of_prompt
 from cogvx.data.sources import Data
 from cogvx.data.split import USED, Split, split_clips
 from cogvx.errors import UserError

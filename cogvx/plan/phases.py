@@ -25,14 +25,8 @@ from diffusers.video_processor import VideoProcessor
 
 from cogvx.config import Config
 from cogvx.data.cuts import head
-from cogvx.data.encode import (
-    EncodedClip,
-    EncodedCut,
-    Encoder,
-    hidden_states,
-    latent_moments,
-    prompts_at_once,
-)
+from cogvx.data.encode import EncodedClip, EncodedCut, Encoder, latent_moments
+from cogvx.data.prompts import hidden_states, prompts_at_once
 from cogvx.data.sharing import READ_AHEAD
 from cogvx.data.sources import Example
 from cogvx.inference import generate

@@ -1,20 +1,16 @@
-"""Before the first step: processes, base model and data. Everything is encoded here.
+"""Before the first step: base model and data. Everything is encoded here.
 
 S text tokens, D their width, C channels, F H W latent frames, height and width.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from safetensors import safe_open
 
 from cogvx.config import Config
@@ -28,7 +24,6 @@ from cogvx.data.encode import (
     cache_of,
     encode_clips,
     encode_images,
-    encode_prompts,
     frames_of,
     image_of,
 )
@@ -37,13 +32,12 @@ from cogvx.data.inspect import (
     Inspected,
     Texts,
     inspected,
-    write_contact_sheet,
     write_dataset,
-    write_held_out,
     write_report,
 )
 from cogvx.data.looks import pairs_alike
 from cogvx.data.phrasing import require_readable
+from cogvx.data.prompts import encode_prompts
 from cogvx.data.sources import Data, Example
 from cogvx.data.split import USED, Earlier, Split, earlier_split, split_clips
 from cogvx.data.video import BadClip, to_bytes
@@ -52,59 +46,22 @@ from cogvx.files import shown
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.sizes import with_sizes
 from cogvx.options.memory import Memory
-from cogvx.options.train import FP16_WITHOUT_GPU, Precision, Train
 from cogvx.progress import counted, heartbeat
 from cogvx.records import record
-from cogvx.records.dataset import write_dataset_page
-from cogvx.training import bucket_table
 from cogvx.training.judging import what_is_judged
 from cogvx.training.peaks import give_memory_back
-from cogvx.training.ranks import LONGEST_WAIT, Ranks, host_group
+from cogvx.training.ranks import Ranks
 from cogvx.training.shards import say_what_is_left
 from cogvx.training.step import Batch, on_device
+from cogvx.training.told import (
+    describe,
+    describe_buckets,
+    report,
+    require_equal_lengths,
+    say_flags,
+    warn_of_lengths,
+)
 from cogvx.training.videos import RealClip, validation_images, validation_prompts
-
-# -- processes -----------------------------------------------------------------------------------
-
-
-def start_processes(config: Config) -> Ranks:
-    """Accelerate on the devices present. UserError if they cannot do what is asked for."""
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    precision, processes = config.train.mixed_precision, config.parallel.num_processes
-    require_precision(precision, gpu=gpu)
-    if torch.cuda.is_available() and torch.cuda.device_count() < processes:
-        raise UserError(
-            f"parallel.num_processes={processes}: torch sees "
-            f"{counted(torch.cuda.device_count(), 'GPU')}, and each process needs its own"
-        )
-    # Buffers never change. Sending them would wait for processes that have no held-out clip.
-    settings = [
-        DistributedDataParallelKwargs(broadcast_buffers=False),
-        InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-    ]
-    accelerator = Accelerator(mixed_precision=precision.name, cpu=not gpu, kwargs_handlers=settings)
-    # Accelerate falls back to one process silently, in several ways.
-    if accelerator.num_processes != processes:
-        raise UserError(
-            f"parallel.num_processes={processes}, but accelerate runs "
-            f"{accelerator.num_processes}: start it with python launch.py, "
-            f"without torchrun or accelerate launch"
-        )
-    return Ranks(accelerator, host_group())
-
-
-def require_precision(precision: Precision, *, gpu: bool) -> None:
-    if precision is Precision.fp16 and not gpu:
-        raise UserError(FP16_WITHOUT_GPU)
-    cuda = torch.cuda.is_available()
-    if precision is Precision.bf16 and cuda:
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return
-        raise UserError(
-            f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; "
-            f"2B trains in fp16, 5B needs a newer GPU"
-        )
-
 
 # -- data ----------------------------------------------------------------------------------------
 
@@ -174,80 +131,89 @@ def prepare(
     went_before: folders of runs. What these were trained on is not held out. trains: whether this
     run is one that later runs need to know of.
     """
-    data = config.data
     # Blank prompts and missing images are reported before anything is encoded.
     prompts = validation_prompts(config.validation)
     images = validation_images(config.validation, 1 if prompts is None else len(prompts))
+    cache = cache_of(config.data)
+    found = prepare_clips(config, cache, earlier_split(went_before, cache), ranks)
+    tell_of_clips(config, folder, cache, found, ranks, trains=trains)
+    own = found.shown_clips(images) if prompts is None else {}
+    prompts = list(own) if prompts is None else prompts
+    example_prompt = [*prompts, found.example.example.prompt][0]
+    pictures = {}
+    if found.pretrained.geometry().image_to_video:
+        own = {example_prompt: found.example} | own
+        pictures = first_frames(own, prompts, images, found.example, found.data)
+    # The empty prompt is for caption dropout.
+    needed = ["", config.validation.negative_prompt, *found.captions(), *prompts, *more_prompts]
+    text_tokens = found.pretrained.geometry().text_tokens
+    with ranks.peaks.phase("encode prompts"):
+        embeds = encode_prompts(needed, cache, found.text_encoder, text_tokens, ranks.say)
+        # Nothing refers to the text encoder's weights any more.
+        give_memory_back(collect=True)
+    if ranks.logs:
+        tell_of_captions(config, folder, cache, found, embeds, ranks)
+    say_what_is_left(found.files, found.data, cache, found.vae, ranks)
+    # 100,000 clips have 100 MB there.
+    cache.index.forget()
+    return Prepared(
+        found.pretrained, found.train, found.held_out, embeds, prompts, example_prompt, pictures
+    )
 
-    cache = cache_of(data)
-    earlier = earlier_split(went_before, cache)
+
+@dataclass
+class SplitClips:
+    """The clips, encoded, and what each is used for."""
+
+    pretrained: PretrainedModel
+    vae: Encoder
+    text_encoder: Encoder
+    data: Data  # with the sizes of its buckets
+    files: list[Example]  # as they are listed
+    clips: list[EncodedClip]
+    rejected: list[Rejected]
+    split: Split
+
+    def __post_init__(self) -> None:
+        self.train, self.held_out = (
+            [self.clips[place] for place in self.split.places(use)] for use in USED
+        )
+
+    @property
+    def example(self) -> EncodedClip:
+        """The clip that stands for all."""
+        return (self.held_out or self.train)[0]
+
+    def shown_clips(self, images: list[Path] | None) -> dict[str, EncodedClip]:
+        """The clips, by caption, that give the validation videos their prompts, if none is set.
+
+        One given image makes one video. Without it, each clip gives its own first frame.
+        """
+        found = {}
+        for clip in (self.held_out or self.train)[: 1 if images else self.data.shown_clips()]:
+            found.setdefault(clip.example.prompt, clip)
+        return found
+
+    def captions(self) -> list[str]:
+        own = [clip.example.prompt for clip in self.clips]
+        return own + [each for clip in self.train for pair in clip.example.pairs for each in pair]
+
+
+# -- step 1: read and encode ---------------------------------------------------------------------
+
+
+def prepare_clips(config: Config, cache: Cache, earlier: Earlier, ranks: Ranks) -> SplitClips:
+    """Reads the list, encodes the clips and decides what each is used for."""
     pretrained, files = fetch(config, cache, earlier, ranks)
-    data = with_sizes(data, pretrained.geometry())
+    data = with_sizes(config.data, pretrained.geometry())
     examples = divided(data.own_part(files), data, cache, ranks.say)
     vae, text_encoder = encoders(pretrained, cache, config.memory)
     with ranks.peaks.phase("encode clips"):
         clips, rejected = encode(examples, data, cache, vae, pretrained, ranks)
-        # Nothing refers to the VAE any more. The text encoder gets its memory.
+        # Nothing refers to the VAE's weights any more. The text encoder gets their memory.
         give_memory_back()
     split = split_of(clips, data, cache, earlier)
-    train, held_out = ([clips[place] for place in split.places(use)] for use in USED)
-    for line in split.said:
-        ranks.say(line)
-    if ranks.logs:
-        if trains:
-            split.write(folder)
-        # What is known of captions comes when they have been read.
-        texts = Texts.estimated_of(clips, pretrained.geometry().text_tokens)
-        found = inspected(clips, split, rejected, data, texts, config.model.fps)
-        report(folder, found, split)
-        note_fingerprints(folder, config, pretrained, clips, cache, ranks)
-        if data.shard is None:
-            record.note(folder, judged=what_is_judged(held_out, config, cache))
-    describe(folder, train, held_out, data, ranks)
-    if data.buckets is None:
-        require_equal_lengths(train, config.train)
-    # A part of the clips says nothing of the steps of a run.
-    elif data.shard is None:
-        describe_buckets(config, train, held_out, pretrained, ranks)
-    warn_of_lengths(clips, pretrained, ranks)
-
-    first, own = (held_out or train)[0], {}
-    if prompts is None:
-        # One given image makes one video. Without it, each clip gives its own first frame.
-        shown_clips = (held_out or train)[: 1 if images else data.shown_clips()]
-        for clip in shown_clips:
-            own.setdefault(clip.example.prompt, clip)
-        prompts = list(own)
-    example_prompt = [*prompts, first.example.prompt][0]
-    pictures = {}
-    if pretrained.geometry().image_to_video:
-        own = {example_prompt: first} | own
-        pictures = first_frames(own, prompts, images, first, data)
-
-    captions = [clip.example.prompt for clip in clips]
-    captions += [each for clip in train for pair in clip.example.pairs for each in pair]
-    # The empty prompt is for caption dropout.
-    needed = ["", config.validation.negative_prompt, *captions, *prompts, *more_prompts]
-    text_tokens = pretrained.geometry().text_tokens
-    with ranks.peaks.phase("encode prompts"):
-        embeds = encode_prompts(needed, cache, text_encoder, text_tokens, ranks.say)
-        # Nor to the text encoder.
-        give_memory_back(collect=True)
-    if ranks.logs:
-        about = {clip.example.prompt: cache.about(embeds[clip.example.prompt]) for clip in clips}
-        texts = Texts(about, text_tokens, estimated=False)
-        found = inspected(clips, split, rejected, data, texts, config.model.fps)
-        write_report(folder, found)
-        write_dataset(folder, found)
-        say_flags(folder, found, ranks)
-        record.note(folder, cache_list=cache.keep_list([*files_in_cache(clips), *embeds.values()]))
-    say_what_is_left(files, data, cache, vae, ranks)
-    # 100,000 clips have 100 MB there.
-    cache.index.forget()
-    return Prepared(pretrained, train, held_out, embeds, prompts, example_prompt, pictures)
-
-
-# -- step 1: read and encode ---------------------------------------------------------------------
+    return SplitClips(pretrained, vae, text_encoder, data, files, clips, rejected, split)
 
 
 def fetch(
@@ -333,10 +299,53 @@ def split_of(clips: list[EncodedClip], data: Data, cache: Cache, earlier: Earlie
     return split_clips(digests, data, alike=alike, earlier=earlier, sources=sources)
 
 
-def report(folder: Path, found: Inspected, split: Split) -> None:
-    write_report(folder, found)
-    write_contact_sheet(folder, found.clips, split.uses)
-    write_held_out(folder, found.clips, split.uses)
+def tell_of_clips(
+    config: Config, folder: Path, cache: Cache, found: SplitClips, ranks: Ranks, *, trains: bool
+) -> None:
+    """In the terminal and in the run's folder. UserError if the clips do not make batches."""
+    data, clips, pretrained = found.data, found.clips, found.pretrained
+    for line in found.split.said:
+        ranks.say(line)
+    if ranks.logs:
+        if trains:
+            found.split.write(folder)
+        # What is known of captions comes when they have been read.
+        texts = Texts.estimated_of(clips, pretrained.geometry().text_tokens)
+        report(folder, inspected_clips(config, found, texts), found.split)
+        note_fingerprints(folder, config, pretrained, clips, cache, ranks)
+        if data.shard is None:
+            record.note(folder, judged=what_is_judged(found.held_out, config, cache))
+    describe(folder, found.train, found.held_out, data, ranks)
+    if data.buckets is None:
+        require_equal_lengths(found.train, config.train)
+    # A part of the clips says nothing of the steps of a run.
+    elif data.shard is None:
+        describe_buckets(config, found.train, found.held_out, pretrained, ranks)
+    warn_of_lengths(clips, pretrained, ranks)
+
+
+def tell_of_captions(
+    config: Config,
+    folder: Path,
+    cache: Cache,
+    found: SplitClips,
+    embeds: dict[str, Path],
+    ranks: Ranks,
+) -> None:
+    """The report and the page of the clips, with what the text encoder sees of their captions."""
+    prompts = [clip.example.prompt for clip in found.clips]
+    about = {prompt: cache.about(embeds[prompt]) for prompt in prompts}
+    texts = Texts(about, found.pretrained.geometry().text_tokens, estimated=False)
+    seen = inspected_clips(config, found, texts)
+    write_report(folder, seen)
+    write_dataset(folder, seen)
+    say_flags(folder, seen, ranks)
+    files = [*files_in_cache(found.clips), *embeds.values()]
+    record.note(folder, cache_list=cache.keep_list(files))
+
+
+def inspected_clips(config: Config, found: SplitClips, texts: Texts) -> Inspected:
+    return inspected(found.clips, found.split, found.rejected, found.data, texts, config.model.fps)
 
 
 def note_fingerprints(
@@ -382,100 +391,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
-
-
-def described_sources(
-    train: list[EncodedClip], held_out: list[EncodedClip], data: Data
-) -> Iterator[str]:
-    """Of data=mix: how many clips each source has, and its share of the samples."""
-    aside, shares = Counter(clip.example.source for clip in held_out), data.shares()
-    for source, clips in Counter(clip.example.source for clip in train).items():
-        if source:
-            share = shares[source] / sum(shares.values()) if shares else clips / len(train)
-            yield (
-                f"source  {source}: {counted(clips, 'clip')} to train on, {share:.0%} of the "
-                f"samples; {aside[source]} held out"
-            )
-
-
-def describe(
-    folder: Path, train: list[EncodedClip], held_out: list[EncodedClip], data: Data, ranks: Ranks
-) -> None:
-    clips = [*train, *held_out]
-    frames = sorted({clip.about["frames"] for clip in clips})
-    lengths = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
-    shapes = {(clip.size.width, clip.size.height) for clip in clips}
-    width, height = min(shapes)
-    size = f"{width}x{height}" if len(shapes) == 1 else f"{len(shapes)} shapes"
-    ranks.say(
-        f"data    {counted(len(train), 'clip')} to train on, {len(held_out)} held out; "
-        f"{lengths} frames of {size} at {data.fps or 'their own'} fps"
-    )
-    for line in described_sources(train, held_out, data):
-        ranks.say(line)
-    slow = [clip for clip in clips if clip.about["repeated"]]
-    if slow:
-        lowest = math.floor(min(clip.about["file_fps"] for clip in slow))
-        ranks.say(
-            f"warning {counted(len(slow), 'clip has', 'clips have')} a lower frame rate than "
-            f"data.fps={data.fps}, so some frames are used twice (dataset_report.csv, column "
-            f"repeated); data.fps={lowest} avoids this"
-        )
-    if not held_out and data.shard is None:
-        ranks.say(
-            "warning no clip is held out, so there is no held-out loss: "
-            "add clips, or set data.validation_fraction"
-        )
-    sheet = shown(folder / "contact_sheet.png")
-    ranks.say(f"clips   see {sheet} (pictures) and dataset_report.csv (table)")
-
-
-def say_flags(folder: Path, found: Inspected, ranks: Ranks) -> None:
-    page = write_dataset_page(folder)
-    flagged = sum(bool(row["flags"]) for row in found.rows)
-    those = ", ".join(f"{count} {kind}" for kind, count in found.counts().items())
-    ranks.say(f"clips   {flagged} of {len(found.rows)} are flagged{': ' * bool(those)}{those}")
-    ranks.say(f"        see {shown(page)}: they play there as the model sees them")
-
-
-def require_equal_lengths(clips: list[EncodedClip], train: Train) -> None:
-    """UserError if the clips of a batch cannot be stacked."""
-    frames = sorted({clip.about["frames"] for clip in clips})
-    size = train.train_batch_size
-    if size == 1 or len(frames) == 1:
-        return
-    lengths = [
-        f"{counted(sum(clip.about['frames'] == n for clip in clips), 'clip')} of {n} frames"
-        for n in frames
-    ]
-    raise UserError(
-        f"train.train_batch_size={size} needs clips of one length, "
-        f"and there are {', '.join(lengths)}. "
-        f"Either data.buckets=auto, or train.train_batch_size=1 "
-        f"train.gradient_accumulation_steps={size}, or data.max_num_frames={frames[0]}, "
-        f"or data.min_num_frames={frames[-1]} to leave the shorter ones out"
-    )
-
-
-def describe_buckets(
-    config: Config,
-    train: list[EncodedClip],
-    held_out: list[EncodedClip],
-    pretrained: PretrainedModel,
-    ranks: Ranks,
-) -> None:
-    for line in bucket_table.lines_about_buckets(config, train, held_out, ranks.count):
-        ranks.say(line)
-    sizes = [clip.size for clip in (*train, *held_out)]
-    caution = pretrained.geometry().caution_of_buckets(sizes)
-    if caution is not None:
-        ranks.say(f"warning {caution}")
-
-
-def warn_of_lengths(clips: list[EncodedClip], pretrained: PretrainedModel, ranks: Ranks) -> None:
-    for frames in sorted({clip.about["frames"] for clip in clips}):
-        for caution in pretrained.geometry().cautions(frames):
-            ranks.say(f"warning {caution}")
 
 
 # -- step 3: first frames of validation videos, for image-to-video -------------------------------

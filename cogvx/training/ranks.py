@@ -10,9 +10,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 
+from cogvx.config import Config
 from cogvx.errors import UserError
+from cogvx.options.train import FP16_WITHOUT_GPU, Precision
+from cogvx.progress import counted
 from cogvx.training.peaks import MemoryPeaks
 
 Made = TypeVar("Made")
@@ -106,3 +113,42 @@ def host_group() -> dist.ProcessGroup | None:
     if not dist.is_initialized() or dist.get_backend() == "gloo":
         return None
     return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+
+
+def start_processes(config: Config) -> Ranks:
+    """Accelerate on the devices present. UserError if they cannot do what is asked for."""
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    precision, processes = config.train.mixed_precision, config.parallel.num_processes
+    require_precision(precision, gpu=gpu)
+    if torch.cuda.is_available() and torch.cuda.device_count() < processes:
+        raise UserError(
+            f"parallel.num_processes={processes}: torch sees "
+            f"{counted(torch.cuda.device_count(), 'GPU')}, and each process needs its own"
+        )
+    # Buffers never change. Sending them would wait for processes that have no held-out clip.
+    settings = [
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+        InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+    ]
+    accelerator = Accelerator(mixed_precision=precision.name, cpu=not gpu, kwargs_handlers=settings)
+    # Accelerate falls back to one process silently, in several ways.
+    if accelerator.num_processes != processes:
+        raise UserError(
+            f"parallel.num_processes={processes}, but accelerate runs "
+            f"{accelerator.num_processes}: start it with python launch.py, "
+            f"without torchrun or accelerate launch"
+        )
+    return Ranks(accelerator, host_group())
+
+
+def require_precision(precision: Precision, *, gpu: bool) -> None:
+    if precision is Precision.fp16 and not gpu:
+        raise UserError(FP16_WITHOUT_GPU)
+    cuda = torch.cuda.is_available()
+    if precision is Precision.bf16 and cuda:
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return
+        raise UserError(
+            f"train.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; "
+            f"2B trains in fp16, 5B needs a newer GPU"
+        )

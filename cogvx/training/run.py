@@ -17,8 +17,8 @@ from cogvx.records import record
 from cogvx.records.present import telling
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.kernel import chosen_attention
-from cogvx.training.prepare import prepare, start_processes
-from cogvx.training.ranks import Ranks
+from cogvx.training.prepare import prepare
+from cogvx.training.ranks import Ranks, start_processes
 from cogvx.training.setup import build_trainer
 from cogvx.training.trainer import Trainer
 

@@ -36,13 +36,9 @@ from transformers import T5Config, T5EncoderModel  # noqa: E402
 from cogvx.compose import compose_config  # noqa: E402
 from cogvx.data import encode  # noqa: E402
 from cogvx.data.cache import Cache, content_key  # noqa: E402
-from cogvx.data.encode import (  # noqa: E402
-    Encoder,
-    encode_clips,
-    encode_prompts,
-    hidden_states,
-)
+from cogvx.data.encode import Encoder, encode_clips  # noqa: E402
 from cogvx.data.mp4 import write_video  # noqa: E402
+from cogvx.data.prompts import HIDDEN_BYTES, encode_prompts, hidden_states  # noqa: E402
 from cogvx.data.sharing import Share  # noqa: E402
 from cogvx.model import nano  # noqa: E402
 from cogvx.model.pretrained import PretrainedModel, placed  # noqa: E402
@@ -352,7 +348,7 @@ def lines_of_prompts() -> Iterator[str]:
         name = f"the copy of a block takes {factor} times a prompt's computation"
         yield row(name, PROMPTS, *prompts_before_and_now(model, factor * took))
     yield ""
-    yield f"Most prompts at once with T5-XXL in bf16: {encode.HIDDEN_BYTES // (TOKENS * 4096 * 2)}."
+    yield f"Most prompts at once with T5-XXL in bf16: {HIDDEN_BYTES // (TOKENS * 4096 * 2)}."
 
 
 def lines(earlier: Path | None) -> Iterator[str]:

@@ -27,7 +27,8 @@ from cogvx.model import nano  # noqa: E402
 from cogvx.model.pretrained import PretrainedModel  # noqa: E402
 from cogvx.progress import quiet_libraries  # noqa: E402
 from cogvx.records import record  # noqa: E402
-from cogvx.training.prepare import prepare, start_processes  # noqa: E402
+from cogvx.training.prepare import prepare  # noqa: E402
+from cogvx.training.ranks import start_processes  # noqa: E402
 from cogvx.training.setup import build_trainer  # noqa: E402
 from cogvx.training.trainer import Trainer  # noqa: E402
 

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from cogvx.data import cache as caching
 from cogvx.data import decoders, encode
 from cogvx.data.cache import Cache, content_key
-from cogvx.data.encode import Encoder, cache_of, encode_clips, encode_prompts, latent_moments
+from cogvx.data.encode import Encoder, cache_of, encode_clips, latent_moments
+from cogvx.data.prompts import encode_prompts
 from cogvx.data.sharing import READ_AHEAD, cache_state, make_claimed, make_missing
 from cogvx.data.video import BadClip
 from cogvx.errors import UserError

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cogvx.data.encode import Encoder, prompt_embeds
+from cogvx.data.encode import Encoder
+from cogvx.data.prompts import prompt_embeds
 from cogvx.errors import UserError
 from cogvx.evaluation.wanted import starts_of, wanted_prompts
 from cogvx.model.geometry import released

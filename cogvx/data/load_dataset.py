@@ -1,0 +1,186 @@
+"""data=dataset: whatever datasets.load_dataset() reads, on this machine or on the hub."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogvx.data.arriving import Arrived, remembered, remembering
+from cogvx.data.listed import (
+    ListedClip,
+    located,
+    require_columns,
+)
+from cogvx.data.sources import Data
+from cogvx.errors import UserError, first_line, lacking
+from cogvx.files import absolute, is_hub_id, write_bytes
+from cogvx.hub_client import OnTheHub, split_revision
+from cogvx.progress import bar
+
+
+def fetched_from_hub(path: object) -> object:
+    """A streamed row names a file on the hub as hf://datasets/name/repo@commit/clip.mp4."""
+    if not str(path).startswith("hf://"):
+        return path
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
+    place = HfFileSystem().resolve_path(path)
+    how = {"repo_type": place.repo_type, "revision": place.revision}
+    return Path(hf_hub_download(place.repo_id, place.path_in_repo, **how))
+
+
+def storable(value: object, videos: Path) -> dict[str, object]:
+    """A path of a list, or a file that is on this machine, as JSON can hold it."""
+    if not isinstance(value, Path):
+        return {"listed": value}
+    inside = value.is_relative_to(videos)
+    return {"file": str(value.relative_to(videos) if inside else value.absolute())}
+
+
+def restored(stored: dict, videos: Path) -> object:
+    return videos / stored["file"] if "file" in stored else stored["listed"]
+
+
+@dataclass
+class Dataset(Data):
+    """Anything that datasets.load_dataset() reads.
+
+    Clips that the rows hold as bytes are written into the cache.
+    """
+
+    dataset_name: str
+    split: str
+    streaming: bool
+
+    def problems(self) -> list[str]:
+        return super().problems() + lacking("datasets", "data=dataset")
+
+    def make_paths_absolute(self) -> None:
+        if Path(self.dataset_name).expanduser().exists():
+            self.dataset_name = str(absolute(Path(self.dataset_name)))
+
+    def described(self) -> str:
+        return f"data.dataset_name={self.dataset_name}"
+
+    def rows(self) -> list[ListedClip]:
+        root = None if self.instance_data_root is None else self.root()
+        try:
+            return located(self.cells(), root, anywhere=self.allow_outside_root)
+        except UserError:
+            raise
+        # datasets and the hub's client raise errors of many kinds.
+        except Exception as error:
+            place = "here" if Path(self.dataset_name).exists() else "on the hub"
+            if is_hub_id(self.dataset_name):
+                self.on_the_hub().require_access()
+            raise UserError(
+                f"data.dataset_name={self.dataset_name} (split {self.split}) could not be read: "
+                f"it is {place}, but not in a form that datasets reads. "
+                f"datasets says: {first_line(error)}"
+            ) from error
+
+    def on_the_hub(self) -> OnTheHub:
+        repo, revision = split_revision(self.dataset_name)
+        local = "data.dataset_name=/clips/metadata.csv"
+        return OnTheHub(repo, revision, "data.dataset_name", local, kind="dataset")
+
+    def cells(self) -> list[ListedClip]:
+        if self.streaming:
+            return self.arrived()
+        table = self.load()
+        require_columns(self.dataset_name, table.column_names, self.columns())
+        for column, feature in (table.features or {}).items():
+            # Video and Image: keep the path and the bytes, and decode them ourselves.
+            if hasattr(feature, "decode"):
+                table = table.cast_column(column, type(feature)(decode=False))
+        return [self.cell(number, *self.values(row)) for number, row in enumerate(table)]
+
+    def cell(self, number: int, prompt: object, video: object, image: object) -> ListedClip:
+        return ListedClip(prompt, video, image, f"{self.dataset_name} row {number}")
+
+    def values(self, row: dict) -> tuple[object, object, object]:
+        """Caption, clip and image. Clips and images that the row holds are written to the cache."""
+        image = self.image_column and (self.path_of(row[self.image_column]) or "")
+        return row[self.caption_column], self.path_of(row[self.video_column]), image
+
+    def arrived(self) -> list[ListedClip]:
+        """The rows, each written to the cache as it comes. Those that are there are not fetched."""
+        state, videos = self.state(), self.cache_dir / "videos"
+        place = remembered(
+            self.cache_dir, "rows", self.dataset_name, self.split, *map(str, self.columns())
+        )
+        with remembering(place, videos) as kept:
+            if kept.rows and state not in (None, kept.rows[0]["state"]):
+                kept.restart()
+            if not kept.rows:
+                kept.add({"state": state})
+            if not kept.done:
+                self.receive(kept, videos)
+            rows = kept.rows[1:]
+        return [
+            self.cell(number, row["prompt"], *(restored(each, videos) for each in row["places"]))
+            for number, row in enumerate(rows)
+        ]
+
+    def state(self) -> object:
+        """What changes when the rows change: a commit, or files' times. None: not known now."""
+        source = Path(self.dataset_name)
+        if source.exists():
+            files = [source] if source.is_file() else sorted(source.rglob("*"))
+            return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+        return self.on_the_hub().commit() if is_hub_id(self.dataset_name) else None
+
+    def receive(self, kept: Arrived, videos: Path) -> None:
+        """Goes on after the rows that are there."""
+        table = self.load()
+        if table.features:
+            # A cast, as for a table that is not streamed, comes too late for rows that are decoded
+            # when they arrive.
+            table = table.decode(enable=False)
+        # A streamed table may not know its columns before its first row.
+        columns = table.column_names or list(next(iter(table), {}))
+        require_columns(self.dataset_name, columns, self.columns())
+        there = len(kept.rows) - 1
+        # A look at a table that has no rows left is an error in some formats.
+        rows = table.skip(there) if there else table
+        for row in bar(rows, desc="fetch   rows", unit="row", initial=there, leave=False):
+            prompt, *values = self.values(row)
+            places = [storable(value, videos) for value in values]
+            files = [each["file"] for each in places if "file" in each]
+            kept.add({"prompt": prompt, "places": places, "files": files})
+        kept.finish()
+
+    def load(self):
+        import datasets
+
+        if not Path(self.dataset_name).exists() and not is_hub_id(self.dataset_name):
+            raise UserError(
+                f"data.dataset_name={self.dataset_name} does not exist here, and is not a hub id: "
+                f"give a file, a folder, or name/repo (name/repo@revision) on the hub"
+            )
+        source, how = Path(self.dataset_name), {"split": self.split, "streaming": self.streaming}
+        if not source.is_file():
+            name, revision = self.dataset_name, None
+            if not source.exists():
+                name, revision = split_revision(name)
+            return datasets.load_dataset(name, revision=revision, **how)
+        kinds = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+        kind = kinds.get(source.suffix[1:].lower())
+        if kind is None:
+            raise UserError(
+                f"data.dataset_name={source}: a file must end in csv, json, jsonl or parquet"
+            )
+        return datasets.load_dataset(kind, data_files=str(source), **how)
+
+    def path_of(self, value: object) -> object:
+        """The path as listed. For a cell that holds the bytes: the file they are written to."""
+        if isinstance(value, bytes):
+            value = {"bytes": value}
+        if not isinstance(value, dict) or not {"bytes", "path"} & value.keys():
+            return value
+        if value.get("bytes") is None:
+            return fetched_from_hub(value.get("path"))
+        digest = hashlib.sha256(value["bytes"]).hexdigest()[:32]
+        path = self.cache_dir / "videos" / f"{digest}{Path(value.get('path') or 'x.mp4').suffix}"
+        if not path.is_file():
+            write_bytes(path, value["bytes"])
+        return path
