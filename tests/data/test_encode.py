@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from cogvx.data import cache as caching
-from cogvx.data import decoders, encode
+from cogvx.data import decoders
 from cogvx.data.cache import Cache, content_key
 from cogvx.data.encode import Encoder, cache_of, encode_clips, latent_moments
 from cogvx.data.prompts import encode_prompts
@@ -264,7 +264,7 @@ def test_a_streamed_block_is_fetched_once_for_many_prompts_with_the_same_bits(
     found = {}
     for at_once in (1, 3):
         row = nano.TEXT_TOKENS * nano.TEXT_WIDTH * dtype.itemsize
-        monkeypatch.setattr(encode, "HIDDEN_BYTES", at_once * row)
+        monkeypatch.setattr("cogvx.data.prompts.HIDDEN_BYTES", at_once * row)
         fetched.clear()
         encoder = Encoder(load, "nano", dtype, CPU, streamed=True)
         cache, said = Cache(tmp_path / str(at_once)), []
