@@ -196,8 +196,9 @@ def files_of_all(
 
 def files_of(example: Example, data: Data, cache: Cache, vae: Encoder) -> dict[Cut, Path]:
     """The file in the cache of each cut. BadClip or OSError if the clip cannot be read."""
+    kind = "looks" if vae is NO_VAE else "latents"
     return {
-        cut: cache.path("latents", clip_key(example.video, data, cut, cache, vae))
+        cut: cache.path(kind, clip_key(example.video, data, cut, cache, vae))
         for cut in cuts_of(example, data, cache)
     }
 

@@ -123,7 +123,8 @@ def prepare_prompts(
         prompts = {"taught": [clip.example.prompt for clip in clips]}
         if data.pretrained.geometry().image_to_video:
             data.images |= {
-                clip.example.prompt: first_frame(clip.example, config.data) for clip in clips
+                clip.example.prompt: first_frame(clip.example, clip.first.cut, config.data)
+                for clip in clips
             }
     return data, prompts
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 
 from cogvx.config import Config
+from cogvx.data.cuts import head
 from cogvx.data.listed import text_of
 from cogvx.data.sources import Example, ShortFiles
 from cogvx.data.tables import READERS, comma_rows
@@ -176,7 +177,8 @@ def first_image(config: Config, task: GenerateTask, each: Wanted) -> numpy.ndarr
             f"Give one: task.image=first.png"
         )
     image = None if path == each.held_out else path
-    return first_frame(Example(each.prompt, path, "task.image", image=image), config.data)
+    example = Example(each.prompt, path, "task.image", image=image)
+    return first_frame(example, head(config.data), config.data)
 
 
 def source_clip(config: Config, task: GenerateTask, path: Path, geometry: Geometry) -> SourceClip:

@@ -138,7 +138,8 @@ class Nano(Model):
 
     def problems(self) -> list[str]:
         this, other = ("nano_i2v", "nano") if self.takes_images else ("nano", "nano_i2v")
-        if not Path(self.path).name.startswith("nano"):
+        # A fine-tuned one may lie anywhere.
+        if not Path(self.path).name.startswith("nano") and not Path(self.path).is_dir():
             return [
                 f"model.path={self.path} with model={this}: that model comes with cogvx and has "
                 f"no path. Say which model lies there: model=5b model.path={self.path}"

@@ -36,8 +36,8 @@ from cogvx.records.sweep import is_locked
 
 ENCODED = ("latents", "images", "prompts")  # runs say which of these they use
 # Kept for every run, and made again if they are not there: quantised weights, memory plans, videos
-# that a dataset held as bytes, and what previews need.
-FOR_ALL = ("quantised", "traces", "videos", "colours")
+# that a dataset held as bytes, what previews need, and what task=inspect has seen.
+FOR_ALL = ("quantised", "traces", "videos", "colours", "looks")
 OF_EARLIER_VERSIONS = ("fingerprints", "facts")
 TEMPORARY = (".lock", ".partial")  # of processes that run; task=clean removes what they leave
 MOST_LINES = 12  # of runs, and of files

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from cogvx.config import Config
+from cogvx.data.buckets import size_for
 from cogvx.data.cache import Cache, content_key
 from cogvx.data.cuts import Cut, divided
 from cogvx.data.encode import (
@@ -418,7 +419,11 @@ def first_frames(
 
 
 def first_frame(example: Example, cut: Cut, data: Data) -> numpy.ndarray:
-    """The image that a clip starts from, [H, W, 3] uint8. UserError if the file has none."""
+    """The image that a clip starts from, [H, W, 3] uint8, at the size of a validation video.
+
+    UserError if the file has none.
+    """
+    cut = replace(cut, size=size_for(data))
     try:
         return to_bytes(image_of(example, cut, data))[0]
     except BadClip as bad:
