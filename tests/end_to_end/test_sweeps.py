@@ -301,6 +301,14 @@ def test_two_processes_of_a_run_stop_with_a_checkpoint_when_what_started_them_is
     wait_until(lambda: not {*ranks} & {*every_process()})
 
 
+def prints_into(pid: int, name: str) -> bool:
+    """Whether the process writes its output into a file of this name."""
+    try:
+        return os.readlink(f"/proc/{pid}/fd/1").endswith(name)
+    except OSError:  # it has ended
+        return False
+
+
 def test_a_run_whose_second_process_is_killed_counts_as_killed(cache, tmp_path):
     """Whatever the first one, left alone, fails of."""
     settings = arguments(
@@ -308,8 +316,9 @@ def test_a_run_whose_second_process_is_killed_counts_as_killed(cache, tmp_path):
     )
     process = started(*(setting for setting in settings[1:] if not setting.startswith("hydra.")))
     wait_until(lambda: (tmp_path / "checkpoints/step_000002").is_dir())
-    # The first is the process that writes the page.
-    os.kill(descendants(process.pid)[2], signal.SIGKILL)
+    # The process that writes the page and those that decode clips are among them.
+    [second] = [pid for pid in descendants(process.pid) if prints_into(pid, "rank_1.log")]
+    os.kill(second, signal.SIGKILL)
     said, _ = process.communicate(timeout=PATIENCE)
     assert "error: rank 1 was killed, by someone" in said
     found = progress_of(tmp_path)
