@@ -81,7 +81,7 @@ def work_on_cache(folder: Path, task: CacheTask) -> None:
     elif task.do is CacheWork.gc:
         collect(folder, kept, uses, task)
     else:
-        show_stats(folder, kept, uses)
+        show_stats(folder, kept, uses, task.folder)
 
 
 def files_in(folder: Path) -> list[Kept]:
@@ -119,7 +119,7 @@ def uses_of(runs: Path, cache: Path) -> Uses:
 # -- stats ---------------------------------------------------------------------------------------
 
 
-def show_stats(folder: Path, kept: list[Kept], uses: Uses) -> None:
+def show_stats(folder: Path, kept: list[Kept], uses: Uses, runs: Path) -> None:
     print(f"cache   {shown(folder)}: {counted(len(kept), 'file')}, {total_text(kept)}")
     by_kind, by_name = defaultdict(list), {each.name: each for each in kept}
     for each in kept:
@@ -135,8 +135,9 @@ def show_stats(folder: Path, kept: list[Kept], uses: Uses) -> None:
     unused = [each for each in kept if each.kind in ENCODED and each.name not in uses.all()]
     if unused:
         print(
-            f"{counted(len(unused), 'file is', 'files are')} of no run, {total_text(unused)}. "
-            f"To remove: python launch.py task=cache task.do=gc"
+            f"{counted(len(unused), 'file is', 'files are')} of no run in {shown(runs)}, "
+            f"{total_text(unused)}. To remove: python launch.py task=cache task.do=gc. "
+            f"Runs elsewhere: task.folder=FOLDER"
         )
     say_silent(uses)
 

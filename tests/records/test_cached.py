@@ -69,7 +69,7 @@ def test_stats_say_what_lies_there_and_what_uses_it(outputs, capsys):
     assert rows["latents"][0] == "4" and rows["quantised"][0] == "1" and rows["models"][0] == "1"
     assert rows["a/model"][0] == rows["another/model"][0] == "2"
     assert rows[str(outputs / "first")][0] == rows[str(outputs / "second")][0] == "2"
-    assert "1 file is of no run" in said and "task=cache task.do=gc" in said
+    assert "1 file is of no run in " in said and "task=cache task.do=gc" in said
     assert "not known what 1 run uses" in said and "silent" in said
 
 
