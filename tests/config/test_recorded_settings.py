@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import launch as launcher
 from cogvx import config as configuration
 from cogvx.compose import quoted
 from cogvx.errors import UserError
@@ -135,6 +136,13 @@ def test_two_processes_do_not_run_in_one_folder(tmp_path):
             [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True
         )
         assert "is in use by another process (process" in ran.stderr
+
+
+def test_a_start_in_a_folder_in_use_writes_no_settings_there(compose, tmp_path):
+    """Else one of two starts would train what the other one asked for."""
+    with record.locked(tmp_path), pytest.raises(UserError, match="is in use by another process"):
+        launcher.run(compose(f"output_dir={tmp_path}"), None)
+    assert not (tmp_path / "config.yaml").exists()
 
 
 def test_a_folder_without_a_record_is_named(door, tmp_path):
