@@ -91,6 +91,14 @@ def read_json_lines(path: Path) -> list[dict]:
     return [line for line in lines if isinstance(line, dict)]
 
 
+def unreadable_lines(path: Path, read: list[dict]) -> int:
+    """How many lines of a .jsonl file are missing in what was read of it.
+
+    The last line may always be half a line: it does not count.
+    """
+    return max(0, path.read_bytes().count(b"\n") - len(read)) if path.is_file() else 0
+
+
 def shown(path: Path) -> str:
     """The path as a user would type it: relative, if it lies below the working folder."""
     try:

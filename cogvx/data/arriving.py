@@ -17,7 +17,7 @@ from typing import IO
 
 from cogvx.data.cache import claimed, content_key
 from cogvx.errors import UserError
-from cogvx.files import read_json_lines, write_text
+from cogvx.files import read_json_lines, unreadable_lines, write_text
 
 CHUNK = 1 << 20  # bytes
 END = {"end": True}
@@ -67,6 +67,8 @@ def remembering(path: Path, folder: Path) -> Iterator[Arrived]:
     """
     with claimed(path, wait=True):
         rows = read_json_lines(path)
+        # A power cut may break a line anywhere: a clip would be missing without a word.
+        rows = [] if unreadable_lines(path, rows) else rows
         done = rows[-1:] == [END]
         rows = [row for row in rows if row != END]
         if not all((folder / name).is_file() for row in rows for name in row.get("files", ())):

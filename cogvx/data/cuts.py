@@ -83,6 +83,12 @@ def places(count: int) -> list[float]:
     return [number / max(1, count - 1) for number in range(count)]
 
 
+def look_at_files(examples: list[Example], data: Data, cache: Cache) -> None:
+    """Finds out what must be known of the files before they are cut, several at a time."""
+    files, threshold = (example.video for example in examples), data.scene_threshold_used
+    cache.look_at(files, facts=data.needs_facts, threshold=threshold)
+
+
 # -- several examples of a file ------------------------------------------------------------------
 
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from cogvx.data.buckets import Size
 from cogvx.data.cache import Cache, content_key
 from cogvx.data.cuts import Cut, cuts_of
-from cogvx.data.index import collections_paused
 from cogvx.data.looks import look_of
 from cogvx.data.measures import measured, preview
 from cogvx.data.sharing import Share, make_missing
 from cogvx.data.sources import Data, Example, LongFiles, Reshape, ShortFiles
 from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
+from cogvx.libraries import collections_paused
 from cogvx.progress import bar, counted
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ FLAG_KINDS = {
     "long caption": "The model does not see the end of the caption.",
     "unknown letters": "The text encoder does not know some letters.",
     "not English": "The model was trained on English captions.",
-    "id_token": "The word for what is learned is missing, or there twice.",
+    "id_token": "The caption has the word for what is learned already.",
 }
 
 

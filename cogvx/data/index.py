@@ -11,14 +11,13 @@ So processes share the file, and one that is killed leaves half a line at most.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from cogvx.files import write_text
+from cogvx.libraries import collections_paused
 
 # It is written anew when this many of its lines are out of date, and they are most of it.
 OUTDATED_LINES = 1000
@@ -101,21 +100,6 @@ class Index:
         ]
         with contextlib.suppress(OSError):
             write_text(self.path, "\n".join([json.dumps({"index of": self.of}), *lines]))
-
-
-@contextlib.contextmanager
-def collections_paused() -> Iterator[None]:
-    """For code that makes very many small objects which stay.
-
-    Python's garbage collector would look through them again and again: twice as slow.
-    """
-    paused = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if paused:
-            gc.enable()
 
 
 def parsed(lines: list[bytes]) -> list:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cogvx.data.cache import Cache
+from cogvx.data.looks import pairs_alike
 from cogvx.data.sources import Data
 from cogvx.errors import UserError
 from cogvx.files import read_json, shown, write_json
 from cogvx.progress import counted
+
+if TYPE_CHECKING:
+    from cogvx.data.encode import EncodedClip
 
 USED = TRAINED_ON, HELD_OUT = "train", "held out"
 LEFT_FROM_TRAINING = "left out: data.max_train_clips"
@@ -93,6 +98,19 @@ def split_clips(
         for place in others:
             first_alike[place] = first
     return Split(digests, uses, first_alike, said, earlier)
+
+
+def split_of(
+    clips: Sequence[EncodedClip], data: Data, cache: Cache, earlier: Earlier | None = None
+) -> Split:
+    """What each clip is used for."""
+    digests = [cache.fingerprint(clip.example.video) for clip in clips]
+    alike = pairs_alike([clip.look() for clip in clips])
+    if data.shard is not None:
+        # max_train_clips counts the clips of all parts.
+        data = replace(data, max_train_clips=None)
+    sources = [clip.example.source for clip in clips]
+    return split_clips(digests, data, alike=alike, earlier=earlier, sources=sources)
 
 
 def held_out_groups(

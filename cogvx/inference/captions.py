@@ -6,7 +6,6 @@ other. Every caption is written at once, so the same command goes on after a sto
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from cogvx.config import Config
 from cogvx.data.cache import content_key
 from cogvx.data.caption_places import CaptionPlace, ClipToCaption, caption_place
 from cogvx.data.listed import read_lines
+from cogvx.data.phrasing import as_a_word
 from cogvx.data.sources import Data
 from cogvx.data.video import BadClip, read_clip, to_bytes
 from cogvx.errors import UserError, first_line, listed
@@ -199,7 +199,7 @@ class Captioning:
         self.place.record.add(clip=clip.name, caption=caption, model=self.task.captioner, **more)
         self.written += 1
         tokens = self.config.data.id_tokens()
-        if any(re.search(rf"(?<!\w){re.escape(token)}(?!\w)", caption) for token in tokens):
+        if any(as_a_word(token).search(caption) for token in tokens):
             self.with_id_token += 1
 
     def leave_out(self, clip: ClipToCaption, reason: str) -> None:

@@ -74,23 +74,51 @@ def loaded_chat(path: str, device: torch.device, setting: str, storage: object =
     """The tokenizer and the model. UserError if it is no chat model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = fetched_model(path, setting)
+    kind = "a chat model of transformers"
+    tokenizer, model = loaded(
+        (AutoTokenizer, AutoModelForCausalLM), kind, path, device, setting, storage
+    )
+    require_template(tokenizer, path, setting)
+    return tokenizer, model
+
+
+def loaded(
+    auto_classes: tuple, kind: str, path: str, device: torch.device, setting: str, storage: object
+) -> tuple:
+    """The reader (a tokenizer or a processor) and the model. kind: for the message.
+
+    UserError if they cannot be loaded.
+    """
+    folder, (reader, model) = fetched_model(path, setting), auto_classes
     try:
         with heartbeat(f"load    still reading {path}"):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = on_this_device(AutoModelForCausalLM, folder, device, storage)
+            return reader.from_pretrained(folder), on_this_device(model, folder, device, storage)
     # Missing and damaged files raise errors of many kinds.
     except Exception as error:
         raise UserError(
-            f"{setting}={path} cannot be loaded as a chat model of transformers, from a folder or "
-            f"the hub: {first_line(error).rstrip('.')}. A model behind a server: {setting}_url=..."
+            f"{setting}={path} cannot be loaded as {kind}, from a folder or the hub: "
+            f"{why_not_loaded(error)}. A model behind a server: {setting}_url=..."
         ) from error
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{setting}={path} is no chat model: its tokenizer has no chat template. Take one that "
-            f"was trained to follow instructions"
+
+
+def why_not_loaded(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings code of its own, which is not run here. vLLM and Ollama serve such models, "
+            "MiniCPM-V 2.6 among them"
         )
-    return tokenizer, model
+    if "torchvision" in str(error).lower():
+        return "it needs the package torchvision, which is not installed: pip install torchvision"
+    return first_line(error).rstrip(".")
+
+
+def require_template(reader: object, path: str, setting: str) -> None:
+    """UserError if the tokenizer or processor has no chat template."""
+    if getattr(reader, "chat_template", None) is None:
+        raise UserError(
+            f"{setting}={path} is no chat model: it has no chat template. Take one that was "
+            f"trained to follow instructions"
+        )
 
 
 def fetched_model(path: str, setting: str) -> Path:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from cogvx.config import Config
 from cogvx.data.buckets import AUTO
-from cogvx.data.cache import Cache
-from cogvx.data.cuts import divided
+from cogvx.data.cuts import divided, look_at_files
 from cogvx.data.encode import NO_VAE, EncodedClip, cache_of, encode_clips
 from cogvx.data.inspect import (
     Inspected,
@@ -21,10 +20,9 @@ from cogvx.data.inspect import (
     write_held_out,
     write_report,
 )
-from cogvx.data.looks import pairs_alike
 from cogvx.data.prompts import facts_of_prompt
 from cogvx.data.sources import Data
-from cogvx.data.split import USED, Split, split_clips
+from cogvx.data.split import USED, Split, split_of
 from cogvx.errors import UserError
 from cogvx.files import shown
 from cogvx.model.sizes import with_sizes
@@ -69,11 +67,10 @@ def look_at_clips(config: Config) -> tuple[Inspected, Split]:
     listed = data.own_part(data.read())
     for line in data.said:
         print(line)
-    files, threshold = (example.video for example in listed), data.scene_threshold_used
-    cache.look_at(files, facts=data.needs_facts, threshold=threshold)
+    look_at_files(listed, data, cache)
     examples = divided(listed, data, cache, print)
     clips, rejected = encode_clips(examples, data, cache, NO_VAE, say_look)
-    split = split_of_clips(clips, data, cache)
+    split = split_of(clips, data, cache)
     found = inspected(clips, split, rejected, data, texts_of(clips, config), config.model.fps)
     return found, split
 
@@ -106,12 +103,6 @@ def say_look(line: str) -> None:
     print(line.replace("encode  ", "look    ", 1), flush=True)
 
 
-def split_of_clips(clips: list[EncodedClip], data: Data, cache: Cache) -> Split:
-    digests = [cache.fingerprint(clip.example.video) for clip in clips]
-    alike = pairs_alike([clip.look() for clip in clips])
-    return split_clips(digests, data, alike=alike, sources=[c.example.source for c in clips])
-
-
 def texts_of(clips: list[EncodedClip], config: Config) -> Texts:
     geometry = config.model.expected_geometry()
     most = USUAL_TOKENS if geometry is None else geometry.text_tokens
@@ -119,7 +110,6 @@ def texts_of(clips: list[EncodedClip], config: Config) -> Texts:
     if tokenizer is None:
         return Texts.estimated_of(clips, most)
     prompts = dict.fromkeys(clip.example.prompt for clip in clips)
-
     about = {prompt: facts_of_prompt(tokenizer, prompt, most) for prompt in prompts}
     return Texts(about, most, estimated=False)
 

@@ -41,7 +41,6 @@ NOT_JUDGED = {
     # A held-out clip has its first caption as it is written, with the id_token. Of its windows it
     # is the first one, not mirrored.
     *("data.id_token_share", "data.tag_shuffles", "data.keep_tags"),
-    "data.flip",  # nor is it mirrored
     *("data.random_windows", "data.flip"),
 }
 

@@ -98,7 +98,7 @@ def facts_of_row(row: dict) -> str:
     if row.get("cropped"):
         parts.append(f"{row['cropped']:.0%} cropped")
     if row.get("moving") is not None and "moving" in row:
-        parts.append(f"{row['moving']:.0%} moves")
+        parts.append(f"{row['moving']:.0%} of it moves")
     if row.get("treatment"):
         parts.append(row["treatment"])
     parts.append(counted(row["tokens"], "token"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cogvx.errors import first_line
-from cogvx.files import flush_to_disk, read_json_lines, write_text
+from cogvx.files import flush_to_disk, read_json_lines, unreadable_lines, write_text
 from cogvx.options.tracking import Tracking
 from cogvx.progress import counted
 from cogvx.records.sweep import name_of_sweep
@@ -33,8 +33,7 @@ class Metrics:
     def lines_until(self, step: int) -> list[dict]:
         """A warning tells if some cannot be read. The last one may always be half a line."""
         lines = [line for line in read_json_lines(self.path) if isinstance(line.get("step"), int)]
-        written = self.path.read_bytes().count(b"\n") if self.path.is_file() else 0
-        if broken := max(0, written - len(lines)):
+        if broken := unreadable_lines(self.path, lines):
             tqdm.write(
                 f"warning {counted(broken, 'line')} of {self.path.name} cannot be read, perhaps "
                 f"after a power cut; the other lines are kept"

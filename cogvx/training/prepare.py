@@ -16,7 +16,7 @@ from safetensors import safe_open
 from cogvx.config import Config
 from cogvx.data.buckets import size_for
 from cogvx.data.cache import Cache, content_key
-from cogvx.data.cuts import Cut, divided
+from cogvx.data.cuts import Cut, divided, look_at_files
 from cogvx.data.encode import (
     EncodedClip,
     EncodedCut,
@@ -28,7 +28,6 @@ from cogvx.data.encode import (
     frames_of,
     image_of,
 )
-from cogvx.data.index import collections_paused
 from cogvx.data.inspect import (
     Inspected,
     Texts,
@@ -36,14 +35,14 @@ from cogvx.data.inspect import (
     write_dataset,
     write_report,
 )
-from cogvx.data.looks import pairs_alike
 from cogvx.data.phrasing import require_readable
 from cogvx.data.prompts import encode_prompts
 from cogvx.data.sources import Data, Example
-from cogvx.data.split import USED, Earlier, Split, earlier_split, split_clips
+from cogvx.data.split import USED, Earlier, Split, earlier_split, split_clips, split_of
 from cogvx.data.video import BadClip, to_bytes
 from cogvx.errors import UserError
 from cogvx.files import shown
+from cogvx.libraries import collections_paused
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.sizes import with_sizes
 from cogvx.options.memory import Memory
@@ -227,13 +226,13 @@ def fetch(
             examples = config.data.read()
         for line in config.data.said:
             ranks.say(line)
-        own = [example.video for example in config.data.own_part(examples)]
-        threshold = config.data.scene_threshold_used
-        cache.look_at(own, facts=config.data.needs_facts, threshold=threshold)
+        own = config.data.own_part(examples)
+        look_at_files(own, config.data, cache)
         whole = config.data.shard is None and not config.data.divides_files
         if config.data.max_train_clips is not None and whole:
             # Raises an error if there are too few clips, before they are encoded.
-            digests = [cache.fingerprint(video) for video in own if cache.knows(video)]
+            videos = [example.video for example in own if cache.knows(example.video)]
+            digests = [cache.fingerprint(video) for video in videos]
             split_clips(digests, config.data, earlier=earlier)
         pretrained = fetch_model(config, ranks)
     if words := config.data.id_tokens():
@@ -287,17 +286,6 @@ def encode(
 
 
 # -- step 2: split and report --------------------------------------------------------------------
-
-
-def split_of(clips: list[EncodedClip], data: Data, cache: Cache, earlier: Earlier) -> Split:
-    """What each clip is used for."""
-    digests = [cache.fingerprint(clip.example.video) for clip in clips]
-    alike = pairs_alike([clip.look() for clip in clips])
-    if data.shard is not None:
-        # max_train_clips counts the clips of all parts.
-        data = replace(data, max_train_clips=None)
-    sources = [clip.example.source for clip in clips]
-    return split_clips(digests, data, alike=alike, earlier=earlier, sources=sources)
 
 
 def tell_of_clips(

@@ -161,7 +161,8 @@ def peak_of(process: int | str) -> float:
 def start(folder: str) -> list[float]:
     """Seconds until all clips and prompts, which are in the cache, are ready: in parts."""
     from cogvx.data.encode import cache_of
-    from cogvx.training.prepare import Earlier, fingerprint_of, split_of
+    from cogvx.data.split import split_of
+    from cogvx.training.prepare import fingerprint_of
 
     data, encoders = known_set(Path(folder))
     times = [time.monotonic()]
@@ -174,7 +175,7 @@ def start(folder: str) -> list[float]:
     times.append(time.monotonic())
     encode_prompts(prompts_of(examples), cache, encoders[1], TOKENS, lambda text: None)
     times.append(time.monotonic())
-    split_of(clips, data, cache, Earlier())
+    split_of(clips, data, cache)
     content_key([fingerprint_of(clip.example, cache) for clip in clips])
     times.append(time.monotonic())
     return [after - before for before, after in itertools.pairwise(times)]

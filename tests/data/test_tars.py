@@ -79,6 +79,16 @@ def test_an_archive_is_read_once(tars, monkeypatch):
     assert tars.captions() == first and [path.name for path in opened] == ["1.tar"]
 
 
+def test_a_broken_line_of_what_is_remembered_costs_no_clip(tars):
+    """A power cut may break one in the middle. The archive is then read again."""
+    archive(tars.root / "0.tar", {"a.mp4": "A", "a.txt": "a", "b.mp4": "B", "b.txt": "b"})
+    first = tars.captions()
+    [known] = (tars.cache / "arrived").glob("*.jsonl")
+    lines = known.read_bytes().splitlines(keepends=True)
+    known.write_bytes(b"".join([b"\0" * 8 + b"\n", *lines[1:]]))
+    assert len(first) == 2 and tars.captions() == first
+
+
 def test_archives_are_chosen_by_name(tars):
     for number in range(3):
         archive(tars.root / f"{number:03}.tar", {"a.mp4": f"{number}", "a.txt": f"{number}"})

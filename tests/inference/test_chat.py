@@ -141,7 +141,7 @@ def test_no_server_and_no_model_are_named(compose, server, tiny_chat, tmp_path):
     for part in (tokenizer, model):
         part.save_pretrained(tmp_path / "plain")
     asked = task_of(compose, f"task.enhancer={tmp_path / 'plain'}")
-    with pytest.raises(UserError, match="its tokenizer has no chat template"):
+    with pytest.raises(UserError, match="it has no chat template"):
         enhanced(asked, [Wanted("a")], None, CPU)
 
 

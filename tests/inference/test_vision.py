@@ -10,7 +10,6 @@ from PIL import Image
 
 from cogvx.errors import UserError
 from cogvx.inference import chat as chats
-from cogvx.inference import vision
 from cogvx.inference.vision import opened_vision, quantization
 from cogvx.options.tasks import ModelStorage
 
@@ -71,9 +70,9 @@ def test_what_is_no_such_model_is_named(tiny, tmp_path):
     refused(tmp_path, "cannot be loaded as a model of transformers that sees pictures")
     plain = shutil.copytree(tiny, tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
-    refused(plain, "its processor has no chat template")
+    refused(plain, "it has no chat template")
     for error, said in (
         (ValueError("a.py: set the option `trust_remote_code=True`"), "brings code of its own"),
         (ImportError("\nX requires the Torchvision library"), "pip install torchvision"),
     ):
-        assert said in vision.why_not_loaded(error)
+        assert said in chats.why_not_loaded(error)
