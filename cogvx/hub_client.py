@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cogvx.errors import UserError, first_line
+from cogvx.hub_digests import damaged_files, remove_download
 
 T = TypeVar("T")
 
@@ -56,9 +57,36 @@ class OnTheHub:
             )
 
         try:
-            return patiently(fetch, f"the download of {self.repo}")
+            folder = patiently(fetch, f"the download of {self.repo}")
+            if not self.removed_damaged(folder):
+                return folder
+            folder = patiently(fetch, f"the download of {self.repo}")
+            if not self.removed_damaged(folder):
+                return folder
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(self.why_not(error)) from error
+        raise UserError(
+            f"{self.setting}={self.repo} came damaged twice. Look at this machine's disk "
+            f"({cache_folder()}), memory and network, then start again: what is whole is kept"
+        )
+
+    def removed_damaged(self, folder: Path) -> bool:
+        """Removes and names the files whose bytes are others than the hub's. Whether there were."""
+        damaged = damaged_files(folder)
+        if not damaged:
+            return False
+        names = ", ".join(path.relative_to(folder).as_posix() for path in damaged)
+        if offline():
+            raise UserError(
+                f"{self.setting}={self.repo}: damaged in the cache ({folder}): {names}. "
+                f"HF_HUB_OFFLINE is set: unset it once, and the files are fetched again"
+            )
+        for path in damaged:
+            remove_download(path)
+        print(f"hub     {self.repo}: damaged, so fetched again: {names}", flush=True)
+        return True
 
     def commit(self) -> str | None:
         """The newest commit of the revision. None if the hub cannot be asked now."""
@@ -126,12 +154,12 @@ class OnTheHub:
         if found.is_full_disk():
             return (
                 f"could not be fetched: the disk of the cache ({cache_folder()}) is full. Free "
-                f"some, or put the cache on another disk: HF_HOME=/another/disk. What is "
-                f"downloaded is kept"
+                f"some, or put the cache on another disk: HF_HOME=/another/disk. Files "
+                f"that are whole are kept"
             )
         return (
             f"is no folder here and could not be fetched from the hub: {found.in_words()}. "
-            f"What is downloaded is kept. Try again, {local}"
+            f"Files that are whole are kept. Try again, {local}"
         )
 
 

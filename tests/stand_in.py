@@ -59,12 +59,13 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong with requests that match: a status, or a connection cut after some bytes."""
+    """What goes wrong with requests that match: a status, a cut, or a wrong byte."""
 
     method: str
     path: str  # a regular expression
     status: int | None = None
     after: int | None = None  # bytes of the body that still arrive
+    damaged: bool = False  # the last byte of the body is another
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -169,10 +170,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.asked = urllib.parse.parse_qs(address.query)
         self.hub.requests.append(f"{method} {path}")
         fault = next((each for each in self.hub.faults if each.meets(method, path)), None)
-        self.cut_after = None
+        self.cut_after, self.damaged = None, False
         if fault is not None:
             fault.times -= 1
-            self.cut_after = fault.after
+            self.cut_after, self.damaged = fault.after, fault.damaged
             if method in ("POST", "PUT") and fault.after is not None:
                 self.rfile.read(fault.after)
                 return self.hang_up()
@@ -211,6 +212,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        if self.damaged:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         if self.cut_after is None:
             self.wfile.write(content)
         else:

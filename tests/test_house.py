@@ -25,6 +25,7 @@ ROOMS = [
     "options",
     "hub_upload",
     "hub_client",
+    "hub_digests",
     "files",
     "errors",
     "progress",
@@ -33,7 +34,16 @@ ROOMS = [
 ]
 WITHOUT_TORCH = {
     *("records", "command_line", "compose", "config", "wording", "rules", "groups", "options"),
-    *("hub_upload", "hub_client", "files", "errors", "start", "libraries", "leaving"),
+    *(
+        "hub_upload",
+        "hub_client",
+        "hub_digests",
+        "files",
+        "errors",
+        "start",
+        "libraries",
+        "leaving",
+    ),
 }
 KNOW_HYDRA = {"compose", "config", "runs.grid", "runs.engines"}
 FILES = {

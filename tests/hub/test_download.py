@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from stand_in import OWNER, READER, Fault, sha256
 
-from cogvx import hub_client
+from cogvx import hub_client, hub_digests
 from cogvx.errors import UserError
 from cogvx.model.hub import local_adapter
 from cogvx.model.weight_files import weight_files
@@ -74,6 +74,40 @@ def test_a_connection_that_is_cut_goes_on_where_it_stopped(hub, waited, after, m
     assert hub.ranges == ([f"bytes={after}-"] if after else [])
 
 
+def test_what_comes_with_a_wrong_byte_is_fetched_again(hub, waited, capsys):
+    hub.add("me/wrong", LORA)
+    hub.faults.append(Fault("GET", "/storage/", damaged=True))
+    folder = local_adapter("me/wrong")
+    assert (folder / WEIGHTS).read_bytes() == LORA[WEIGHTS]
+    assert f"me/wrong: damaged, so fetched again: {WEIGHTS}\n" in capsys.readouterr().out
+    hub.add("me/small", LORA | {"inference.json": b'{"card": 1}'})
+    hub.faults.append(Fault("GET", "/resolve/.*inference.json", damaged=True))
+    folder = local_adapter("me/small")
+    assert (folder / "inference.json").read_bytes() == b'{"card": 1}'
+    assert "me/small: damaged, so fetched again: inference.json\n" in capsys.readouterr().out
+
+
+def test_what_comes_damaged_twice_is_refused(hub, waited):
+    hub.add("me/always", LORA)
+    hub.faults.append(Fault("GET", "/storage/", damaged=True, times=2))
+    assert refused("me/always").startswith("task.add=me/always came damaged twice. Look at this")
+    assert (local_adapter("me/always") / WEIGHTS).read_bytes() == LORA[WEIGHTS]
+
+
+def test_what_is_damaged_in_the_cache_later_is_found(hub, set_up, capsys, monkeypatch):
+    hub.add("me/rots", LORA)
+    weights = local_adapter("me/rots") / WEIGHTS
+    with monkeypatch.context() as changed:
+        changed.setattr(hub_digests, "hash_of_blob", lambda *_: pytest.fail("nothing has changed"))
+        assert local_adapter("me/rots") == weights.parent
+    weights.resolve().write_bytes(b"zeros" * 99)
+    set_up(HF_HUB_OFFLINE="1")
+    assert re.search(rf"me/rots: damaged in the cache .*: {WEIGHTS}. HF_HUB_", refused("me/rots"))
+    set_up(HF_HUB_OFFLINE="0")
+    assert (local_adapter("me/rots") / WEIGHTS).read_bytes() == LORA[WEIGHTS]
+    assert f"damaged, so fetched again: {WEIGHTS}" in capsys.readouterr().out
+
+
 def test_a_hub_that_fails_for_a_moment_is_asked_again(hub, waited, capsys):
     hub.add("me/moment", LORA)
     hub.faults.append(Fault("HEAD", "/resolve/", status=503, times=1))
@@ -87,7 +121,7 @@ def test_a_hub_that_goes_on_failing_is_named(hub, waited):
     hub.add("me/broken", LORA)
     hub.faults.append(Fault("GET", "/api/models", status=500, times=99))
     said = refused("me/broken")
-    assert "the hub has a fault of its own (500). What is downloaded is kept. Try again" in said
+    assert "the hub has a fault of its own (500). Files that are whole are kept. Try again" in said
     assert waited == [*hub_client.PAUSES]
 
 
