@@ -3,12 +3,14 @@
 import ast
 import importlib
 import re
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import warm
 from settings import LONG_FILES
 
 PROJECT = Path(__file__).parent.parent
@@ -95,3 +97,16 @@ def test_a_mutation_finds_its_code_once(mistake):
     text = (PROJECT / mistake.file).read_text(encoding="utf-8")
     assert text.count(mistake.right) == 1, f"{mistake.file} has changed: {mistake.right}"
     assert mistake.wrong != mistake.right
+
+
+def test_a_forked_launch_writes_its_log_to_no_open_file(tmp_path):
+    # A forked process has a logger of pytest whose descriptor may be any new file's.
+    code = (
+        "import logging\n"
+        f"files = [open(rf'{tmp_path}/{{number}}', 'w') for number in range(60)]\n"
+        "logging.getLogger('of a library').warning('a word')\n"
+        "[file.close() for file in files]\n"
+    )
+    process = warm.python("-c", code, stderr=subprocess.PIPE, text=True)
+    assert process.communicate()[1] == "a word\n" and process.returncode == 0
+    assert {path.read_text() for path in tmp_path.iterdir()} == {""}

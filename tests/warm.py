@@ -194,8 +194,10 @@ def take_streams(streams: list[int], kept: tuple[int, ...]) -> None:
     )
     sys.stdout = sys.__stdout__ = text_to(1, errors="strict")
     sys.stderr = sys.__stderr__ = text_to(2, errors="backslashreplace", line_buffering=True)
+    # pytest's handlers write to a descriptor that is closed here: soon it is another file's.
+    logging.root.handlers.clear()
     # Handlers of the parent's libraries write to a stream that pytest may have closed.
-    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+    for logger in logging.root.manager.loggerDict.values():
         for handler in getattr(logger, "handlers", []):
             if type(handler) is logging.StreamHandler:
                 handler.stream = sys.stderr
