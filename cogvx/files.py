@@ -5,9 +5,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import functools
+import hashlib
 import io
 import json
 import os
+import platform
+import re
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,16 +21,22 @@ from pathlib import Path
 LFS_POINTER = b"version https://git-lfs"
 
 
+# Names that unfinished() gives; those of earlier versions do not say which machine.
+UNFINISHED = re.compile(r".*?\.(\d+)(?:\.([0-9a-f]{8}))?\.partial", re.DOTALL)
+# Seconds. What nobody has written to for so long is not being written, wherever its process runs.
+LONG_SILENT = 24 * 3600
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Gives a temporary path beside `path`. At the end it is renamed to `path`.
 
-    So nobody ever reads half a file, even after a crash. The temporary name holds the process id:
-    two processes can write the same file at the same time. After an error nothing is left behind.
+    So nobody ever reads half a file, even after a crash. Two processes can write the same file at
+    the same time, each under its own temporary name. After an error nothing is left behind.
     durable: it is there even after a power cut. That takes some milliseconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = unfinished(path)
     try:
         yield partial
         if durable:
@@ -36,17 +48,101 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def unfinished(path: Path) -> Path:
+    """The name beside `path` under which this process writes it: NAME.PID.MACHINE.partial."""
+    return path.with_name(f"{path.name}.{os.getpid()}.{this_machine()}.partial")
+
+
+@functools.cache
+def this_machine() -> str:
+    """Where a process number names a process: this machine, or this container on it."""
+    try:
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbers = ""
+    return hashlib.sha256(f"{platform.node()} {numbers}".encode()).hexdigest()[:8]
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether unfinished() has given its name."""
+    return UNFINISHED.fullmatch(path.name) is not None
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether this is what a process has left that was killed while it wrote.
+
+    Nobody here knows whether a process of another machine still runs. There, age decides.
+    """
+    found = UNFINISHED.fullmatch(path.name)
+    if found is None:
+        return False
+    if found[2] == this_machine():
+        return not runs_here(int(found[1]))
+    try:
+        return time.time() - newest_in(path) > LONG_SILENT
+    # It is gone: somebody was writing it.
+    except FileNotFoundError:
+        return False
+
+
+def remove_left_over(folder: Path) -> int:
+    """Removes what killed processes have left unfinished below a folder. Returns how many."""
+    return sum(gone(path) for path in ending_with(folder, ".partial") if is_left_over(path))
+
+
+def ending_with(folder: Path, *endings: str) -> list[Path]:
+    """The files and folders below a folder whose names end so, without what is in such folders."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        those = [name for name in (*folders, *names) if name.endswith(endings)]
+        folders[:] = [name for name in folders if name not in those]
+        found += [Path(place, name) for name in those]
+    return found
+
+
+def gone(path: Path) -> bool:
+    """Removes a file or folder. False if it cannot be removed."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return not path.exists()
+
+
+def runs_here(number: int) -> bool:
+    """Whether this machine has a process of this number."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return True
+
+
+def newest_in(path: Path) -> float:
+    """When a file, or something in a folder, was last written. Seconds since 1970."""
+    return max(each.lstat().st_mtime for each in [path, *path.rglob("*")])
+
+
 def flush_to_disk(path: Path) -> None:
     """Returns when the file's content is on the disk; of a folder: the names in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network disks cannot do this for folders.
-        if error.errno != errno.EINVAL:
+        # Some network disks cannot do this for folders, others not at all.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
     finally:
         os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Returns when all files below a folder, and their names, are on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        flush_to_disk(path)
 
 
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:

@@ -12,9 +12,9 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from cogvx.data.cache import filled
 from cogvx.data.cuts import head
 from cogvx.data.encode import Encoder, image_moments, image_of
+from cogvx.data.filled import filled
 from cogvx.data.prompts import prompt_embeds
 from cogvx.data.sources import Example
 from cogvx.model import nano

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import IO
 
 from cogvx.data.cache import claimed, content_key
 from cogvx.errors import UserError
-from cogvx.files import read_json_lines, unreadable_lines, write_text
+from cogvx.files import read_json_lines, unfinished, unreadable_lines, write_text
 
 CHUNK = 1 << 20  # bytes
 END = {"end": True}
@@ -87,7 +86,7 @@ def kept_file(folder: Path, content: IO[bytes], ending: str, size: int | None = 
     fewer than `size` bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"arriving.{os.getpid()}.partial"
+    partial = unfinished(folder / "arriving")
     digest = hashlib.sha256()
     try:
         with partial.open("wb") as file:

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from cogvx.data.index import Index
 from cogvx.errors import UserError, first_line
-from cogvx.files import replacing, write_text
+from cogvx.files import flush_to_disk, replacing, write_text
 from cogvx.progress import bar, heartbeat
 
 if TYPE_CHECKING:
@@ -32,8 +32,14 @@ if TYPE_CHECKING:
 
 # Folders of the sets' indexes, and of the lists of files that runs use.
 INDEX, LISTS = "index", "lists"
+# What the index calls `about` of a file whose content was compared with its digest.
+WHOLE = "whole"
 LOOKED_AT_ONCE = 4
 VERSION_OF_SCENES = 1  # raise it when a change finds other scenes in the same file
+
+
+class DamagedFile(Exception):
+    """Why a file of the cache cannot be used. It can be made again."""
 
 
 class Cache:
@@ -49,6 +55,8 @@ class Cache:
         self.index = self.index_of(set_name)
         # A model is used with many sets, and its files on the hub's cache are links.
         self.models = self.index_of("models")
+        # Files that are there and cannot be used, and why.
+        self.damaged: dict[Path, str] = {}
 
     def index_of(self, name: str) -> Index:
         return Index(self.folder / INDEX / f"{content_key(name)[:16]}.jsonl", name)
@@ -62,7 +70,9 @@ class Cache:
     ) -> None:
         """Writes the tensors, with `about` and a digest of all of it as the file's metadata.
 
-        UserError if a value is not finite (training would go wrong silently), or on a full disk.
+        The file is on the disk before the index says that it is whole: otherwise a power cut could
+        leave zeros that nobody looks at again. UserError if a value is not finite (training would
+        go wrong silently), or on a full disk.
         """
         from safetensors.torch import save_file
 
@@ -80,6 +90,7 @@ class Cache:
                 save_file(tensors, partial, metadata=metadata)
                 # safetensors writes files that only their owner can read.
                 partial.chmod(path.parent.stat().st_mode & 0o666)
+                flush_to_disk(partial)
         # safetensors reports a full disk as an error of its own, not as OSError.
         except Exception as error:
             raise UserError(
@@ -92,19 +103,48 @@ class Cache:
     def about(self, path: Path) -> dict | None:
         """What write() was given as `about`, and the tensors' shapes as `shapes`.
 
-        None if there is no file, or only a part of one.
+        A file that has changed since it was last looked at is read, and compared with its digest.
+        None if there is no whole file; self.damaged says why, if there is a file.
         """
         try:
             stat = os.stat(path)
         except FileNotFoundError:
             return None
-        known = self.index.recall("about", self.name_of(path), stat)
-        if known is None and (known := about_in_file(path)) is not None:
-            self.keep_about(path, stat, known)
-        return known
+        known = self.index.recall(WHOLE, self.name_of(path), stat)
+        return self.checked(path, stat) if known is None else known
+
+    def checked(self, path: Path, stat: os.stat_result) -> dict | None:
+        try:
+            about, _ = read_whole(path)
+        except FileNotFoundError:
+            return None
+        except DamagedFile as reason:
+            self.damaged[path] = str(reason)
+            return None
+        self.keep_about(path, stat, about)
+        return about
+
+    def lacking(self, paths: Iterable[Path]) -> list[Path]:
+        """Those that are not there, or damaged. Several are read at a time."""
+        paths, absent, unchecked = list(dict.fromkeys(paths)), set(), []
+        for path in paths:
+            try:
+                stat = os.stat(path)
+            except FileNotFoundError:
+                absent.add(path)
+                continue
+            if self.index.recall(WHOLE, self.name_of(path), stat) is None:
+                unchecked.append(path)
+        with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
+            found = pool.map(self.about, unchecked)
+            settings = {"desc": "check   cache", "unit": "file", "leave": False}
+            abouts = bar(found, total=len(unchecked), **settings)
+            absent |= {p for p, about in zip(unchecked, abouts, strict=True) if about is None}
+        return [path for path in paths if path in absent]
 
     def keep_about(self, path: Path, stat: os.stat_result, about: dict) -> None:
-        self.index.keep("about", self.name_of(path), stat, about)
+        self.damaged.pop(path, None)
+        self.index.keep(WHOLE, self.name_of(path), stat, about)
 
     def keep_list(self, paths: Iterable[Path]) -> str:
         """The name of a list of these files, for task=cache: runs with the same files share it."""
@@ -227,36 +267,45 @@ def scenes_at(threshold: float) -> str:
     return f"scenes {VERSION_OF_SCENES} {threshold}"
 
 
-def about_in_file(path: Path) -> dict | None:
-    from safetensors import SafetensorError, safe_open
+def read_whole(path: Path) -> tuple[dict, str]:
+    """What write() was given as `about`, with the tensors' shapes as `shapes`; and the digest.
+
+    Reads all of the file. The digest is "" in files of earlier versions. DamagedFile if it is not
+    what was written, FileNotFoundError if it is not there.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            about.pop("digest", None)
-            names = list(file.keys())
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in names}
-            return {**about, "shapes": shapes}
-    except (FileNotFoundError, SafetensorError):
-        return None
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a file of the cache: None if nothing is, "" if it has no digest."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            digest = about.pop("digest", "")
-            if not digest:
-                return ""
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Not mapped into memory: there, an error of the disk would end the process.
+        content = path.read_bytes()
+        tensors, about = load(content), about_in(content)
     except FileNotFoundError:
-        return None
-    except (SafetensorError, OSError, ValueError) as error:
-        return f"it cannot be read ({first_line(error)})"
-    return None if digest_of(about, tensors) == digest else "its content is not what was written"
+        raise
+    except (SafetensorError, OSError, ValueError, LookupError) as error:
+        raise DamagedFile(f"it cannot be read ({first_line(error)})") from error
+    digest = about.pop("digest", "")
+    misnamed = not digest and any(is_digest(value) for value in about.values())
+    if misnamed or (digest and digest_of(about, tensors) != digest):
+        raise DamagedFile("its content is not what was written")
+    return {**about, "shapes": {name: list(t.shape) for name, t in tensors.items()}}, digest
+
+
+def about_in(content: bytes) -> dict:
+    """The metadata of a safetensors file: its header is JSON, after eight bytes with its length.
+
+    LookupError or ValueError if there is other metadata.
+    """
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__")
+    about = {} if metadata is None else json.loads(metadata["about"])
+    if not isinstance(about, dict):
+        raise ValueError("its metadata is not what was written")
+    return about
+
+
+def is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def digest_of(about: dict, tensors: dict[str, Tensor]) -> str:
@@ -303,45 +352,6 @@ def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
         # Removed while it is held. Those who wait for it see that, and open a new one.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-
-
-def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """The folder. If it does not exist, fill(path) writes its content first.
-
-    The content is written under a temporary name, so a folder with the right name is complete. If
-    several processes start together, one fills the folder and the others wait.
-    """
-    for wait in (False, True):
-        if folder.is_dir():
-            return folder
-        with claimed(folder, wait=wait) as claim:
-            if claim and not folder.is_dir():
-                fill_under_another_name(folder, fill)
-        if not wait and not claim:
-            print(f"waiting for another run to make {folder}", flush=True)
-    return folder
-
-
-def fill_under_another_name(folder: Path, fill: Callable[[Path], None]) -> None:
-    from safetensors import SafetensorError
-
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    try:
-        # A killed process of the same number may have left it.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        fill(partial)
-        partial.rename(folder)
-    # safetensors reports a full disk as an error of its own.
-    except (OSError, SafetensorError) as error:
-        # If the folder exists now, another process was faster, on a disk without locks.
-        if not folder.is_dir():
-            raise UserError(
-                f"cannot write {folder}: {error}. If the disk is full, free some space there, "
-                f"or choose another disk: data.cache_dir for the cache, task.to for an export"
-            ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def content_key(*parts: object) -> str:

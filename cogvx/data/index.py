@@ -21,6 +21,8 @@ from cogvx.libraries import collections_paused
 
 # It is written anew when this many of its lines are out of date, and they are most of it.
 OUTDATED_LINES = 1000
+# Earlier versions kept this of the cache's files without comparing them with their digests.
+NOT_TRUSTED = "about"
 Remembered = tuple[int, int, object]  # size in bytes, time of change in ns, value
 
 
@@ -84,9 +86,10 @@ class Index:
         with collections_paused():
             for line in parsed(lines):
                 if isinstance(line, list) and len(line) == 5 and isinstance(line[1], str):
-                    what, path, *entry = line
-                    entries.setdefault(what, {})[path] = tuple(entry)
                     count += 1
+                    what, path, *entry = line
+                    if what != NOT_TRUSTED:
+                        entries.setdefault(what, {})[path] = tuple(entry)
         kept = sum(map(len, entries.values()))
         if count - kept > max(OUTDATED_LINES, kept):
             self.write(entries)

@@ -52,8 +52,7 @@ def encode_prompts(
         group = share.take_group(prompts_at_once(model, text, max_length))
         found = prompt_embeds(tokenizer, model, map(prompt_of.get, group), text, max_length)
         for path, (embeds, about) in zip(group, found, strict=True):
-            cache.write(path, {"prompt_embeds": embeds}, about=about)
-            share.done(path)
+            share.write(path, {"prompt_embeds": embeds}, about)
 
     make_missing(list(paths.values()), cache, encode, "prompt", say)
     about = {prompt: cache.about(path) for prompt, path in paths.items() if prompt}

@@ -151,9 +151,13 @@ def make_missing(
     from accelerate.utils import broadcast_object_list, gather_object
 
     state = PartialState()
-    found = [path for path in dict.fromkeys(paths) if cache.about(path) is None]
     # All processes take the first one's list: another run may write while they look.
-    [missing] = broadcast_object_list([found])
+    [missing] = broadcast_object_list([cache.lacking(paths) if state.process_index == 0 else None])
+    if state.process_index > 0:
+        # What the first one has read is remembered there.
+        cache.index.forget()
+    for line in said_of_damage(cache, missing):
+        say(line)
     lacking = set(missing)
     say(cache_state(what, len(paths), sum(path in lacking for path in paths)))
     mine, started = missing[state.process_index :: state.num_processes], time.monotonic()
@@ -170,6 +174,16 @@ def make_missing(
     return reasons
 
 
+def said_of_damage(cache: Cache, missing: list[Path]) -> list[str]:
+    damaged = [path for path in missing if path in cache.damaged]
+    if not damaged:
+        return []
+    what = counted(len(damaged), "file of the cache is", "files of the cache are")
+    first = f"{cache.name_of(damaged[0])}: {cache.damaged[damaged[0]]}"
+    also = "; the first is" if len(damaged) > 1 else ":"
+    return [f"warning {what} damaged, and made again{also} {first}"]
+
+
 def make_claimed(
     paths: list[Path], cache: Cache, make: Callable[[Share], None], what: str, *, wait: bool
 ) -> tuple[dict[Path, str], list[Path]]:
@@ -183,6 +197,7 @@ def make_claimed(
     ):
         while share.take():
             make(share)
+        share.finish_writing()
     return share.reasons, share.elsewhere
 
 

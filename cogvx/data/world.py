@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvx.data.cache import filled
+from cogvx.data.filled import filled
 from cogvx.data.mp4 import write_video
 from cogvx.files import write_text
 from cogvx.progress import bar

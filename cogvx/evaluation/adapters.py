@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from cogvx.config import Config
-from cogvx.data.cache import filled
+from cogvx.data.filled import filled
 from cogvx.errors import UserError
 from cogvx.export.exporter import save_for_diffusers
 from cogvx.export.low_rank import Updates, added, of_one_rank, read_updates, require_fit

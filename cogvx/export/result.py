@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy
 from PIL import Image
 
 from cogvx.config import Config
-from cogvx.files import replacing, write_json
+from cogvx.files import flush_to_disk, replacing, write_json
 from cogvx.model.geometry import Geometry
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import FullWeights, LoraWeights
@@ -27,7 +28,7 @@ def deliver(
     image: numpy.ndarray | None,
     pretrained: PretrainedModel,
 ) -> str:
-    """Writes the weights and inference.json into the run's folder.
+    """Writes the weights and inference.json into the run's folder. Then they are on the disk.
 
     Returns the lines of Python that use them with this prompt. For image-to-video they start from
     `image`, [H, W, 3] uint8, which is written too.
@@ -40,6 +41,10 @@ def deliver(
     settings = inference_settings(config, weights, geometry, commit, prompt)
     settings["image"] = None if image is None else str(folder / IMAGE)
     write_json(folder / INFERENCE_SETTINGS, settings)
+    # summary.json will say that the run is done: nobody would train it again.
+    names = (weights.result, f"{weights.result}/*", IMAGE, INFERENCE_SETTINGS)
+    for path in (*itertools.chain(*map(folder.glob, names)), folder):
+        flush_to_disk(path)
     return snippet(folder, settings)
 
 

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cogvx.data.cache import filled
+from cogvx.data.filled import filled
 from cogvx.files import read_json, write_bytes, write_json
 from cogvx.model.geometry import Geometry
 from cogvx.model.released import SCHEDULER, TRANSFORMER_2B, VAE_2B

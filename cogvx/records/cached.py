@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from cogvx.config import choices_of
-from cogvx.data.cache import LISTS, damage
+from cogvx.data.cache import LISTS, DamagedFile, read_whole
+from cogvx.data.filled import DIGESTS, damage_in
+from cogvx.data.left_behind import tidy_cache
 from cogvx.errors import UserError
-from cogvx.files import read_json, shown
+from cogvx.files import gone, read_json, shown
 from cogvx.options.tasks import CacheTask, CacheWork
 from cogvx.progress import bar, counted
 from cogvx.records import record
@@ -39,7 +41,7 @@ ENCODED = ("latents", "images", "prompts")  # runs say which of these they use
 # that a dataset held as bytes, what previews need, and what task=inspect has seen.
 FOR_ALL = ("quantised", "traces", "videos", "colours", "looks")
 OF_EARLIER_VERSIONS = ("fingerprints", "facts")
-TEMPORARY = (".lock", ".partial")  # of processes that run; task=clean removes what they leave
+TEMPORARY = (".lock", ".partial")  # of processes that run, or were killed
 MOST_LINES = 12  # of runs, and of files
 CHECKED_AT_ONCE = 4
 SECONDS_OF_A_DAY = 24 * 3600
@@ -177,28 +179,42 @@ def say_silent(uses: Uses) -> None:
 
 
 def verify(folder: Path, kept: list[Kept]) -> None:
-    """Compares each file with its digest. A damaged one is named and removed."""
+    """Compares files, and folders that were made whole, with their digests.
+
+    What is damaged is named and removed.
+    """
     paths = [folder / each.name for each in kept if each.name.endswith(".safetensors")]
     paths = [path for path in paths if not path.is_relative_to(folder / "models")]
     with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
         checked = bar(pool.map(damage, paths), total=len(paths), desc="verify  files", leave=False)
         found = dict(zip(paths, checked, strict=True))
+    for place in {path.parent for path in folder.rglob(DIGESTS)}:
+        found[place] = damage_in(place, read_all=True)
     without = sum(reason == "" for reason in found.values())
     damaged = {path: reason for path, reason in found.items() if reason}
     for path, reason in damaged.items():
         print(f"damaged {shown(path)}: {reason}; {removed_in_words(path)}")
     undigested = f", {without} have no digest (quantised weights, and files of earlier versions)"
     print(
-        f"verify  {counted(len(paths), 'file')}: {len(paths) - without - len(damaged)} are whole, "
+        f"verify  {counted(len(found), 'file')}: {len(found) - without - len(damaged)} are whole, "
         f"{len(damaged)} damaged{undigested if without else ''}"
     )
 
 
-def removed_in_words(path: Path) -> str:
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of the cache: None if nothing is, "" if it has no digest."""
     try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        return f"it cannot be removed: {error.strerror}"
+        _, digest = read_whole(path)
+    except FileNotFoundError:
+        return None
+    except DamagedFile as reason:
+        return str(reason)
+    return None if digest else ""
+
+
+def removed_in_words(path: Path) -> str:
+    if not gone(path):
+        return "it cannot be removed"
     return "removed. The next run that needs it makes it again"
 
 
@@ -206,7 +222,12 @@ def removed_in_words(path: Path) -> str:
 
 
 def collect(folder: Path, kept: list[Kept], uses: Uses, task: CacheTask) -> None:
-    """Shows what can go, and removes it once that is confirmed."""
+    """Shows what can go, and removes it once that is confirmed.
+
+    What killed processes have left unfinished is removed without asking.
+    """
+    if left := tidy_cache(folder):
+        print(f"removed {counted(left, 'file')} that killed processes had left")
     for run in uses.silent:
         if is_locked(run):
             raise UserError(

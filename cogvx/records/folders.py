@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from cogvx import config as configuration
 from cogvx.errors import UserError
-from cogvx.files import read_json, shown
+from cogvx.files import is_left_over, is_unfinished, read_json, shown
 from cogvx.progress import counted
 from cogvx.records import record
 from cogvx.records.leaderboard import WIDE
@@ -263,7 +262,7 @@ def why_useless(folder: Path) -> str | None:
 def leftovers(root: Path, runs: list[Path]) -> Iterator[tuple[Path, str]]:
     """Parts of folders that can go, and why."""
     for path in root.rglob("*.partial"):
-        if not is_being_written(path):
+        if is_left_over(path) or not is_unfinished(path):
             yield path, "half written, by a process that was killed"
     for path in root.rglob(record.LOCK):
         if not is_locked(path.parent):
@@ -275,20 +274,6 @@ def leftovers(root: Path, runs: list[Path]) -> Iterator[tuple[Path, str]]:
         if record.finished(folder) is not None:
             for path in folder.glob("validation/base/*.npz"):
                 yield path, "frames that only a running run needs"
-
-
-def is_being_written(partial: Path) -> bool:
-    """Whether the process whose number the name ends with (NAME.PID.partial) runs here."""
-    number = partial.name.removesuffix(".partial").rpartition(".")[2]
-    if not number.isdigit():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs, as another user
-        return True
-    return True
 
 
 def is_job(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cogvx import config as configuration
 from cogvx.errors import UserError, first_line
-from cogvx.files import shown
+from cogvx.files import remove_left_over, shown
 from cogvx.progress import heartbeat, quiet_libraries
 from cogvx.records import record, report
 from cogvx.start import start_task
@@ -210,6 +210,7 @@ def run_here(folder: Path) -> int:
     try:
         with REQUESTS.listening(folder if is_main else None):
             if is_main:
+                remove_left_over(folder)
                 record.note(folder, allocator=allocator_settings())
             summary = start_task(config, folder)
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cogvx.errors import UserError, listed
-from cogvx.files import flush_to_disk, shown, write_json
+from cogvx.files import flush_to_disk, flush_tree, shown, write_json
 from cogvx.options.train import Train
 from cogvx.progress import counted
 from cogvx.records.record import HOW_TO_TRAIN_ON, is_imported
@@ -80,8 +80,7 @@ def save_whole(
         "files": {path.relative_to(folder).as_posix(): facts_of_file(path) for path in files},
     }
     write_json(folder / MANIFEST, manifest)
-    for path in [*folder.rglob("*"), folder]:
-        flush_to_disk(path)
+    flush_tree(folder)
 
 
 def facts_of_file(path: Path) -> dict:

@@ -35,6 +35,7 @@ from cogvx.data.inspect import (
     write_dataset,
     write_report,
 )
+from cogvx.data.left_behind import tidy_cache
 from cogvx.data.phrasing import require_readable
 from cogvx.data.prompts import encode_prompts
 from cogvx.data.sources import Data, Example
@@ -135,6 +136,8 @@ def prepare(
     prompts = validation_prompts(config.validation)
     images = validation_images(config.validation, 1 if prompts is None else len(prompts))
     cache = cache_of(config.data)
+    if ranks.logs and (left := tidy_cache(cache.folder)):
+        ranks.say(f"cache   removed {counted(left, 'file')} that killed processes had left")
     found = prepare_clips(config, cache, earlier_split(went_before, cache), ranks)
     tell_of_clips(config, folder, cache, found, ranks, trains=trains)
     own = found.shown_clips(images) if prompts is None else {}

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import warm
 
-from cogvx.data.cache import claimed, filled
+from cogvx.data.cache import claimed
+from cogvx.data.filled import filled
 from cogvx.data.sharing import READ_AHEAD
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -95,7 +96,7 @@ def test_a_claim_does_not_live_on_in_a_forked_process(tmp_path):
 FILLS = """
 import sys, time
 from pathlib import Path
-from cogvx.data.cache import filled
+from cogvx.data.filled import filled
 def fill(folder):
     print("fills", flush=True)
     while not Path(sys.argv[2]).exists():

@@ -113,19 +113,24 @@ def test_tiles_that_do_not_fit_are_refused(nano_folder):
         latent_moments(vae, frames, encoder)
 
 
-def test_half_a_cached_file_is_encoded_again(compose, clips, nano_folder, tmp_path):
-    data, cache, loads = (
-        compose(f"data.instance_data_root={clips}").data,
-        Cache(tmp_path / "cache"),
-        [],
-    )
-    first, _ = encode_clips(
-        data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None
-    )
-    whole = first[0].first.path.read_bytes()
-    first[0].first.path.write_bytes(whole[:100])
-    encode_clips(data.read(), data, cache, vae_encoder(nano_folder, loads), lambda text: None)
-    assert first[0].first.path.read_bytes() == whole and len(loads) == 2
+def test_damaged_latents_are_encoded_again_and_said(compose, clips, nano_folder, tmp_path):
+    data, loads, said = compose(f"data.instance_data_root={clips}").data, [], []
+
+    def encode() -> list[Path]:
+        vae, cache = vae_encoder(nano_folder, loads), Cache(tmp_path / "cache", "a set")
+        found, _ = encode_clips(data.read(), data, cache, vae, said.append)
+        return [clip.first.path for clip in found]
+
+    paths = encode()
+    whole = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(whole[0][:100])
+    flipped = bytearray(whole[4])
+    flipped[-1000] ^= 1
+    paths[4].write_bytes(flipped)
+    assert encode() == paths and len(loads) == 2
+    assert [path.read_bytes() for path in paths] == whole
+    assert "2 files of the cache are damaged, and made again; the first is latents/" in said[-3]
+    assert said[-2] == "encode  2 clips; 4 of 6 found in the cache"
 
 
 def test_one_clip_is_not_many():

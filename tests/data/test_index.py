@@ -88,8 +88,8 @@ def test_without_a_place_to_write_nothing_is_remembered_beyond_this_process(tmp_
 
 def test_known_files_of_the_cache_are_not_opened(tmp_path, monkeypatch):
     first, opened = Cache(tmp_path, "a set"), []
-    path, really = first.path("latents", "ab" * 20), caching.about_in_file
-    monkeypatch.setattr(caching, "about_in_file", lambda path: opened.append(path) or really(path))
+    path, really = first.path("latents", "ab" * 20), caching.read_whole
+    monkeypatch.setattr(caching, "read_whole", lambda path: opened.append(path) or really(path))
     first.write(path, {"latent_moments": torch.ones(2, 3)}, {"frames": 9})
     about = {"frames": 9, "shapes": {"latent_moments": [2, 3]}}
     assert first.about(path) == Cache(tmp_path, "a set").about(path) == about and opened == []

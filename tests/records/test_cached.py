@@ -8,7 +8,9 @@ import torch
 import yaml
 
 from cogvx.data.cache import Cache, content_key
+from cogvx.data.filled import filled
 from cogvx.errors import UserError
+from cogvx.files import unfinished
 from cogvx.options.tasks import CacheTask, CacheWork
 from cogvx.records import cached, record
 
@@ -172,3 +174,31 @@ def test_a_cache_that_is_not_there_is_said(outputs):
 def test_settings_that_do_not_fit_are_refused(compose, overrides, said):
     with pytest.raises(UserError, match=said):
         compose("task=cache", *overrides)
+
+
+def test_verify_reads_folders_too(outputs, capsys):
+    def fill(folder):
+        (folder / "weights").write_bytes(b"0123456789")
+
+    for name in ("models/nano_i2v", "demo_3"):
+        filled(outputs.parent / "cache" / name, fill)
+    weights = outputs.parent / "cache" / "models" / "nano_i2v" / "weights"
+    stat = weights.stat()
+    weights.write_bytes(b"0123456780")
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    work(outputs, do=CacheWork.verify)
+    said = capsys.readouterr().out
+    assert f"damaged {weights.parent}: the bytes of weights are not those" in said
+    assert not weights.parent.exists() and (outputs.parent / "cache" / "demo_3").is_dir()
+
+
+def test_gc_removes_what_killed_processes_left(outputs, capsys):
+    file = outputs.parent / "cache" / "latents" / "ab" / "abcd.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    left = unfinished(file)
+    left = left.with_name(left.name.replace(f".{os.getpid()}.", ".99999999."))
+    for path in (left, file.with_suffix(".safetensors.lock")):
+        path.touch()
+    work(outputs, do=CacheWork.gc, yes=False)
+    assert "removed 2 files that killed processes had left" in capsys.readouterr().out
+    assert not left.exists()

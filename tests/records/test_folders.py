@@ -6,6 +6,7 @@ import time
 import pytest
 
 from cogvx.errors import UserError
+from cogvx.files import this_machine, unfinished
 from cogvx.records import folders, record
 from cogvx.runs import grid
 
@@ -98,11 +99,22 @@ def test_clean_leaves_what_is_in_use_or_may_just_be_starting(outputs):
 
 
 def test_clean_leaves_a_file_that_a_living_process_is_writing(outputs):
-    (outputs / f"clip.{os.getpid()}.partial").write_text("half")
-    (outputs / "clip.99999999.partial").write_text("half")
+    writing = unfinished(outputs / "clip")
+    left, elsewhere = (
+        outputs
+        / writing.name.replace(f".{os.getpid()}.", f".{number}.").replace(this_machine(), machine)
+        for number, machine in ((99999999, this_machine()), (os.getpid(), "0a1b2c3d"))
+    )
+    for path in (writing, left, elsewhere):
+        path.write_text("half")
+    os.utime(elsewhere, (time.time() - 7200,) * 2)
+    os.utime(left, (time.time() - 7200,) * 2)
+    found = names(outputs, folders.useless(outputs))
+    assert left.name in found and not {writing.name, elsewhere.name} & found
     make_old(outputs)
     found = names(outputs, folders.useless(outputs))
-    assert "clip.99999999.partial" in found and f"clip.{os.getpid()}.partial" not in found
+    assert elsewhere.name in found, "for a day nobody has written to it"
+    assert writing.name not in found
 
 
 def test_without_a_terminal_clean_only_says_what_to_type(outputs, capsys):

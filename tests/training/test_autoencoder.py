@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from cogvx.data.cache import filled
+from cogvx.data.filled import filled
 from cogvx.errors import UserError
 from cogvx.files import read_json_lines
 from cogvx.model.pretrained import PretrainedModel
