@@ -200,12 +200,14 @@ class Cache:
         wanted += [] if threshold is None else [scenes_at(threshold)]
         unknown = [path for path in dict.fromkeys(paths) if not self.knows(path, *wanted)]
         what = "hash" if wanted == ["sha256"] else "read"
+        told = {"total": len(unknown), "desc": f"{what}    clips", "unit": "clip", "leave": False}
         with ThreadPoolExecutor(LOOKED_AT_ONCE) as pool:
-            looked = pool.map(look, unknown)
-            for _ in bar(
-                looked, total=len(unknown), desc=f"{what}    clips", unit="clip", leave=False
-            ):
-                pass
+            try:
+                for _ in bar(pool.map(look, unknown), **told):
+                    pass
+            finally:
+                # A run that is stopped does not read the rest.
+                pool.shutdown(cancel_futures=True)
 
     def knows(self, path: Path, *wanted: str) -> bool:
         """Whether this is remembered of the file; without more, its fingerprint."""

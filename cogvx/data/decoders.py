@@ -11,6 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy
@@ -47,19 +48,25 @@ def found_jumps(footage: Footage, threshold: float, seconds: float | None) -> li
 
 def ask(what: str, given: object, seconds: float | None, rows: dict[int, int]) -> object:
     """The answer to one request. rows: for each time of a frame, its row in the array."""
+    killed = 0
     while True:
         decoder = free_decoder()
         try:
             bad, found = decoder.ask(what, given, seconds, rows)
         except EOFError:
             code = decoder.stop()
-            # It had nothing to do for a while, and has just ended.
-            if code != ENDED_IDLE:
+            was_killed = code == -signal.SIGKILL
+            killed += was_killed
+            # It had nothing to do for a while, and has just ended. Or someone killed it, which
+            # says nothing of this clip, if it does not happen again.
+            if code != ENDED_IDLE and not (was_killed and killed == 1):
                 raise BadClip(how_it_ended(code, seconds)) from None
             continue
         except BaseException:
             decoder.stop()
             raise
+        finally:
+            BUSY.discard(decoder)
         IDLE.append(decoder)
         if bad is not None:
             raise BadClip(bad)
@@ -152,11 +159,33 @@ class Decoder:
 
 
 def free_decoder() -> Decoder:
-    with contextlib.suppress(IndexError):
-        return IDLE.pop()
-    return Decoder()
+    """BadClip after end_decoding()."""
+    try:
+        decoder = IDLE.pop()
+    except IndexError:
+        decoder = Decoder()
+    BUSY.add(decoder)
+    if ENDED.is_set():
+        BUSY.discard(decoder)
+        decoder.stop()
+        raise BadClip("was not read: the run was asked to stop")
+    return decoder
+
+
+def end_decoding() -> None:
+    """Threads that wait for a file go on at once, with BadClip."""
+    ENDED.set()
+    for decoder in list(BUSY):
+        decoder.process.kill()
+
+
+def forget_decoders() -> None:
+    """A forked process would share the pipes with the one before it."""
+    IDLE.clear()
+    BUSY.clear()
 
 
 IDLE: list[Decoder] = []
-# A forked process would share the pipes with this one.
-os.register_at_fork(after_in_child=IDLE.clear)
+BUSY: set[Decoder] = set()
+ENDED = threading.Event()
+os.register_at_fork(after_in_child=forget_decoders)

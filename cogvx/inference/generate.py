@@ -50,13 +50,14 @@ def generate(
     frugal: bool,
     seed: int,
     description: str | None,
+    after_each_step: Callable[[], None] | None = None,
 ) -> numpy.ndarray:
     """A video of the size in `data`, [F, H, W, 3] uint8. With a clip it is as long as the clip.
 
     pipeline_class: its name in diffusers. prompt_embeds, negative_prompt_embeds: [S, D]. image:
     the first frame, [H, W, 3] uint8; None for text-to-video. clip: for video-to-video. frugal:
-    memory.frugal_videos. description: of the progress bar; None for no bar. The same seed gives the
-    same starting noise on every device.
+    memory.frugal_videos. description: of the progress bar; None for no bar. after_each_step(): what
+    it raises ends the video. The same seed gives the same starting noise on every device.
     """
     pipeline_class = pipeline_class if clip is None else VIDEO_TO_VIDEO
     pipeline = pipeline_of(pipeline_class, transformer, vae, noise_scheduler, description)
@@ -77,11 +78,25 @@ def generate(
             use_dynamic_cfg=sampling.use_dynamic_cfg,
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="np",
+            callback_on_step_end=called(after_each_step),
+            callback_on_step_end_tensor_inputs=[],
         ).frames[0]
     if clip is not None:
         # The VAE decodes an even number of latent frames to four frames each, the first one too.
         frames = frames[-len(clip.frames) :]
     return (frames * 255).round().clip(0, 255).astype("uint8")
+
+
+def called(after_each_step: Callable[[], None] | None) -> Callable | None:
+    """As diffusers' pipelines call it. It changes no tensor."""
+    if after_each_step is None:
+        return None
+
+    def after(pipeline, step: int, timestep, tensors: dict) -> dict:
+        after_each_step()
+        return {}
+
+    return after
 
 
 def vae_alone(method: Callable, transformer, device: torch.device, frugal: bool, *given):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cogvx.errors import UserError, listed
@@ -36,11 +36,13 @@ def write_checkpoint(
     heldout_loss: float | None = None,
     *,
     limit: int | None,
+    missing: Sequence[str] = (),
 ) -> Path:
     """Writes the checkpoint of this step, then removes the oldest beyond `limit`.
 
     The one with the lowest held-out loss stays. `pending`: the losses of the steps that are not
-    logged yet, so that a resumed run logs the same means. UserError if the disk is full.
+    logged yet, so that a resumed run logs the same means. `missing`: what a signal cut short after
+    this step, so that a resumed run makes it. UserError if the disk is full.
     """
     folder = run_folder / "checkpoints" / f"step_{step:06d}"
     partial = folder.with_name(folder.name + PARTIAL)
@@ -50,7 +52,7 @@ def write_checkpoint(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_whole(state, partial, step, pending, heldout_loss)
+        save_whole(state, partial, step, pending, heldout_loss, missing)
         give_name(partial, folder)
     # torch and safetensors report a full disk as errors of their own.
     except Exception as error:
@@ -67,7 +69,12 @@ def write_checkpoint(
 
 
 def save_whole(
-    state: TrainingState, folder: Path, step: int, pending: list, heldout_loss: float | None
+    state: TrainingState,
+    folder: Path,
+    step: int,
+    pending: list,
+    heldout_loss: float | None,
+    missing: Sequence[str] = (),
 ) -> None:
     """Everything a checkpoint holds, on disk when this returns."""
     state.save(folder)
@@ -76,11 +83,16 @@ def save_whole(
         "step": step,
         "pending": pending,
         "heldout_loss": heldout_loss,
+        "missing": list(missing),
         "optimizer": state.optimizer_name(),
         "files": {path.relative_to(folder).as_posix(): facts_of_file(path) for path in files},
     }
     write_json(folder / MANIFEST, manifest)
     flush_tree(folder)
+
+
+def note_in_manifest(folder: Path, **facts: object) -> None:
+    write_json(folder / MANIFEST, {**read_manifest(folder), **facts}, durable=True)
 
 
 def facts_of_file(path: Path) -> dict:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import signal
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -18,6 +21,7 @@ from cogvx.model.cogvideox import CogVideoX
 from cogvx.options.validation import Validation
 from cogvx.training.ranks import Ranks
 from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
+from cogvx.training.stop import REQUESTS, CutShort
 
 # Seeds the held-out noise. It is the same in every run, so that runs can be compared.
 HELD_OUT_SEED = 0
@@ -67,24 +71,28 @@ def heldout_loss(
 
     The timesteps are the middles of validation.heldout_timesteps equal bands of the schedule, so
     by_timestep is the loss by band. load(index) returns a clip as a batch of one. The processes
-    share the clips. Returns None if there are none.
+    share the clips. Returns None if there are none. CutShort in all processes, if one of them is
+    asked to stop.
     """
     if not clips:
         return None
     bands, draws = validation.heldout_timesteps, range(validation.heldout_draws)
     timesteps = [int((k + 0.5) * model.num_timesteps / bands) for k in range(bands)]
     on_device = []
-    with torch.no_grad():
+    # The others wait for this process's losses, however few they are.
+    with torch.no_grad(), contextlib.suppress(CutShort):
         for index in range(ranks.index, clips, ranks.count):
             batch = load(index)
-            for timestep in timesteps:
-                for number in draws:
-                    draw = fixed_draw(model.device, index, timestep, number)
-                    losses, _ = training_losses(model, batch, draw)
-                    on_device.append((index, timestep, number, losses))
+            for timestep, number in itertools.product(timesteps, draws):
+                REQUESTS.cut_short_if_asked()
+                draw = fixed_draw(model.device, index, timestep, number)
+                losses, _ = training_losses(model, batch, draw)
+                on_device.append((index, timestep, number, losses))
     # The losses are read from the device at the end, all together.
     mine = [(index, t, number, losses.item()) for index, t, number, losses in on_device]
     losses = {(index, t, number): loss for index, t, number, loss in gather_object(mine)}
+    if len(losses) < clips * bands * len(draws):
+        raise CutShort(signal.SIGTERM)
     return summarize(losses, range(clips), timesteps, draws)
 
 

@@ -27,6 +27,7 @@ from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.geometry import Geometry
 from cogvx.options.validation import Sampler
 from cogvx.training.prepare import Prepared, read_tensor
+from cogvx.training.stop import REQUESTS
 
 COLOURS_VERSION = 1  # raise it when the same clips give another map
 SAMPLING_STEPS = 8
@@ -108,6 +109,7 @@ class Previews:
         prompts = [self.data.embeds(p) for p in (self.prompt, validation.negative_prompt)]
         prompts = [embeds[None].to(device) for embeds in prompts]
         for timestep in scheduler.timesteps:
+            REQUESTS.cut_short_if_asked()
             towards, away = (
                 self.model.predict_velocity(latents, condition, embeds, timestep[None]).float()
                 for embeds in prompts

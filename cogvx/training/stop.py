@@ -1,7 +1,8 @@
 """How a run is asked to stop or to save: by signals, and by files in its folder.   [no torch]
 
-Within the step loop the present step is finished, and a checkpoint is written. In every other phase
-the work ends at once: what is in the cache and the checkpoints stays.
+Within the step loop the present step is finished, and a checkpoint is written. Held-out loss,
+previews and videos of that step are cut short; they are made when the run is resumed. In every
+other phase the work ends at once: what is in the cache and the checkpoints stays.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+class CutShort(Stopped):
+    """Raised in the step loop between two parts of what the checkpoint can do without."""
+
+
 class StopRequests:
     """What this process was asked for. There is one: signals are for the whole process."""
 
@@ -57,6 +62,7 @@ class StopRequests:
     def listening(self, folder: Path | None) -> Iterator[None]:
         """folder: the run's, where the files `stop` and `save` are looked for; None: nowhere."""
         self.forget()
+        let_decode(True)
         before = {number: signal.signal(number, self.receive) for number in signals_heard()}
         ended = threading.Event()
         if folder is not None:
@@ -84,6 +90,7 @@ class StopRequests:
                 file=sys.stderr,
             )
             return
+        let_decode(False)
         raise Stopped(number)
 
     def look_for_files(self, folder: Path, ended: threading.Event) -> None:
@@ -102,6 +109,14 @@ class StopRequests:
         finally:
             self.deferred = False
 
+    def cut_short_if_asked(self) -> None:
+        """CutShort in the step loop, once a signal has come. Elsewhere the signal itself ends all.
+
+        Called between denoising steps, and between the clips of the held-out loss.
+        """
+        if self.deferred and self.received is not None:
+            raise CutShort(self.received)
+
     def asked(self, ranks: Ranks) -> int | None:
         """A signal's number, SAVE, or None; the same in all processes after the same step."""
         wanted = self.received or (SAVE if self.save else 0)
@@ -114,6 +129,17 @@ class StopRequests:
 
 
 REQUESTS = StopRequests()
+
+
+def let_decode(on: bool) -> None:
+    """A thread that waits for a long video file would keep a stopped process from ending."""
+    decoders = sys.modules.get("cogvx.data.decoders")
+    if decoders is None:  # nothing was read so far
+        return
+    if on:
+        decoders.ENDED.clear()
+    else:
+        decoders.end_decoding()
 
 
 def signals_heard() -> list[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,10 +31,13 @@ from cogvx.training.profiler import profiler
 from cogvx.training.ranks import Ranks
 from cogvx.training.state import TrainingState
 from cogvx.training.step import training_losses
-from cogvx.training.stop import REQUESTS, SAVE
+from cogvx.training.stop import REQUESTS, SAVE, CutShort
 from cogvx.training.timing import StepTimer
 from cogvx.training.torch_optimizer import can_skip_on_device, estimated_rate, set_learning_rate
 from cogvx.training.videos import ValidationVideos
+
+# What a signal cuts short, as a checkpoint's manifest names it.
+HELD_OUT_LOSS, PREVIEW, VIDEOS = "held-out loss", "preview", "videos"
 
 
 # A repr would read every weight from the device.
@@ -59,6 +63,7 @@ class Trainer:
     step: int  # how many of them are done
     grad_norm: torch.Tensor | None = None  # of the last step, on the device
     latest: tuple[int, HeldOutLoss | None] | None = None  # a step and its held-out loss
+    missing: list[str] = field(default_factory=list)  # of this step: a signal cut it short
 
     # -- the run -----------------------------------------------------------------------------
 
@@ -99,7 +104,8 @@ class Trainer:
                     self.write_videos()
                 if self.is_due(train.checkpointing_steps):
                     self.save_checkpoint()
-        return None
+            asked = REQUESTS.asked(self.ranks)
+        return None if asked == SAVE else asked
 
     def is_due(self, every: int | None) -> bool:
         """What happens every so many steps also happens after the last one; None: never."""
@@ -114,6 +120,7 @@ class Trainer:
         before = latest = self.evaluate(base=True)
         if self.source is not None:
             self.state.load(self.source)
+            self.make_missing()
         doing = f"steps {self.step + 1} to {self.steps}"
         # A run that was killed after its last step still has to deliver its result.
         if self.step == self.steps:
@@ -122,6 +129,30 @@ class Trainer:
         loss = f"; held-out loss of the base model {before}{noise_floor(before)}" if before else ""
         self.ranks.say(f"train   {doing}{loss}")
         return before, latest
+
+    def make_missing(self) -> None:
+        """What a signal cut short after the step that this run goes on from."""
+        missing = checkpoints.read_manifest(self.source).get("missing", [])
+        if not missing or self.source.parent.parent != self.folder:
+            return
+        makers = {
+            HELD_OUT_LOSS: self.evaluate,
+            PREVIEW: self.write_preview,
+            VIDEOS: self.write_videos,
+        }
+        made = {what: makers[what]() for what in missing}
+        if self.ranks.saves:
+            found = made.get(HELD_OUT_LOSS)
+            now = {"heldout_loss": found.mean} if found else {}
+            checkpoints.note_in_manifest(self.source, missing=[], **now)
+
+    @contextlib.contextmanager
+    def cut_short_by_signals(self, what: str) -> Iterator[None]:
+        """The block ends early once a signal has come in the step loop. `what` is then missing."""
+        try:
+            yield
+        except CutShort:
+            self.missing.append(what)
 
     def save_when_asked(self) -> None:
         """For the file `save` in the run's folder."""
@@ -250,15 +281,17 @@ class Trainer:
             )
 
     def evaluate(self, *, base: bool = False) -> HeldOutLoss | None:
-        """The held-out loss of the weights that would be delivered now.
+        """The held-out loss of the weights that would be delivered now; None without clips.
 
         base: that of the base model, which is step 0 in metrics.jsonl. If an average is delivered,
-        heldout_loss_trained is the loss of the trained weights themselves.
+        heldout_loss_trained is the loss of the trained weights themselves. None too if a signal
+        has cut it short.
         """
-        step, more = 0 if base else self.step, {}
+        step, more, found = 0 if base else self.step, {}, None
         peaks = self.ranks.peaks
         doing = heartbeat("train   still computing the held-out loss")
-        with self.timer.paused(), peaks.phase("held-out loss"), doing:
+        short = self.cut_short_by_signals(HELD_OUT_LOSS)
+        with short, self.timer.paused(), peaks.phase("held-out loss"), doing:
             if self.state.average is not None and not base:
                 trained = self.heldout_loss()
                 more["heldout_loss_trained"] = trained and trained.mean
@@ -291,7 +324,7 @@ class Trainer:
             return []
         written = []
         if self.ranks.makes_videos:
-            with self.generating(base=base):
+            with self.cut_short_by_signals(VIDEOS), self.generating(base=base):
                 if base:
                     self.videos.write_base(self.state.transformer)
                 else:
@@ -306,7 +339,8 @@ class Trainer:
             return
         written = []
         if self.ranks.makes_videos:
-            with self.timer.paused(), self.ranks.peaks.phase("preview"):
+            short = self.cut_short_by_signals(PREVIEW)
+            with short, self.timer.paused(), self.ranks.peaks.phase("preview"):
                 written = self.previews.write(self.step)
         if self.metrics:
             self.metrics.videos(written, self.step)
@@ -314,6 +348,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def generating(self, *, base: bool = False):
+        REQUESTS.cut_short_if_asked()
         with self.timer.paused(), self.state.base_model() if base else self.state.averaged():
             # What training keeps for its next step leaves no room for the VAE, and the reverse.
             give_memory_back(collect=True)
@@ -345,7 +380,13 @@ class Trainer:
             if self.ranks.saves:
                 limit = self.config.train.checkpoints_total_limit
                 checkpoints.write_checkpoint(
-                    self.folder, self.state, self.step, pending, heldout, limit=limit
+                    self.folder,
+                    self.state,
+                    self.step,
+                    pending,
+                    heldout,
+                    limit=limit,
+                    missing=self.missing,
                 )
             self.ranks.wait()
 

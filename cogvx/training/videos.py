@@ -23,6 +23,7 @@ from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.validation import Validation
 from cogvx.progress import bar, counted
 from cogvx.records.pages import REAL_CLIPS
+from cogvx.training.stop import REQUESTS
 
 
 def validation_prompts(validation: Validation) -> list[str] | None:
@@ -101,6 +102,7 @@ class VideoGenerator:
             frugal=self.config.memory.frugal_videos,
             seed=seed,
             description=description,
+            after_each_step=REQUESTS.cut_short_if_asked,
         )
 
     def save(self, path: Path, frames: numpy.ndarray) -> None:

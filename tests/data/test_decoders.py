@@ -1,7 +1,11 @@
 """A decoder that hangs, crashes or needs too much memory costs one clip, and is replaced."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import pytest
 from cogvx.data import decoder_process, decoders
 from cogvx.data.decoders import decoded_frames, surveyed
 from cogvx.data.footage import BadClip, survey
+from cogvx.training.stop import REQUESTS, Stopped
 
 BROKEN = [sys.executable, str(Path(__file__).parent / "broken_decoder.py")]
 
@@ -63,6 +68,26 @@ def test_a_decoder_without_work_ends_and_another_one_takes_its_place(
     monkeypatch.setattr(decoders, "IDLE", [ended])
     assert len(surveyed(path, 60).times) == 16
     assert ended.process.returncode == idle and [ended] != decoders.IDLE
+
+
+def test_a_decoder_that_someone_killed_costs_no_clip(make_clip, tmp_path, monkeypatch):
+    killed = decoders.Decoder()
+    killed.process.kill()
+    monkeypatch.setattr(decoders, "IDLE", [killed])
+    assert len(surveyed(make_clip(tmp_path / "clip.mp4"), 60).times) == 16
+
+
+def test_a_run_that_is_stopped_waits_for_no_file(make_clip, tmp_path, broken):
+    """Its decoder hangs, and data.decode_seconds is long."""
+    path = make_clip(tmp_path / "hangs_survey.mp4")
+    with pytest.raises(Stopped), REQUESTS.listening(None), ThreadPoolExecutor(1) as pool:
+        found = pool.submit(surveyed, path, 600)
+        while not decoders.BUSY:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert "was asked to stop" in str(found.exception())
+    with REQUESTS.listening(None):
+        assert len(surveyed(make_clip(tmp_path / "next.mp4"), 60).times) == 16
 
 
 def test_a_decoder_imports_no_torch():

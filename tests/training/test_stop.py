@@ -9,6 +9,9 @@ import time
 import pytest
 from settings import QUICK
 
+from cogvx.files import read_json_lines
+from cogvx.model import lora
+from cogvx.training import checkpoint as checkpoints
 from cogvx.training import stop
 from cogvx.training.stop import REQUESTS, Stopped
 
@@ -120,3 +123,58 @@ def wait_for_file(path, process) -> None:
     while not path.is_file():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+
+
+SHOWN = [
+    "train.max_train_steps=6",
+    "train.checkpointing_steps=6",
+    "train.logging_steps=1",
+    "validation.heldout_steps=2",
+    "validation.validation_steps=2",
+    "validation.preview=latents",
+    "validation.preview_steps=2",
+    "validation.num_validation_videos=2",
+    "validation.num_inference_steps=3",
+    "validation.validation_prompt='a circle'",
+    *("data.height=32", "data.width=32", "data.max_num_frames=5"),
+]
+
+
+@pytest.mark.slow
+def test_a_signal_cuts_validation_short_and_the_resumed_run_is_the_same(
+    run, trained, tmp_path, monkeypatch
+):
+    """First in the held-out loss of step 2, then in the second video of step 4."""
+    whole, polled = trained(*SHOWN), stop.StopRequests.cut_short_if_asked
+    first_video = tmp_path / "cut" / "validation" / "step_000004" / "01_seed42.mp4"
+    for holds, missing in (
+        (lambda: True, ["held-out loss", "preview", "videos"]),
+        (first_video.is_file, ["videos"]),
+    ):
+
+        def poll(self, holds=holds):
+            if self.deferred and self.received is None and holds():
+                os.kill(ME(), signal.SIGUSR1)
+            polled(self)
+
+        monkeypatch.setattr(stop.StopRequests, "cut_short_if_asked", poll)
+        cut = run("cut", *SHOWN, expect=128 + signal.SIGUSR1)
+        [newest, *_] = reversed(checkpoints.complete_checkpoints(cut))
+        assert checkpoints.read_manifest(newest)["missing"] == missing
+    assert not first_video.with_name("01_seed43.mp4").exists()
+    monkeypatch.setattr(stop.StopRequests, "cut_short_if_asked", polled)
+    run("cut", *SHOWN)
+    assert lora.compare(*(lora.read_adapter(each)[0] for each in (whole, cut)), values=True) == []
+    measured = ("step", "loss", "grad_norm", "heldout_loss", "heldout_by_clip")
+    lines = [read_json_lines(each / "metrics.jsonl") for each in (whole, cut)]
+    kept, found = ([{k: v for k, v in n.items() if k in measured} for n in x] for x in lines)
+    assert kept == found
+    shown = [
+        {
+            path.relative_to(each): path.read_bytes()
+            for kind in ("validation", "previews")
+            for path in each.glob(f"{kind}/step_*/*.*")
+        }
+        for each in (whole, cut)
+    ]
+    assert shown[0] == shown[1] and len(shown[0]) >= 20
