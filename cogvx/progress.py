@@ -1,4 +1,4 @@
-"""What is printed while something runs: bars, signs of life, and silence from the libraries."""
+"""What tells that something runs: bars, signs of life, a pulse. And silence from the libraries."""
 
 from __future__ import annotations
 
@@ -89,6 +89,64 @@ def bars_now() -> list[tqdm]:
 
 def a_bar_moves() -> bool:
     return any(time.time() - bar.last_print_t < STANDS_STILL for bar in bars_now())
+
+
+class Pulse:
+    """Where this process is in its work, and when it last went on. There is one.
+
+    The work sets it, which takes a microsecond; records/heartbeats.py writes it to a file.
+    """
+
+    def __init__(self):
+        self.changed = threading.Event()  # the phase
+        self.begin()
+
+    def begin(self) -> None:
+        self.phases: list[str] = []  # the phase, after those that it interrupts
+        self.step: int | None = None
+        self.steps: int | None = None
+        self.waits = False  # for the other processes of the run
+        self.bars: list[tuple[str, float]] = []
+        self.beat()
+
+    def beat(self) -> None:
+        """Called when a part of the work is done."""
+        self.moved_at = time.time()
+
+    def at_step(self, step: int, steps: int) -> None:
+        self.step, self.steps = step, steps
+        self.beat()
+
+    def in_phases(self, phases: list[str]) -> None:
+        self.phases = list(phases)
+        self.beat()
+        self.changed.set()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within this context the process waits for the other processes of its run."""
+        before, self.waits = self.waits, True
+        try:
+            yield
+        finally:
+            self.waits = before
+            self.beat()
+
+    def doing(self) -> str | None:
+        if self.phases:
+            return self.phases[-1]
+        signs = SignsOfLife.running[-1:]
+        return signs[0].what.partition(" ")[2].strip() if signs else None
+
+    def look_at_bars(self) -> None:
+        """A bar that has moved is work that goes on."""
+        now = [(str(bar.desc), bar.n) for bar in bars_now()]
+        if now != self.bars:
+            self.bars = now
+            self.beat()
+
+
+PULSE = Pulse()
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:

@@ -165,7 +165,7 @@ def free_decoder() -> Decoder:
     except IndexError:
         decoder = Decoder()
     BUSY.add(decoder)
-    if ENDED.is_set():
+    if DECODING_ENDED.is_set():
         BUSY.discard(decoder)
         decoder.stop()
         raise BadClip("was not read: the run was asked to stop")
@@ -174,7 +174,7 @@ def free_decoder() -> Decoder:
 
 def end_decoding() -> None:
     """Threads that wait for a file go on at once, with BadClip."""
-    ENDED.set()
+    DECODING_ENDED.set()
     for decoder in list(BUSY):
         decoder.process.kill()
 
@@ -187,5 +187,5 @@ def forget_decoders() -> None:
 
 IDLE: list[Decoder] = []
 BUSY: set[Decoder] = set()
-ENDED = threading.Event()
+DECODING_ENDED = threading.Event()
 os.register_at_fork(after_in_child=forget_decoders)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cogvx.data.cache import Cache, claimed
 from cogvx.data.video import BadClip
-from cogvx.progress import bar, counted
+from cogvx.progress import PULSE, bar, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,8 +167,9 @@ def make_missing(
     while elsewhere:
         more, elsewhere = make_claimed(elsewhere, cache, make, what, wait=True)
         reasons |= more
-    reasons = dict(gather_object(list(reasons.items())))
-    state.wait_for_everyone()
+    with PULSE.waiting():
+        reasons = dict(gather_object(list(reasons.items())))
+        state.wait_for_everyone()
     if len(missing) > len(reasons):
         say(speed(len(missing) - len(reasons), what, time.monotonic() - started))
     return reasons

@@ -19,7 +19,7 @@ from cogvx import config as configuration
 from cogvx.errors import UserError
 from cogvx.files import is_left_over, is_unfinished, read_json, shown
 from cogvx.progress import counted
-from cogvx.records import record
+from cogvx.records import heartbeats, record
 from cogvx.records.leaderboard import WIDE
 from cogvx.records.pages import size_text
 from cogvx.records.sweep import (
@@ -122,6 +122,7 @@ def run_entry(root: Path, folder: Path) -> Entry:
     progress, settings = progress_of(folder), recorded_settings(folder)
     state = progress.state
     at = f" {progress.step}/{progress.steps}" if state is not State.done and progress.steps else ""
+    at += silence_text(folder) if state is State.running else ""
     task = configuration.choices_of(settings).get("task", "train")
     return Entry(
         str(folder.relative_to(root)),
@@ -132,6 +133,13 @@ def run_entry(root: Path, folder: Path) -> Entry:
         size_of(folder),
         newest_change([folder]),
     )
+
+
+def silence_text(folder: Path) -> str:
+    """Of a run that seems to hang; else empty."""
+    now, beats = time.time(), heartbeats.silent(folder)
+    longest = max((now - beat.moved for beat in beats), default=None)
+    return "" if longest is None else f", no work for {heartbeats.minutes(longest)}"
 
 
 def sweep_entry(root: Path, folder: Path) -> Entry:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cogvx.files import read_json, write_json
 from cogvx.progress import SignsOfLife, bars_now
+from cogvx.records.heartbeats import silent
 
 PROGRESS = "progress.json"
 TELL_EVERY = 2  # seconds
@@ -120,11 +121,11 @@ class Doing:
     @classmethod
     def read(cls, folder: Path, logged: int = 0) -> Doing:
         """logged: the last step in metrics.jsonl, which may have been written later."""
-        facts = read_json(folder / PROGRESS)
+        facts, now = read_json(folder / PROGRESS), time.time()
         if "step" in facts:
             facts["step"] = max(facts["step"], logged)
         return cls(
-            in_words(facts),
+            in_words(facts) + "".join(f". {beat.words(now)}" for beat in silent(folder)),
             facts.get("step"),
             facts.get("steps"),
             facts.get("seconds_left"),

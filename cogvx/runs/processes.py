@@ -22,11 +22,12 @@ from cogvx import config as configuration
 from cogvx.errors import UserError, first_line
 from cogvx.files import remove_left_over, shown
 from cogvx.progress import heartbeat, quiet_libraries
-from cogvx.records import record, report
+from cogvx.records import heartbeats, record, report
 from cogvx.start import start_task
 from cogvx.training.stop import REQUESTS, SAME_WITHIN, STOP_CODES, signals_heard
 
 GRACE = 15  # seconds
+LOOK_AT_BEATS = 30  # seconds between looks at the heartbeats of the ranks
 # torch's own error for the GPU's memory has this type. What cuBLAS and cuDNN cannot allocate, and
 # pinned memory, comes as a RuntimeError with one of these texts.
 OUT_OF_MEMORY_ERROR = "OutOfMemoryError"
@@ -68,12 +69,13 @@ def run_recorded(folder: Path, lock: int | None = None) -> int:
     `lock`: the file descriptor that locks the folder. Several processes hold it together.
     """
     count = configuration.read(folder / record.CONFIG).parallel.num_processes
+    heartbeats.forget_beats(folder)
     if count == 1:
         return run_here(folder)
     (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
     ranks = start_ranks(folder, count, lock)
     with passing_on(ranks) as received:
-        codes = wait_for_ranks(ranks)
+        codes = wait_for_ranks(ranks, folder)
     if any(codes):
         report_failed_ranks(folder, codes)
     if received and STOP_CODES.intersection(codes):
@@ -178,16 +180,19 @@ def log_of(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.log"
 
 
-def wait_for_ranks(ranks: list[subprocess.Popen]) -> list[int]:
+def wait_for_ranks(ranks: list[subprocess.Popen], folder: Path) -> list[int]:
     """The exit codes of all ranks.
 
     When one has failed, the others may wait for it for ever: they get GRACE seconds to end. A
     rank stopped here after that counts as failed (1), so that KILLED means: killed by another.
+    A rank that seems to hang is named.
     """
     failed_at, stopped_here = None, []
+    silence = Silence(folder)
     # Every rank is asked: any() would stop at the first that runs, and miss one that has failed.
     while None in [rank.poll() for rank in ranks]:
         time.sleep(0.1)
+        silence.look()
         if failed_at is None and any(rank.returncode for rank in ranks):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > GRACE and not stopped_here:
@@ -198,6 +203,27 @@ def wait_for_ranks(ranks: list[subprocess.Popen]) -> list[int]:
     return [1 if rank in stopped_here else code for rank, code in zip(ranks, codes, strict=True)]
 
 
+class Silence:
+    """Names each process of a run that seems to hang, once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.told, self.due = folder, set(), time.monotonic() + LOOK_AT_BEATS
+
+    def look(self) -> None:
+        if time.monotonic() < self.due:
+            return
+        self.due = time.monotonic() + LOOK_AT_BEATS
+        for beat in heartbeats.silent(self.folder):
+            if beat.pid not in self.told:
+                self.told.add(beat.pid)
+                print(
+                    f"warning {beat.words(time.time())}. Look at it:  "
+                    f"python launch.py task=doctor task.run={shown(self.folder)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
 def run_here(folder: Path) -> int:
     """Runs the task in this process; returns its exit code.
 
@@ -206,9 +232,10 @@ def run_here(folder: Path) -> int:
     config = configuration.read(folder / record.CONFIG)
     quiet_libraries()
     prefer_expandable_segments()
-    is_main = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", "0"))
+    is_main = rank == 0
     try:
-        with REQUESTS.listening(folder if is_main else None):
+        with heartbeats.beating(folder, rank), REQUESTS.listening(folder if is_main else None):
             if is_main:
                 remove_left_over(folder)
                 record.note(folder, allocator=allocator_settings())
@@ -227,6 +254,8 @@ def run_here(folder: Path) -> int:
     finally:
         if is_main:
             conclude_run(folder, summary)
+        if summary["status"] == "done":
+            heartbeats.forget_beat(folder, rank)
     return code
 
 

@@ -16,6 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from cogvx.model import transfer
 from cogvx.options.cards import GIB
+from cogvx.progress import PULSE
 
 # Linux: a 5 written there makes the process's peak its present size (man proc_pid_clear_refs).
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -39,11 +40,13 @@ class MemoryPeaks:
         """
         self.note()
         self.present.append(name)
+        PULSE.in_phases(self.present)
         try:
             yield
         finally:
             self.note()
             self.present.pop()
+            PULSE.in_phases(self.present)
 
     def present_state(self) -> tuple[list[str], dict[str, Peaks]]:
         """The phase after those that it interrupts, and the peaks noted so far.

@@ -19,7 +19,7 @@ from accelerate.utils import (
 from cogvx.config import Config
 from cogvx.errors import UserError
 from cogvx.options.train import FP16_WITHOUT_GPU, Precision
-from cogvx.progress import counted
+from cogvx.progress import PULSE, counted
 from cogvx.training.peaks import MemoryPeaks
 
 Made = TypeVar("Made")
@@ -73,13 +73,15 @@ class Ranks:
 
     def wait(self) -> None:
         """Returns when every process has come here."""
-        self.accelerator.wait_for_everyone()
+        with PULSE.waiting():
+            self.accelerator.wait_for_everyone()
 
     def of_first(self, value: object) -> object:
         """The first process's value, in every process."""
         if self.count == 1:
             return value
-        return broadcast_object_list([value])[0]
+        with PULSE.waiting():
+            return broadcast_object_list([value])[0]
 
     def done_by_first(self, make: Callable[[], Made]) -> Made:
         """What make() returns in the first process, in every process. So with its UserError."""
@@ -99,7 +101,8 @@ class Ranks:
         if self.count == 1:
             return number
         shared = torch.tensor([number], device="cpu")
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.hosts)
+        with PULSE.waiting():
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.hosts)
         return shared.tolist()[0]
 
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from cogvx.progress import PULSE
+
 if TYPE_CHECKING:
     from cogvx.training.ranks import Ranks
 
@@ -112,8 +114,9 @@ class StopRequests:
     def cut_short_if_asked(self) -> None:
         """CutShort in the step loop, once a signal has come. Elsewhere the signal itself ends all.
 
-        Called between denoising steps, and between the clips of the held-out loss.
+        Called between denoising steps, and between the clips of the held-out loss: work goes on.
         """
+        PULSE.beat()
         if self.deferred and self.received is not None:
             raise CutShort(self.received)
 
@@ -137,7 +140,7 @@ def let_decode(on: bool) -> None:
     if decoders is None:  # nothing was read so far
         return
     if on:
-        decoders.ENDED.clear()
+        decoders.DECODING_ENDED.clear()
     else:
         decoders.end_decoding()
 

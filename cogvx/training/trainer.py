@@ -16,7 +16,7 @@ from cogvx.config import Config
 from cogvx.files import shown
 from cogvx.inference import scores
 from cogvx.model.cogvideox import CogVideoX
-from cogvx.progress import bar, heartbeat
+from cogvx.progress import PULSE, bar, heartbeat
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.batches import Batches
 from cogvx.training.heldout import HeldOutLoss, heldout_loss, require_finite
@@ -84,6 +84,7 @@ class Trainer:
         phase = self.ranks.peaks.phase("train")
         with phase, self.progress_bar() as progress, self.profiler() as profile:
             self.timer.start(progress)
+            PULSE.at_step(self.step, self.steps)
             while self.step < self.steps:
                 asked = REQUESTS.asked(self.ranks)
                 if asked == SAVE:
@@ -92,6 +93,7 @@ class Trainer:
                     return asked
                 rate = self.optimizer_step()
                 self.step += 1
+                PULSE.at_step(self.step, self.steps)
                 progress.update()
                 profile.step()
                 if self.is_due(train.logging_steps):
@@ -222,6 +224,7 @@ class Trainer:
             if train.min_snr_gamma is not None:
                 losses = losses * self.model.min_snr_weight(timesteps, train.min_snr_gamma)
             accelerator.backward(losses.mean() / train.gradient_accumulation_steps)
+            PULSE.beat()
 
     def clip_gradients(self) -> torch.Tensor:
         """Returns the norm of all gradients before they are clipped to train.max_grad_norm."""

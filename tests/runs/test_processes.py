@@ -86,7 +86,7 @@ def test_a_driver_without_virtual_memory_is_said_with_what_helps():
     assert "PYTORCH_ALLOC_CONF=expandable_segments:False in front of the command" in message
 
 
-def test_a_rank_that_failed_is_seen_while_the_first_one_runs(monkeypatch):
+def test_a_rank_that_failed_is_seen_while_the_first_one_runs(monkeypatch, tmp_path):
     """The others may wait for it for ever."""
     monkeypatch.setattr(processes, "GRACE", 0.2)
     ranks = [
@@ -94,5 +94,5 @@ def test_a_rank_that_failed_is_seen_while_the_first_one_runs(monkeypatch):
         for code in ("import time; time.sleep(60)", "raise SystemExit(3)")
     ]
     started = time.monotonic()
-    assert processes.wait_for_ranks(ranks) == [1, 3]
+    assert processes.wait_for_ranks(ranks, tmp_path) == [1, 3]
     assert time.monotonic() - started < 20
