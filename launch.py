@@ -52,7 +52,8 @@ def entry(arguments: list[str]) -> int:
             return say(error)
         except yaml.YAMLError as error:
             return say(f"a YAML file cannot be parsed: {error}")
-        except OSError as error:  # such as a full disk
+        # Such as a full disk, or too little memory.
+        except (OSError, MemoryError, RuntimeError) as error:
             message, code = processes.explained(error)
             if code != processes.FAILED:
                 raise

@@ -67,7 +67,12 @@ ADDED_SETTINGS = {
         "flip": False,
         "near_duplicates_together": True,
     },
-    "train": {"hub_repo_id": None, "hub_private": True, "hub_checkpoints": False},
+    "train": {
+        "hub_repo_id": None,
+        "hub_private": True,
+        "hub_checkpoints": False,
+        "deterministic": False,
+    },
     "validation": {
         "scheduler": None,
         "negative_prompt": "",

@@ -19,6 +19,14 @@ from cogvx.options.train import FP16_WITHOUT_GPU, Precision
 if TYPE_CHECKING:
     from cogvx.config import Config
 
+# What train.deterministic is for.
+COMPUTE_ON_DEVICE = (
+    tasks.TrainTask,
+    tasks.EncodeTask,
+    tasks.EvaluateTask,
+    tasks.GenerateTask,
+)
+
 
 def require_ready(config: Config) -> None:
     """UserError for what can be known before torch is imported and a folder is made."""
@@ -40,7 +48,13 @@ def require_ready(config: Config) -> None:
 
 def start_task(config: Config, folder: Path) -> dict:
     """Runs config.task in the run's folder and returns the run's summary."""
-    return STARTS_BY_TASK[type(config.task)](config, folder)
+    start = STARTS_BY_TASK[type(config.task)]
+    if not config.train.deterministic or not isinstance(config.task, COMPUTE_ON_DEVICE):
+        return start(config, folder)
+    from cogvx.training.deterministic import deterministic_kernels
+
+    with deterministic_kernels(compiled=config.train.compile):
+        return start(config, folder)
 
 
 def start_training(config: Config, folder: Path) -> dict:

@@ -30,6 +30,7 @@ from cogvx.progress import bar, counted
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.heldout import heldout_loss
 from cogvx.training.kernel import chosen_attention
+from cogvx.training.out_of_memory import noting_lack
 from cogvx.training.prepare import Prepared, first_frame, prepare
 from cogvx.training.ranks import Ranks, start_processes
 from cogvx.training.setup import frozen_variants
@@ -141,11 +142,13 @@ def measure_variants(
     measured = Measured()
     with chosen_attention(config, data.pretrained, folder, ranks, [config.task.run]):
         for variant, model in models(config, data, variants, ranks):
-            loss = heldout_loss(
-                model, len(data.held_out), data.held_out_batch, config.validation, ranks
-            )
+            with noting_lack("held-out loss", f"of {variant.name}"):
+                loss = heldout_loss(
+                    model, len(data.held_out), data.held_out_batch, config.validation, ranks
+                )
             measured.heldout_loss[variant.name] = None if loss is None else loss.mean
-            videos = make_videos(config, data, model, variant, asked, folder)
+            with noting_lack("video", f"of {variant.name}"):
+                videos = make_videos(config, data, model, variant, asked, folder)
             measured.videos[variant.name] = videos
     # Not by the transformer's kernel: a CLIP model may have attention of another kind.
     for name, videos in measured.videos.items():

@@ -42,6 +42,7 @@ from cogvx.options.tasks import GenerateTask
 from cogvx.progress import bar, counted
 from cogvx.records.pages import VIDEO_INDEX, duration
 from cogvx.training.kernel import chosen_attention
+from cogvx.training.out_of_memory import noting_lack
 from cogvx.training.peaks import give_memory_back
 from cogvx.training.prepare import Prepared, encoders, fetch_model
 from cogvx.training.ranks import Ranks, start_processes
@@ -130,7 +131,8 @@ def prepare_prompts_alone(
     warn_of_id_token(config, prompts, ranks)
     needed = [config.validation.negative_prompt, *prompts]
     text_tokens = pretrained.geometry().text_tokens
-    embeds = encode_prompts(needed, cache, text_encoder, text_tokens, ranks.say)
+    with noting_lack("encode prompts"):
+        embeds = encode_prompts(needed, cache, text_encoder, text_tokens, ranks.say)
     # The text encoder's memory is for the transformer now.
     give_memory_back(collect=True)
     return Prepared(pretrained, [], [], embeds, prompts, prompts[0], images={})
@@ -171,7 +173,8 @@ def make_videos_not_there(
             for each, path in zip(asked, paths[variant.name], strict=True):
                 if not path.is_file():
                     title = f"{variant.name} {path.stem}"
-                    made = make_video(generator, model.transformer, vae, each, title)
+                    with noting_lack("video", title):
+                        made = make_video(generator, model.transformer, vae, each, title)
                     generator.save(path, made)
                     progress.update()
             pictured[variant.name] = [three_frames(path) for path in paths[variant.name]]

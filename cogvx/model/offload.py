@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from cogvx.model import transfer
@@ -266,6 +268,11 @@ def offloaded(transformer: torch.nn.Module, device: torch.device) -> Iterator[No
     move_parameters(places, transfer.to_cpu)
     try:
         yield
+    except BaseException as error:
+        # What the failed work still has in memory takes the place of the weights.
+        traceback.clear_frames(error.__traceback__)
+        clear_device_cache()
+        raise
     finally:
         move_parameters(places, back)
         if stored:

@@ -84,6 +84,7 @@ class Train:
     ema_decay: float | None
     max_skipped_steps: int
     attention: Attention
+    deterministic: bool
     compile: bool
     profile_steps: int
     logging_steps: int
@@ -128,6 +129,11 @@ class Train:
             found.append(
                 f"train.attention={self.attention.name} computes in 16 bits: "
                 f"train.mixed_precision=bf16, or train.attention=auto"
+            )
+        if self.deterministic and self.attention is Attention.cudnn:
+            found.append(
+                "train.attention=cudnn with train.deterministic=true, for which torch leaves this "
+                "kernel out: train.attention=flash, or auto"
             )
         if self.profile_steps < 0:
             found.append(

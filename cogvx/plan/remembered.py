@@ -26,6 +26,7 @@ NOT_TRACED = (
     *("task", "tracking", "scheduler", "seed", "output_dir", "optimizer.learning_rate"),
     *("data.cache_dir", "data.instance_data_root", "model.path", "model.revision"),
     *("train.max_train_steps", "train.num_train_epochs", "train.profile_steps"),
+    "train.deterministic",
     *("train.checkpointing_steps", "train.checkpoints_total_limit", "train.logging_steps"),
 )
 

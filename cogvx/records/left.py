@@ -56,12 +56,32 @@ class Run:
         return [line for line in self.metrics if line.get("heldout_loss") is not None]
 
     @property
+    def skipped_validation(self) -> dict[str, list[int]]:
+        """The parts of validation that memory did not suffice for, with their steps."""
+        return skipped_in(self.metrics)
+
+    @property
+    def lost_its_judge(self) -> bool:
+        """Whether the held-out loss of the result is not known, because memory ended."""
+        last = self.judged[-1]["step"] if self.judged else 0
+        return any(step > last for step in self.skipped_validation.get("held-out loss", []))
+
+    @property
     def trained(self) -> list[dict]:
         return [line for line in self.metrics if "loss" in line]
 
     @property
     def choices(self) -> dict[str, str]:
         return configuration.choices_of(self.settings)
+
+
+def skipped_in(metrics: list[dict]) -> dict[str, list[int]]:
+    """What lines of metrics.jsonl say of memory that ended in validation: steps, by the part."""
+    found: dict[str, set[int]] = {}
+    for line in metrics:
+        if "out_of_memory" in line:
+            found.setdefault(line["out_of_memory"], set()).add(line["step"])
+    return {what: sorted(steps) for what, steps in found.items()}
 
 
 def goes_on(folder: Path) -> bool:

@@ -57,6 +57,8 @@ def said_of_training(run: Run):
     skipped = sum("skipped" in line for line in run.metrics)
     if skipped:
         yield "Steps left out (gradient not finite)", str(skipped)
+    for what, steps in run.skipped_validation.items():
+        yield f"Memory ended: no {what} after step", ", ".join(map(str, steps))
     weights = run.facts.get("dtypes", {}).get("trained")
     if weights:
         kinds = [f"{number / 1e6:.2f} million in {n}" for n, number in weights.items()]
@@ -71,7 +73,8 @@ def said_of_heldout(run: Run):
         return
     yield "Base model", f"{judged[0]['heldout_loss']:.4f}"
     if len(judged) > 1:
-        when = "After training" if run.doing is None else f"After step {judged[-1]['step']}"
+        known = run.doing is None and not run.lost_its_judge
+        when = "After training" if known else f"After step {judged[-1]['step']}"
         yield when, f"{judged[-1]['heldout_loss']:.4f}"
     if summary.get("best_heldout_loss") is not None:
         best = f"{summary['best_heldout_loss']:.4f} after step {summary['best_step']}"

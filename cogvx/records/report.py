@@ -247,7 +247,7 @@ def heldout_change(run: Run) -> Interval | None:
 
 def verdict(run: Run) -> list[str]:
     """One or two sentences; empty while there is nothing to judge."""
-    losses = (loss_verdict(run), source_verdict(run))
+    losses = (judge_verdict(run), loss_verdict(run), source_verdict(run))
     found = (plan_verdict(run.summary), *losses, score_verdict(run))
     return [sentence for sentence in found if sentence]
 
@@ -260,6 +260,15 @@ def plan_verdict(summary: dict) -> str:
     return (
         f"This training {fits} on {summary['card']}: its peak is "
         f"{summary['peak_reserved_gib']:.1f} GiB, in the phase {summary['peak_phase']}."
+    )
+
+
+def judge_verdict(run: Run) -> str:
+    if not run.lost_its_judge:
+        return ""
+    return (
+        f"Memory ended while the held-out loss of the result was computed: it is not known. The "
+        f"last one is that after step {run.judged[-1]['step']}."
     )
 
 

@@ -24,30 +24,12 @@ from cogvx.files import remove_left_over, shown
 from cogvx.progress import heartbeat, quiet_libraries
 from cogvx.records import heartbeats, record, report
 from cogvx.start import start_task
+from cogvx.training.deterministic import without_kernel
+from cogvx.training.out_of_memory import lack_of, said_of_lack
 from cogvx.training.stop import REQUESTS, SAME_WITHIN, STOP_CODES, signals_heard
 
 GRACE = 15  # seconds
 LOOK_AT_BEATS = 30  # seconds between looks at the heartbeats of the ranks
-# torch's own error for the GPU's memory has this type. What cuBLAS and cuDNN cannot allocate, and
-# pinned memory, comes as a RuntimeError with one of these texts.
-OUT_OF_MEMORY_ERROR = "OutOfMemoryError"
-OUT_OF_GPU_TEXTS = (
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUDA driver error: out of memory",
-    "_ALLOC_FAILED",
-)
-OUT_OF_RAM_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough")
-OUT_OF_MEMORY = (
-    "the GPU's memory is too small for this. What helps, the cheapest first: memory=balanced, "
-    "train.train_batch_size=1 with more train.gradient_accumulation_steps, "
-    "fewer frames (data.max_num_frames), a smaller size (data.height, data.width)."
-)
-OUT_OF_RAM = (
-    "this machine's memory (RAM) is too small for this. Memory modes that offload to RAM need more "
-    "of it: python launch.py task=plan ... prints how much. memory=low keeps less there than "
-    "memory=minimal and memory=low_full."
-)
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 # How torch's allocator for GPUs is set up. torch >= 2.11 reads the first of them.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -242,8 +224,8 @@ def run_here(folder: Path) -> int:
             summary = start_task(config, folder)
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
-        message, code = explained(error)
-        stopped, memory = code in STOP_CODES, memory_advice(error) is not None
+        message, code = explained(error, config, folder)
+        stopped, memory = code in STOP_CODES, lack_of(error) is not None
         status = "interrupted" if stopped else "out_of_memory" if memory else "failed"
         summary = {"status": status, "reason": message}
         if code == 1:
@@ -281,8 +263,13 @@ def allocator_settings() -> dict[str, str]:
     return {name: os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ}
 
 
-def explained(error: BaseException) -> tuple[str, int]:
-    """What to tell the user, and the exit code: 1 for our own errors, which keep a traceback."""
+def explained(
+    error: BaseException, config: configuration.Config | None = None, folder: Path | None = None
+) -> tuple[str, int]:
+    """What to tell the user, and the exit code: 1 for our own errors, which keep a traceback.
+
+    config, folder: of the run, if there is one.
+    """
     if isinstance(error, UserError):
         return str(error), FAILED
     if isinstance(error, KeyboardInterrupt):
@@ -296,9 +283,9 @@ def explained(error: BaseException) -> tuple[str, int]:
             f"to where this user can write",
             FAILED,
         )
-    advice = memory_advice(error)
-    if advice is not None:
-        return f"{advice} torch says: {first_line(error)}", FAILED
+    for advice in (said_of_lack(error, config, folder), without_kernel(error)):
+        if advice is not None:
+            return advice, FAILED
     if "CUDA driver error: operation not supported" in str(error):
         return f"{NOT_EXPANDABLE} torch says: {first_line(error)}", FAILED
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -309,22 +296,6 @@ def explained(error: BaseException) -> tuple[str, int]:
             FAILED,
         )
     return f"{type(error).__name__}: {error}", 1
-
-
-def memory_advice(error: BaseException) -> str | None:
-    """What helps if this error means that memory ran out; None if it does not."""
-    text = str(error)
-    if type(error).__name__ == OUT_OF_MEMORY_ERROR:
-        return OUT_OF_MEMORY
-    if isinstance(error, MemoryError):
-        return OUT_OF_RAM
-    if not isinstance(error, RuntimeError):
-        return None
-    if any(part in text for part in OUT_OF_RAM_TEXTS):
-        return OUT_OF_RAM
-    if "pin" in text.lower() and "out of memory" in text:
-        return OUT_OF_RAM
-    return OUT_OF_MEMORY if any(part in text for part in OUT_OF_GPU_TEXTS) else None
 
 
 def conclude_run(folder: Path, summary: dict) -> None:

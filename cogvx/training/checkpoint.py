@@ -20,6 +20,7 @@ from cogvx.files import flush_to_disk, flush_tree, shown, write_json
 from cogvx.options.train import Train
 from cogvx.progress import counted
 from cogvx.records.record import HOW_TO_TRAIN_ON, is_imported
+from cogvx.training.out_of_memory import lack_of
 from cogvx.training.state import AVERAGED, OPTIMIZER, TrainingState
 
 MANIFEST = "manifest.json"
@@ -57,6 +58,8 @@ def write_checkpoint(
     # torch and safetensors report a full disk as errors of their own.
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if lack_of(error) is not None:
+            raise
         raise UserError(
             f"cannot write the checkpoint {folder}: {error}. Older checkpoints are untouched. "
             f"Free some space, then: python launch.py train.resume={run_folder}"
@@ -138,6 +141,8 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
         raise
     # torch and safetensors report a full disk as errors of their own.
     except Exception as error:
+        if lack_of(error) is not None:
+            raise
         raise UserError(
             f"cannot save into {run_folder}: {error}. Nothing was trained yet"
         ) from error

@@ -16,9 +16,10 @@ import torch
 from accelerate.utils import gather_object
 
 from cogvx.config import Config
-from cogvx.errors import UserError
+from cogvx.errors import UserError, first_line
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.options.validation import Validation
+from cogvx.training.out_of_memory import LackElsewhere, forget_frames, lack_of
 from cogvx.training.ranks import Ranks
 from cogvx.training.step import Batch, FixedDraw, Sample, training_losses
 from cogvx.training.stop import REQUESTS, CutShort
@@ -78,10 +79,38 @@ def heldout_loss(
         return None
     bands, draws = validation.heldout_timesteps, range(validation.heldout_draws)
     timesteps = [int((k + 0.5) * model.num_timesteps / bands) for k in range(bands)]
+    own = range(ranks.index, clips, ranks.count)
+    try:
+        mine = losses_of_process(model, own, load, timesteps, draws)
+    except Exception as error:
+        lack = lack_of(error)
+        if lack is None or ranks.count == 1:
+            raise
+        forget_frames(error)
+        # The others wait for this process.
+        mine = [LackElsewhere(lack, first_line(error))]
+    found = gather_object(mine)
+    for each in found:
+        if isinstance(each, LackElsewhere):
+            raise each
+    losses = {(index, t, number): loss for index, t, number, loss in found}
+    if len(losses) < clips * bands * len(draws):
+        raise CutShort(signal.SIGTERM)
+    return summarize(losses, range(clips), timesteps, draws)
+
+
+def losses_of_process(
+    model: CogVideoX,
+    clips: range,
+    load: Callable[[int], Batch],
+    timesteps: list[int],
+    draws: range,
+) -> list[tuple[int, int, int, float]]:
+    """(clip, timestep, number of the draw, loss)"""
     on_device = []
     # The others wait for this process's losses, however few they are.
     with torch.no_grad(), contextlib.suppress(CutShort):
-        for index in range(ranks.index, clips, ranks.count):
+        for index in clips:
             batch = load(index)
             for timestep, number in itertools.product(timesteps, draws):
                 REQUESTS.cut_short_if_asked()
@@ -89,11 +118,7 @@ def heldout_loss(
                 losses, _ = training_losses(model, batch, draw)
                 on_device.append((index, timestep, number, losses))
     # The losses are read from the device at the end, all together.
-    mine = [(index, t, number, losses.item()) for index, t, number, losses in on_device]
-    losses = {(index, t, number): loss for index, t, number, loss in gather_object(mine)}
-    if len(losses) < clips * bands * len(draws):
-        raise CutShort(signal.SIGTERM)
-    return summarize(losses, range(clips), timesteps, draws)
+    return [(index, t, number, losses.item()) for index, t, number, losses in on_device]
 
 
 def fixed_draw(device: torch.device, index: int, timestep: int, number: int) -> FixedDraw:

@@ -32,11 +32,16 @@ def chosen_attention(
     """Within this context attention is computed by the kernel that train.attention says.
 
     auto on a GPU: the kernel that this run has recorded, or one of the runs in `earlier`; else the
-    fastest, measured here. It is recorded in the folder.
+    fastest, measured here. It is recorded in the folder. With train.deterministic nothing is
+    measured, because the fastest may be another one next time: it is flash, where that can run.
     """
     wanted = config.train.attention
     if wanted is not Attention.auto or pretrained.device.type != "cuda":
         with attention.using(wanted):
+            yield
+        return
+    if config.train.deterministic:
+        with attention.using(Attention.flash, others=True):
             yield
         return
     # All processes take the kernel that the first one has chosen.

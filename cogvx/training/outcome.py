@@ -38,6 +38,7 @@ class RunOutcome:
     after: HeldOutLoss | None
     videos: list[tuple[Path, str]]  # each with the title of the real clip beside it
     compared: list[scores.Comparison]
+    skipped: dict[str, list[int]]  # parts of validation that memory did not suffice for; steps
 
     def lines(self, folder: Path, state: TrainingState) -> Iterator[str]:
         """What the terminal shows."""
@@ -46,6 +47,10 @@ class RunOutcome:
             for source, loss in self.after.by_source.items():
                 before = self.before.by_source[source]
                 yield f"source  {source}: held-out loss {before:.4f} before, {loss:.4f} after"
+        elif self.before:
+            yield f"done    held-out loss {self.before} before; that of the result is not known"
+        for what, steps in self.skipped.items():
+            yield f"skipped {what} after step {', '.join(map(str, steps))}: memory ended"
         best = checkpoints.best_checkpoint(folder)
         if best is not None:
             manifest = checkpoints.read_manifest(best)
@@ -81,4 +86,5 @@ class RunOutcome:
             "best_heldout_loss": manifest.get("heldout_loss"),
             "best_step": manifest.get("step"),
             **scores.summary_scores(self.compared),
+            **({"skipped_validation": self.skipped} if self.skipped else {}),
         }

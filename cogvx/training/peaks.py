@@ -17,6 +17,7 @@ from accelerate.utils.memory import clear_device_cache
 from cogvx.model import transfer
 from cogvx.options.cards import GIB
 from cogvx.progress import PULSE
+from cogvx.training.out_of_memory import note_lack
 
 # Linux: a 5 written there makes the process's peak its present size (man proc_pid_clear_refs).
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -30,23 +31,29 @@ class MemoryPeaks:
     def __init__(self):
         self.by_phase: dict[str, Peaks] = {}
         self.present: list[str] = []  # the phase, after those that it interrupts
+        self.place = ""  # what of the phase runs now, for messages
         self.since_line: dict[str, Peaks] = {}
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, place: str = "") -> Iterator[None]:
         """What is in memory at most within this context belongs to this phase.
 
-        So does not what an inner phase has at most.
+        So does not what an inner phase has at most. place: what of the phase this is.
         """
         self.note()
         self.present.append(name)
         PULSE.in_phases(self.present)
+        before, self.place = self.place, place
         try:
             yield
+        except Exception as error:
+            note_lack(error, name, self.place)
+            raise
         finally:
             self.note()
             self.present.pop()
             PULSE.in_phases(self.present)
+            self.place = before
 
     def present_state(self) -> tuple[list[str], dict[str, Peaks]]:
         """The phase after those that it interrupts, and the peaks noted so far.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,22 +13,24 @@ import torch
 from tqdm import tqdm
 
 from cogvx.config import Config
-from cogvx.files import shown
+from cogvx.files import read_json_lines, shown
 from cogvx.inference import scores
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import PULSE, bar, heartbeat
+from cogvx.records.left import skipped_in
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.batches import Batches
 from cogvx.training.heldout import HeldOutLoss, heldout_loss, require_finite
 from cogvx.training.in_backward import SteppingInBackward
 from cogvx.training.loss_log import LossLog
 from cogvx.training.metrics import Metrics
+from cogvx.training.out_of_memory import forget_frames, lack_of, noting_lack, said_of_skipped
 from cogvx.training.outcome import RunOutcome, deliver_result
 from cogvx.training.peaks import give_memory_back
 from cogvx.training.prepare import Prepared
 from cogvx.training.previews import Previews
 from cogvx.training.profiler import profiler
-from cogvx.training.ranks import Ranks
+from cogvx.training.ranks import Made, Ranks
 from cogvx.training.state import TrainingState
 from cogvx.training.step import training_losses
 from cogvx.training.stop import REQUESTS, SAVE, CutShort
@@ -64,6 +66,7 @@ class Trainer:
     grad_norm: torch.Tensor | None = None  # of the last step, on the device
     latest: tuple[int, HeldOutLoss | None] | None = None  # a step and its held-out loss
     missing: list[str] = field(default_factory=list)  # of this step: a signal cut it short
+    has_base_videos: bool = True  # False: there was no memory for them
 
     # -- the run -----------------------------------------------------------------------------
 
@@ -117,7 +120,8 @@ class Trainer:
         """The base model's held-out loss, and the present one."""
         if self.ranks.saves:
             kept = checkpoints.number_kept(self.steps, self.config.train)
-            checkpoints.rehearse(self.folder, self.state, kept=kept)
+            with noting_lack("save", "a rehearsal before the first step"):
+                checkpoints.rehearse(self.folder, self.state, kept=kept)
         self.write_videos(base=True)
         before = latest = self.evaluate(base=True)
         if self.source is not None:
@@ -174,10 +178,12 @@ class Trainer:
     def finish(self, before: HeldOutLoss | None, after: HeldOutLoss | None) -> dict:
         usage = ""
         if self.ranks.saves:
-            usage = deliver_result(self.folder, self.state, self.config, self.data)
+            with noting_lack("save", "the result"):
+                usage = deliver_result(self.folder, self.state, self.config, self.data)
         # Videos and scores come after the result is safe.
         videos, compared = self.write_videos(), self.compare()
-        outcome = RunOutcome(self.step, before, after, videos, compared)
+        skipped = skipped_in(read_json_lines(self.metrics.path)) if self.metrics else {}
+        outcome = RunOutcome(self.step, before, after, videos, compared, skipped)
         if self.ranks.logs:
             for line in (*outcome.lines(self.folder, self.state), *self.ranks.peaks.lines()):
                 self.ranks.say(line)
@@ -198,6 +204,7 @@ class Trainer:
         set_learning_rate(optimizer, rate)
         for micro_step in range(self.step * accumulation, (self.step + 1) * accumulation):
             self.backward(micro_step)
+        self.ranks.peaks.place = f"optimizer of step {self.step + 1}"
         self.state.wait_for_gradients()
         self.grad_norm = self.clip_gradients()
         samples = accumulation * train.train_batch_size
@@ -214,6 +221,8 @@ class Trainer:
         """Adds a micro-batch's gradients. The processes average them after the last one."""
         train, accelerator = self.config.train, self.ranks.accelerator
         last = (micro_step + 1) % train.gradient_accumulation_steps == 0
+        peaks, step = self.ranks.peaks, self.step + 1
+        peaks.place = f"forward pass of step {step}"
         alone = contextlib.nullcontext() if last else accelerator.no_sync(self.model.transformer)
         with alone:
             with self.timer.waiting_for_data():
@@ -223,6 +232,7 @@ class Trainer:
             self.losses.add(self.batches.names(draw), timesteps, losses)
             if train.min_snr_gamma is not None:
                 losses = losses * self.model.min_snr_weight(timesteps, train.min_snr_gamma)
+            peaks.place = f"backward pass of step {step}"
             accelerator.backward(losses.mean() / train.gradient_accumulation_steps)
             PULSE.beat()
 
@@ -286,22 +296,28 @@ class Trainer:
     def evaluate(self, *, base: bool = False) -> HeldOutLoss | None:
         """The held-out loss of the weights that would be delivered now; None without clips.
 
-        base: that of the base model, which is step 0 in metrics.jsonl. If an average is delivered,
-        heldout_loss_trained is the loss of the trained weights themselves. None too if a signal
+        base: that of the base model, which is step 0 in metrics.jsonl. It must be there: without
+        it nothing can be said of the result. A later one is None if memory ends, or if a signal
         has cut it short.
         """
+        if base:
+            return self.judge(base=True)
+        found = self.unless_memory_ends(HELD_OUT_LOSS, self.judge)
+        self.latest = (self.step, found)
+        return found
+
+    def judge(self, *, base: bool = False) -> HeldOutLoss | None:
+        """If an average is delivered, heldout_loss_trained is that of the trained weights."""
         step, more, found = 0 if base else self.step, {}, None
         peaks = self.ranks.peaks
         doing = heartbeat("train   still computing the held-out loss")
         short = self.cut_short_by_signals(HELD_OUT_LOSS)
-        with short, self.timer.paused(), peaks.phase("held-out loss"), doing:
+        with short, self.timer.paused(), peaks.phase("held-out loss", self.when(base)), doing:
             if self.state.average is not None and not base:
                 trained = self.heldout_loss()
                 more["heldout_loss_trained"] = trained and trained.mean
             with self.state.base_model() if base else self.state.averaged():
                 found = self.heldout_loss(base=base)
-        if not base:
-            self.latest = (step, found)
         if self.metrics and found and not self.metrics.has("heldout_loss", step):
             peak = peaks.of_line("held-out loss")
             self.metrics.log(step, **found.for_metrics(), **more, peak_memory_gib=peak)
@@ -322,20 +338,57 @@ class Trainer:
         """This step's videos, and the title of the real clip beside each.
 
         base: only those of the base model, before the first step, so that a lack of memory shows.
+        None are made if memory ends. Without the base model's there are no later ones.
         """
         if not self.videos.prompts and not self.videos.scored:
             return []
         written = []
-        if self.ranks.makes_videos:
-            with self.cut_short_by_signals(VIDEOS), self.generating(base=base):
-                if base:
-                    self.videos.write_base(self.state.transformer)
-                else:
-                    written = self.videos.write(self.state.transformer, self.step)
+        if self.ranks.makes_videos and base:
+            made = self.unless_memory_ends(VIDEOS, self.make_base_videos, step=0)
+            self.has_base_videos = made is not None
+        elif self.ranks.makes_videos and self.has_base_videos:
+            written = self.unless_memory_ends(VIDEOS, self.make_videos) or []
         if self.metrics:
             self.metrics.videos([path for path, _ in written], self.step)
         self.ranks.wait()
         return written
+
+    def make_base_videos(self) -> bool:
+        with self.cut_short_by_signals(VIDEOS), self.generating(base=True):
+            self.videos.write_base(self.state.transformer)
+        return True
+
+    def make_videos(self) -> list[tuple[Path, str]]:
+        with self.cut_short_by_signals(VIDEOS), self.generating():
+            return self.videos.write(self.state.transformer, self.step)
+        return []
+
+    def unless_memory_ends(
+        self, what: str, make: Callable[[], Made], *, step: int | None = None
+    ) -> Made | None:
+        """What make() returns. If memory ends in it: None and a warning, and training goes on.
+
+        what: the part of validation that is skipped.
+        """
+        step = self.step if step is None else step
+        try:
+            return make()
+        except Exception as error:
+            if lack_of(error) is None:
+                raise
+            if self.ranks.logs:
+                of_what = f"{what} of step {step}" if step else f"{what} of the base model"
+                tqdm.write(said_of_skipped(error, of_what, self.config, self.folder))
+            forget_frames(error)
+        # Until here the error held what was in memory when it was raised.
+        give_memory_back(collect=True)
+        if self.metrics:
+            self.metrics.log(step, out_of_memory=what)
+        return None
+
+    def when(self, base: bool = False) -> str:
+        """For messages."""
+        return f"after step {self.step}" if self.step and not base else "before the first step"
 
     def write_preview(self) -> None:
         if self.previews is None:
@@ -355,19 +408,23 @@ class Trainer:
         with self.timer.paused(), self.state.base_model() if base else self.state.averaged():
             # What training keeps for its next step leaves no room for the VAE, and the reverse.
             give_memory_back(collect=True)
-            with self.ranks.peaks.phase("video"):
+            with self.ranks.peaks.phase("video", self.when(base)):
                 yield
                 give_memory_back(collect=True)
 
     def compare(self) -> list[scores.Comparison]:
         """The base model's and the result's scores; evaluation.json and evaluation.csv."""
         found = []
-        if self.videos.scored and self.ranks.makes_videos:
-            with self.generating():
-                rows = self.videos.score_both(self.state.transformer, self.step)
-            found = scores.comparisons(rows["base"], rows["result"])
-            scores.write_evaluation(self.folder, rows, {"result": found}, {"step": self.step})
+        if self.videos.scored and self.ranks.makes_videos and self.has_base_videos:
+            found = self.unless_memory_ends("scores", self.make_scores) or []
         self.ranks.wait()
+        return found
+
+    def make_scores(self) -> list[scores.Comparison]:
+        with self.generating():
+            rows = self.videos.score_both(self.state.transformer, self.step)
+        found = scores.comparisons(rows["base"], rows["result"])
+        scores.write_evaluation(self.folder, rows, {"result": found}, {"step": self.step})
         return found
 
     def save_checkpoint(self) -> None:
@@ -382,15 +439,16 @@ class Trainer:
                 self.metrics.flush()
             if self.ranks.saves:
                 limit = self.config.train.checkpoints_total_limit
-                checkpoints.write_checkpoint(
-                    self.folder,
-                    self.state,
-                    self.step,
-                    pending,
-                    heldout,
-                    limit=limit,
-                    missing=self.missing,
-                )
+                with noting_lack("save", f"the checkpoint of step {self.step}"):
+                    checkpoints.write_checkpoint(
+                        self.folder,
+                        self.state,
+                        self.step,
+                        pending,
+                        heldout,
+                        limit=limit,
+                        missing=self.missing,
+                    )
             self.ranks.wait()
 
     def progress_bar(self) -> tqdm:

@@ -13,7 +13,7 @@ from test_blocks import CPU, PLAIN
 
 from cogvx.model import blocks, lora, offload, transfer
 from cogvx.options.memory import Recompute, Storage
-from cogvx.runs import processes
+from cogvx.training import out_of_memory
 
 LAYERS = 5
 STREAMED = dataclasses.replace(PLAIN, stream_weights=True)
@@ -260,7 +260,7 @@ def test_ram_that_cannot_be_pinned_gets_the_advice_for_ram(monkeypatch):
     FakeRuntime(monkeypatch, answer=2)
     with pytest.raises(MemoryError, match=r"cannot pin 0\.50 GiB of RAM") as error:
         transfer.host_memory(2**29, torch.device("cuda", 0))
-    assert processes.memory_advice(error.value) == processes.OUT_OF_RAM
+    assert out_of_memory.lack_of(error.value) is out_of_memory.Lack.ram
 
 
 def test_a_block_waits_in_one_memory_of_its_own_size(compose, monkeypatch):
