@@ -28,14 +28,16 @@ LONG_SILENT = 24 * 3600
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False, make_folder: bool = True) -> Iterator[Path]:
     """Gives a temporary path beside `path`. At the end it is renamed to `path`.
 
     So nobody ever reads half a file, even after a crash. Two processes can write the same file at
     the same time, each under its own temporary name. After an error nothing is left behind.
-    durable: it is there even after a power cut. That takes some milliseconds.
+    durable: it is there even after a power cut. That takes some milliseconds. make_folder: where
+    its folder was removed, it is made again; otherwise that is an OSError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     partial = unfinished(path)
     try:
         yield partial
@@ -145,8 +147,9 @@ def flush_tree(folder: Path) -> None:
         flush_to_disk(path)
 
 
-def write_text(path: Path, text: str, *, durable: bool = False) -> None:
-    with replacing(path, durable=durable) as partial:
+def write_text(path: Path, text: str, **settings: bool) -> None:
+    """settings: of replacing(). So in write_json()."""
+    with replacing(path, **settings) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -155,8 +158,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def write_json(path: Path, values: object, *, durable: bool = False) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", durable=durable)
+def write_json(path: Path, values: object, **settings: bool) -> None:
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", **settings)
 
 
 def write_csv(path: Path, rows: Iterable[dict], columns: list[str]) -> None:

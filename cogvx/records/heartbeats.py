@@ -95,6 +95,8 @@ def is_alive(pid: int) -> bool:
 def beating(folder: Path, rank: int) -> Iterator[None]:
     """While the block runs, a thread writes where this process is. The last file stays."""
     ended = threading.Event()
+    with contextlib.suppress(OSError):
+        (folder / HEARTBEATS).mkdir(exist_ok=True)
     PULSE.begin()
     thread = threading.Thread(target=beat_until, args=(folder, rank, ended), daemon=True)
     thread.start()
@@ -111,9 +113,9 @@ def beat_until(folder: Path, rank: int, ended: threading.Event) -> None:
     while not last:
         last = ended.is_set()
         PULSE.changed.clear()
-        # A full disk or a folder that is away for a moment is the run's own business.
+        # A full disk or a folder that is away is the run's own business.
         with contextlib.suppress(OSError):
-            write_json(file_of(folder, rank), asdict(beat_now(rank)))
+            write_json(file_of(folder, rank), asdict(beat_now(rank)), make_folder=False)
         PULSE.changed.wait(0 if last else BEAT_EVERY)
 
 

@@ -59,7 +59,7 @@ def tell_until(teller: Teller, ended: threading.Event) -> None:
     while not ended.is_set():
         # A full disk or a folder that is away for a moment is the run's own business.
         with contextlib.suppress(OSError):
-            write_json(teller.folder / PROGRESS, teller.facts())
+            write_json(teller.folder / PROGRESS, teller.facts(), make_folder=False)
         ended.wait(TELL_EVERY)
 
 

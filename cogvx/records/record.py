@@ -153,6 +153,25 @@ def user_of(folder: Path) -> str:
     return (folder / LOCK).read_text(encoding="utf-8").strip() or "unknown"
 
 
+def is_gone(folder: Path) -> bool:
+    """Whether a run's folder was removed, or moved, or its disk is gone."""
+    return not (folder / CONFIG).is_file()
+
+
+def require_there(folder: Path) -> None:
+    """UserError if the folder of a run that goes on is gone."""
+    if is_gone(folder):
+        raise UserError(said_of_gone(folder))
+
+
+def said_of_gone(folder: Path) -> str:
+    return (
+        f"the run's folder {folder} is gone: it was removed or moved while the run worked in it, "
+        f"or its disk is gone. If it was moved: python launch.py train.resume=NEW_PLACE. "
+        f"Otherwise type the command again, and the run starts anew: the cache is kept"
+    )
+
+
 def new_folder(parent: Path) -> Path:
     """A folder that no other start has."""
     while True:

@@ -31,6 +31,8 @@ from cogvx.training.stop import REQUESTS, SAME_WITHIN, STOP_CODES, signals_heard
 GRACE = 15  # seconds
 LOOK_AT_BEATS = 30  # seconds between looks at the heartbeats of the ranks
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# A broken disk, or a network disk whose server is gone.
+DISK_FAILS = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV)
 # How torch's allocator for GPUs is set up. torch >= 2.11 reads the first of them.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 EXPANDABLE = "expandable_segments:True"
@@ -89,6 +91,8 @@ def passing_on(ranks: list[subprocess.Popen]) -> Iterator[list[int]]:
 def report_failed_ranks(folder: Path, codes: list[int]) -> None:
     """Prints the end of the failed ranks' logs, and writes the summary that a killed rank 0 could
     not write. A killed rank is the reason, not what rank 0 then failed of."""
+    if record.is_gone(folder):
+        return
     for rank in ranks_to_show(codes):
         log = log_of(folder, rank)
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
@@ -225,6 +229,8 @@ def run_here(folder: Path) -> int:
         code = 128 + summary["signal"] if summary["status"] == "interrupted" else 0
     except BaseException as error:
         message, code = explained(error, config, folder)
+        if code == 1 and record.is_gone(folder):
+            message, code = record.said_of_gone(folder), FAILED
         stopped, memory = code in STOP_CODES, lack_of(error) is not None
         status = "interrupted" if stopped else "out_of_memory" if memory else "failed"
         summary = {"status": status, "reason": message}
@@ -283,6 +289,12 @@ def explained(
             f"to where this user can write",
             FAILED,
         )
+    if isinstance(error, OSError) and error.errno in DISK_FAILS:
+        return (
+            f"a disk cannot be read or written: {error}. Checkpoints and what is in the cache are "
+            f"kept. Look at the disk, or set output_dir and data.cache_dir to another",
+            FAILED,
+        )
     for advice in (said_of_lack(error, config, folder), without_kernel(error)):
         if advice is not None:
             return advice, FAILED
@@ -299,7 +311,12 @@ def explained(
 
 
 def conclude_run(folder: Path, summary: dict) -> None:
-    """Writes the summary and, for a run that is done, its page."""
+    """Writes the summary and, for a run that is done, its page.
+
+    A folder that was removed is not made again.
+    """
+    if record.is_gone(folder):
+        return
     try:
         record.finish(folder, summary)
         if summary["status"] == "done":

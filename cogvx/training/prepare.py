@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from cogvx.config import Config
 from cogvx.data.buckets import size_for
@@ -41,7 +41,7 @@ from cogvx.data.prompts import encode_prompts
 from cogvx.data.sources import Data, Example
 from cogvx.data.split import USED, Earlier, Split, earlier_split, split_clips, split_of
 from cogvx.data.video import BadClip, to_bytes
-from cogvx.errors import UserError
+from cogvx.errors import UserError, first_line
 from cogvx.files import shown
 from cogvx.libraries import collections_paused
 from cogvx.model.pretrained import PretrainedModel
@@ -424,6 +424,13 @@ def first_frame(example: Example, cut: Cut, data: Data) -> numpy.ndarray:
 
 
 def read_tensor(path: Path, name: str, row: int | None = None) -> torch.Tensor:
-    """A tensor of a safetensors file, or one row of it."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name) if row is None else file.get_slice(name)[row]
+    """A tensor of a file of the cache, or one row of it. UserError if the file is gone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name) if row is None else file.get_slice(name)[row]
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the cache's {path} cannot be read ({first_line(error)}): it was removed or damaged "
+            f"while the run used it. Checkpoints are kept. Go on with: python launch.py "
+            f"train.resume=RUN (the run's folder). What is missing is encoded again"
+        ) from error

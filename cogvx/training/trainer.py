@@ -17,6 +17,7 @@ from cogvx.files import read_json_lines, shown
 from cogvx.inference import scores
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.progress import PULSE, bar, heartbeat
+from cogvx.records import record
 from cogvx.records.left import skipped_in
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.batches import Batches
@@ -268,7 +269,12 @@ class Trainer:
     # -- what a run shows and saves ----------------------------------------------------------
 
     def log(self, progress: tqdm, rate: float) -> None:
-        """Means over the steps since the last call, and over all processes."""
+        """Means over the steps since the last call, and over all processes.
+
+        UserError if the run's folder is gone.
+        """
+        if self.metrics:
+            record.require_there(self.folder)
         # Reading these waits for the device. The steps are done, and timed, after that.
         self.report_skipped()
         losses, grad_norm = self.losses.means(), float(self.grad_norm)
@@ -428,7 +434,9 @@ class Trainer:
         return found
 
     def save_checkpoint(self) -> None:
-        """UserError if the weights are not finite."""
+        """UserError if the weights are not finite, or the run's folder is gone."""
+        if self.ranks.saves:
+            record.require_there(self.folder)
         step, found = self.latest or (None, None)
         heldout = found.mean if found and step == self.step else None
         with self.timer.paused():

@@ -1,13 +1,17 @@
 """What a run's process tells of errors."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 
+from cogvx.errors import UserError
 from cogvx.files import read_json
+from cogvx.records import record
 from cogvx.runs import processes
 
 
@@ -32,6 +36,31 @@ def test_every_lack_of_memory_is_said_with_what_helps(error, said):
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), TypeError("out of memory")])
 def test_other_errors_keep_their_traceback(error):
     assert processes.explained(error)[1] == 1
+
+
+def test_a_disk_that_fails_is_said():
+    message, code = processes.explained(OSError(errno.EIO, "Input/output error", "/cache/x"))
+    assert code == processes.FAILED and "a disk cannot be read or written: " in message
+    assert "/cache/x" in message and "Checkpoints" in message
+
+
+def test_a_folder_that_was_removed_is_said_and_not_made_again(
+    compose, tmp_path, monkeypatch, capfd
+):
+    folder = record.open_folder(compose(f"output_dir='{tmp_path / 'run'}'"))
+
+    def remove_it(config, place):
+        (place / "progress.json").write_text("{}")
+        shutil.rmtree(place)
+        (place / "validation" / "none").open()
+
+    monkeypatch.setattr(processes, "start_task", remove_it)
+    assert processes.run_here(folder) == processes.FAILED
+    said = capfd.readouterr().err
+    assert f"error: the run's folder {folder} is gone" in said and "train.resume=NEW_PLACE" in said
+    assert "Traceback" not in said and list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="is gone: it was removed or moved"):
+        record.require_there(folder)
 
 
 # -- torch's allocator ---------------------------------------------------------------------------
