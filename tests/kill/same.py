@@ -18,7 +18,7 @@ from cogvx.files import read_json
 # are mp4, whose encoder rounds differently from run to run. Every mp4 has a gif or png beside it.
 PRESENT = re.compile(
     r"(^|/)(\.lock|environment\.json|uncommitted\.patch|plan\.json|log\.txt|rank_\d+\.log"
-    r"|(report|dataset|comparison)\.html|index/.*|.*\.mp4)$"
+    r"|(report|dataset|comparison)\.html|index/.*|\.digests\.json|.*\.mp4)$"
 )
 # Files that are there or not, as the process that writes the page comes to it.
 BY_CHANCE = re.compile(r"(^|/)(report_stamp\.js|progress\.json|uncommitted\.patch|report\.html)$")

@@ -1,29 +1,34 @@
-"""Runs a command of cogvx and kills it at one of its file operations.   python struck.py SPEC WORDS
+"""Runs a command of cogvx and strikes at one of its file operations.   python struck.py SPEC WORDS
 
 An operation is what changes a file or a folder: opening to write, writing, fsync, renaming,
 removing, making a folder. Each is noted in a log before it happens. cogvx knows nothing of this.
 Python tells of most of them (sys.addaudithook). Writing is wrapped where Python, torch and
 safetensors do it. Processes that the command forks inherit all of it.
 
-SPEC, in JSON: `root`: operations below it count; `log`; `kill`: null, or
+SPEC, in JSON: `root`: operations below it count; `log`; `strike`: null, or
     role     which process: launcher, rank N, job, page
     phase    which part of the work, as phase_of() names it
     nth      the how-manyth operation of that phase in that process
+    step     instead of these two: when the losses of this step are logged
+    how      kill, the default; or one of the methods below whose names begin with do_
     torn     a write is cut in two: the first half is written
     group    all processes of the group die, as when a machine does; else this one alone
-    clock    seconds that time.time() jumps back after the first checkpoint; it kills nothing
+    path, seconds    what do_() takes
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
 import json
 import os
 import pathlib
 import runpy
+import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -68,7 +73,7 @@ def phase_of(path: str) -> str:
 class Striker:
     def __init__(self, spec: dict):
         self.root = os.path.realpath(spec["root"]) + "/"
-        self.log, self.kill = spec["log"], spec["kill"] or {}
+        self.log, self.wanted = spec["log"], spec["strike"] or {}
         self.session = os.getsid(0)
         self.begin_process()
 
@@ -94,19 +99,19 @@ class Striker:
         return path.removeprefix(self.root) if path.startswith(self.root) else None
 
     def meets(self, what: str, path: object, folder: int = -1, text: str | None = None) -> bool:
-        """Notes an operation. Kills, or gives True if the caller is to tear it first."""
+        """Notes an operation. Strikes, or gives True if the caller is to tear it first."""
         name = self.below_root(path, folder)
-        if name is None:
+        if name is None or (what == "remove" and not os.path.lexists(self.root + name)):
             return False
         if os.getpid() != self.process:
             self.begin_process()
-        role, phase = self.role(), phase_of(name)
-        number = next(self.counts[phase])
-        self.note(role=role, phase=phase, nth=number, what=what, path=name, **step_of(name, text))
-        wanted = (self.kill.get("role"), self.kill.get("phase"), self.kill.get("nth"))
-        if (role, phase, number) != wanted:
+        facts = {"role": self.role(), "phase": phase_of(name), **step_of(name, text)}
+        facts["nth"] = next(self.counts[facts["phase"]])
+        self.note(**facts, what=what, path=name)
+        names = [name for name in ("role", "phase", "nth", "step") if name in self.wanted]
+        if not names or any(facts.get(name) != self.wanted[name] for name in names):
             return False
-        if self.kill["torn"] and what == "write":
+        if self.wanted.get("torn") and what == "write":
             return True
         self.strike()
         return False
@@ -118,10 +123,33 @@ class Striker:
         real_write(descriptor, line.encode())
         os.close(descriptor)
 
+    # -- what is done ------------------------------------------------------------------------
+
     def strike(self) -> None:
-        self.note(killed=self.kill)
-        os.kill(0 if self.kill["group"] else os.getpid(), signal.SIGKILL)
+        wanted, self.wanted = self.wanted, {}
+        getattr(self, f"do_{wanted.get('how', 'kill')}")(wanted)
+
+    def do_kill(self, wanted: dict) -> None:
+        self.note(killed=wanted)
+        os.kill(0 if wanted.get("group") else os.getpid(), signal.SIGKILL)
         time.sleep(60)
+
+    def do_remove(self, wanted: dict) -> None:
+        shutil.rmtree(wanted["path"])
+
+    def do_fill(self, wanted: dict) -> None:
+        """Leaves no space on the disk of this path."""
+        with contextlib.suppress(OSError), open(wanted["path"], "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    def do_forbid(self, wanted: dict) -> None:
+        """The disk that is mounted there can only be read from now on."""
+        subprocess.run(["mount", "-o", "remount,ro", wanted["path"]], check=True)
+
+    def do_jump_back(self, wanted: dict) -> None:
+        real_time, seconds = time.time, wanted["seconds"]
+        time.time = lambda: real_time() - seconds
 
     # -- where operations are seen -----------------------------------------------------------
 
@@ -191,18 +219,6 @@ def step_of(name: str, text: str | None) -> dict:
 real_sync, real_write, real_open = os.fsync, os.write, pathlib.Path.open
 
 
-def jump_back(log: str, seconds: float) -> None:
-    """time.time() is `seconds` less after the first checkpoint has its name."""
-    real_time, jumped = time.time, []
-
-    def hear(event: str, facts: tuple) -> None:
-        if event == "os.rename" and "/checkpoints/step_" in str(facts[1]):
-            jumped.append(True)
-
-    sys.addaudithook(hear)
-    time.time = lambda: real_time() - (seconds if jumped else 0.0)
-
-
 def main() -> None:
     spec, words = json.loads(sys.argv[1]), sys.argv[2:]
     import safetensors.torch
@@ -215,8 +231,6 @@ def main() -> None:
     )
     safetensors.torch.serialize_file = striker.writing(safetensors.torch.serialize_file, 1)
     torch.save = striker.writing(torch.save, 1)
-    if "clock" in spec:
-        jump_back(spec["log"], spec["clock"])
     sys.addaudithook(striker.hear)
     sys.argv = words
     sys.path.insert(0, os.path.dirname(words[0]))

@@ -91,27 +91,29 @@ class Place:
         self,
         kind: Kind,
         folder: Path,
-        kill: dict | None = None,
+        strike: dict | None = None,
         *,
         after: float | None = None,
         more: tuple[str, ...] = (),
         words: list[str] | None = None,
-        clock: float | None = None,
+        name: str = "",
     ) -> Start:
-        """kill: as struck.py takes it. after: seconds until all of it is killed from outside.
+        """strike: as struck.py takes it. after: seconds until all of it is killed from outside.
 
-        words: instead of the kind's own command.
+        words: instead of the kind's own command. name: of one of several starts at the same time.
         """
         finished = folder if kind in RUNS.values() else self.finished()
-        log = folder.with_name(folder.name + ".log")
+        log = folder.with_name(f"{folder.name}{name}.log")
+        said_to = log.with_suffix(".said")
         log.unlink(missing_ok=True)
-        spec = {"root": str(folder), "log": str(log), "kill": kill}
-        spec |= {} if clock is None else {"clock": clock}
+        spec = {"root": str(folder), "log": str(log), "strike": strike}
         words = kind.arguments(folder, finished) if words is None else words
         began = time.monotonic()
-        with open_silently(folder, STRUCK, json.dumps(spec), warm.LAUNCH, *words, *more) as process:
+        with open_silently(
+            folder, said_to, STRUCK, json.dumps(spec), warm.LAUNCH, *words, *more
+        ) as process:
             code = wait(process, after, log)
-        said = folder.with_name(folder.name + ".said").read_text(errors="replace")
+        said = said_to.read_text(errors="replace")
         return read_log(log, code, said, time.monotonic() - began)
 
 
@@ -120,8 +122,8 @@ def slug(name: str) -> str:
 
 
 @contextlib.contextmanager
-def open_silently(folder: Path, *words: object):
-    with folder.with_name(folder.name + ".said").open("w") as said, starting:
+def open_silently(folder: Path, said_to: Path, *words: object):
+    with said_to.open("w") as said, starting:
         process = warm.python(
             *words,
             stdin=subprocess.DEVNULL,
