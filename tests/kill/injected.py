@@ -73,7 +73,8 @@ class Bench:
         wanted = self.place.undisturbed("LoRA")
         assert same.differences(self.folder, wanted) == []
         self.strays = same.strays(self.folder, wanted)
-        assert [name for name in self.strays if not any(part in name for part in left)] == []
+        more = [name for name in self.strays if not any(part in name for part in left)]
+        assert not more, more
 
 
 # -- damage --------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def damaged_metrics(bench: Bench, damage: Callable[[Path], None]) -> None:
 @contextlib.contextmanager
 def small_disk(at: Path) -> Iterator[Path]:
     """A disk of SIZE, with what lies at this place. OSError if this user cannot mount one."""
-    kept = at.with_name(at.name + ".kept")
+    kept = at.parent.with_name(f"{at.name}.kept")
     at.rename(kept)
     at.mkdir()
     try:
