@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from cogvx import command_line, compose
 from cogvx import config as configuration
 from cogvx.errors import UserError, lacking
-from cogvx.files import shown
-from cogvx.records import comparison, live, record, report
+from cogvx.files import remove_left_over, shown
+from cogvx.records import comparison, heartbeats, live, record, report
 from cogvx.records.pages import PAGE
 from cogvx.runs import engines, grid, pool, processes, translate
 from cogvx.runs.pool import STOPPED
@@ -124,9 +124,11 @@ def run(config: configuration.Config, repeated: Path | None) -> int:
 
 
 def nothing_to_do(folder: Path, summary: dict) -> int:
-    """For a run that is done. A kill just before the end may have left it without a page."""
+    """For a run that is done. A kill just before the end may have left something to do."""
     # An archive may not be written to.
     with contextlib.suppress(OSError):
+        remove_left_over(folder)
+        heartbeats.forget_beats(folder)
         if summary_is_newer(folder):
             report.write_page(folder)
     loss = summary.get("objective")

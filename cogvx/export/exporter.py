@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cogvx.config import Config
-from cogvx.data.cache import content_key, fill_under_another_name
+from cogvx.data.cache import content_key
+from cogvx.data.filled import fill_under_another_name
 from cogvx.errors import UserError
 from cogvx.export.low_rank import (
     Update,

@@ -18,15 +18,28 @@ from cogvx.records.sweep import name_of_sweep
 class Metrics:
     """Appends to metrics.jsonl and to the tracker.
 
-    If the run is resumed, the lines after the resumed step are removed first.
+    If the run is resumed, the lines after the resumed step are removed first. logged_until: the
+    step of the last line that has to be there then.
     """
 
     def __init__(
-        self, folder: Path, tracking: Tracking, config: dict[str, object], *, resumed_at: int
+        self,
+        folder: Path,
+        tracking: Tracking,
+        config: dict[str, object],
+        *,
+        resumed_at: int,
+        logged_until: int = 0,
     ):
         self.path = folder / "metrics.jsonl"
         self.tracking, self.failed = tracking, False
         self.kept = self.lines_until(resumed_at) if resumed_at else []
+        last = max((line["step"] for line in self.kept), default=0)
+        if last < logged_until:
+            tqdm.write(
+                f"warning {self.path.name} ends at step {last}, and the checkpoint is of step "
+                f"{resumed_at}: the lines in between are lost, perhaps after a power cut"
+            )
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self.mirror(tracking.start, folder, config, resumed_at, name_of_sweep(folder))
 

@@ -68,8 +68,7 @@ def build_trainer(
     metrics = None
     if ranks.logs:
         record.note(folder, dtypes=dtypes, steps=steps)
-        settings = config.choices | flat(as_dict(config))
-        metrics = Metrics(folder, config.tracking, settings, resumed_at=step)
+        metrics = metrics_of(config, folder, source, step)
     return Trainer(
         config,
         folder,
@@ -195,6 +194,14 @@ def resume_point(
     state.require_fit(source, manifest["optimizer"])
     ranks.say(f"resume  {shown(source)} after step {manifest['step']}")
     return manifest["step"], manifest["pending"][ranks.index :: ranks.count]
+
+
+def metrics_of(config: Config, folder: Path, source: Path | None, step: int) -> Metrics:
+    settings = config.choices | flat(as_dict(config))
+    # A run that starts from another one's checkpoint has no lines of that one.
+    is_own = source is not None and source.parent.parent == folder
+    logged = step - step % config.train.logging_steps if is_own else 0
+    return Metrics(folder, config.tracking, settings, resumed_at=step, logged_until=logged)
 
 
 def validation_videos(
