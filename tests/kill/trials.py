@@ -200,15 +200,14 @@ def choose_kill(kind: Kind, reference: Start, rng: random.Random) -> dict:
     }
 
 
-def run_trial(place: Place, name: str, seed: int) -> Trial:
-    """Kills once, twice or three times; also what resumes."""
+def run_trial(place: Place, name: str, seed: int, kills: list[dict] | None = None) -> Trial:
+    """kills: as struck.py takes them, one for each start. None: one to three by the seed."""
     kind, rng, trial = KINDS[name], random.Random(f"{name} {seed}"), Trial(name, seed)
     place.undisturbed(name)
     wanted = place.undisturbed(kind.like or name)
-    kills = [
-        choose_kill(kind, place.references[name], rng)
-        for _ in range(rng.choices([1, 2, 3], [5, 3, 2])[0])
-    ]
+    if kills is None:
+        number = rng.choices([1, 2, 3], [5, 3, 2])[0]
+        kills = [choose_kill(kind, place.references[name], rng) for _ in range(number)]
     folder = place.folder / "trials" / f"{slug(name)}_{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
