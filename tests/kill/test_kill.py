@@ -25,7 +25,7 @@ def kill(phase: str, nth: int, role: str = "launcher", *, torn=False, group=True
 
 # One kill in each start of the command.
 KILLS = {
-    "LoRA, videos": [kill("encoding", 60), kill("checkpoint", 25, torn=True), kill("videos", 30)],
+    "LoRA, videos": [kill("encoding", 60), kill("checkpoint", 25, torn=True), kill("videos", 8)],
     "full": [kill("rehearsal", 5), kill("steps", 14, torn=True), kill("result", 3)],
     "task=encode": [kill("model files", 5), kill("dataset report", 30)],
     "two processes": [kill("checkpoint", 20, "rank 0", group=False), kill("steps", 8, "rank 0")],
