@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cogvx.config import Config, as_dict, flat
+from cogvx.config import Config, as_dict, flat, read
 from cogvx.errors import UserError
 from cogvx.files import shown
 from cogvx.inference import scores
@@ -18,6 +18,7 @@ from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import FullWeights, LoraWeights, weights_of
 from cogvx.model.unread import read_weights
 from cogvx.options.validation import Preview
+from cogvx.progress import counted
 from cogvx.records import record
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.batches import Batches
@@ -26,7 +27,7 @@ from cogvx.training.in_backward import SteppingInBackward
 from cogvx.training.loss_log import LossLog
 from cogvx.training.metrics import Metrics
 from cogvx.training.on_cpu import Fp32Weights
-from cogvx.training.order import number_of_steps
+from cogvx.training.order import number_of_steps, samples_per_step
 from cogvx.training.prepare import Prepared
 from cogvx.training.previews import Previews
 from cogvx.training.ranks import Ranks
@@ -193,6 +194,8 @@ def resume_point(
     manifest = checkpoints.read_manifest(source)
     state.require_fit(source, manifest["optimizer"])
     ranks.say(f"resume  {shown(source)} after step {manifest['step']}")
+    for line in said_of_other_steps(config, source.parent.parent / record.CONFIG):
+        ranks.say(line)
     return manifest["step"], manifest["pending"][ranks.index :: ranks.count]
 
 
@@ -202,6 +205,33 @@ def metrics_of(config: Config, folder: Path, source: Path | None, step: int) -> 
     is_own = source is not None and source.parent.parent == folder
     logged = step - step % config.train.logging_steps if is_own else 0
     return Metrics(folder, config.tracking, settings, resumed_at=step, logged_until=logged)
+
+
+def said_of_other_steps(config: Config, recorded: Path) -> list[str]:
+    """What cannot be as in the run with this config.yaml, if a step is made up in another way."""
+    try:
+        before = read(recorded)
+    # A checkpoint may have been moved away from its run, or be of another version.
+    except UserError:
+        return []
+    sizes, ways = [], []
+    for each in (before, config):
+        train, processes = each.train, each.parallel.num_processes
+        sizes.append(samples_per_step(train, processes))
+        ways.append((processes, train.train_batch_size, train.gradient_accumulation_steps))
+    if sizes[0] != sizes[1]:
+        return [
+            f"warning a step has {counted(sizes[1], 'sample')} now, and had {sizes[0]}: from here "
+            f"on its clips, noise and timesteps are others than they would have been"
+        ]
+    if ways[0] == ways[1]:
+        return []
+    before, now = (f"{p} x {batch} x {accumulated}" for p, batch, accumulated in ways)
+    return [
+        f"        the samples of a step are shared out as {now} (processes x batch x accumulation) "
+        f"now, and were as {before}: its clips, noise and timesteps are the same, but sums over "
+        f"them are rounded otherwise"
+    ]
 
 
 def validation_videos(

@@ -209,6 +209,18 @@ def killed(here: Here) -> None:
     folder = here.folder("run")
     steps = ["train.max_train_steps=40", "train.checkpointing_steps=5"]
     overrides = [*QUICK, *steps, "validation.heldout_steps=40", f"output_dir='{folder}'"]
+    kill_after_a_checkpoint(here, folder, overrides)
+    left = sorted(path.name for path in folder.glob("checkpoints/step_??????"))
+    here.line("checkpoints after kill -9", ", ".join(left), status="ok")
+    lines = launch(here, *overrides)
+    resumed = [text for _, text in lines if text.startswith("resume")]
+    here.line("the same command again", *resumed[:1], status="ok" if resumed else "failed")
+    found = summary_of(folder)
+    here.line("ended", found["status"], status="ok" if found["status"] == "done" else "failed")
+
+
+def kill_after_a_checkpoint(here: Here, folder: Path, overrides: list[str]) -> None:
+    """SIGKILL to the run and all that it started. RuntimeError if it has ended before."""
     process = subprocess.Popen(
         command(here, *overrides),
         cwd=here.scratch,
@@ -222,13 +234,90 @@ def killed(here: Here) -> None:
         raise RuntimeError(f"the run ended with exit code {process.poll()} before it was killed")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    left = sorted(path.name for path in folder.glob("checkpoints/step_??????"))
-    here.line("checkpoints after kill -9", ", ".join(left), status="ok")
-    lines = launch(here, *overrides)
-    resumed = [text for _, text in lines if text.startswith("resume")]
-    here.line("the same command again", *resumed[:1], status="ok" if resumed else "failed")
-    found = summary_of(folder)
-    here.line("ended", found["status"], status="ok" if found["status"] == "done" else "failed")
+
+
+STRICT = ["train.deterministic=true", "train.mixed_precision=bf16"]
+
+
+def deterministic(here: Here) -> None:
+    """A run that is killed and resumed, and one that is not: equal bit for bit?"""
+    steps = ["train.max_train_steps=40", "train.checkpointing_steps=5", "train.logging_steps=5"]
+    same = [*QUICK, *STRICT, *steps, "validation.heldout_steps=20"]
+    whole, folder = here.folder("whole"), here.folder("run")
+    launch(here, *same, f"output_dir='{whole}'")
+    overrides = [*same, f"output_dir='{folder}'"]
+    kill_after_a_checkpoint(here, folder, overrides)
+    launch(here, *overrides)
+    tell_same_bits(here, whole, folder)
+
+
+def tell_same_bits(here: Here, whole: Path, again: Path) -> None:
+    """A line for the weights and one for the losses."""
+    for what, read in {"weights": bits_of_weights, "losses": losses_and_norms}.items():
+        one, other = read(whole), read(again)
+        equal = bool(one) and one == other
+        found = "equal bit for bit" if equal else "they differ"
+        here.line(f"{what} after kill -9 and resume", found, status="ok" if equal else "off")
+
+
+def bits_of_weights(folder: Path) -> bytes:
+    return (folder / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def losses_and_norms(folder: Path) -> list[float]:
+    names = ("loss", "heldout_loss", "grad_norm")
+    return [line[name] for line in metrics_of(folder) for name in names if name in line]
+
+
+def out_of_memory(here: Here) -> None:
+    """A limit between what the held-out loss and what a step of 8 clips needs: the step fails."""
+    import torch
+
+    settings = [*QUICK, "train.train_batch_size=8", "train.max_train_steps=4"]
+    settings += ["train.logging_steps=2", f"data.cache_dir='{here.scratch}/cache'"]
+    peaks = summary_of(run_here(here.folder("enough"), *settings))["memory_by_phase"]
+    if here.device == "cuda":
+        low, high = (peaks[name]["reserved_gib"] for name in ("held-out loss", "train"))
+        here.line("reserved by the held-out loss", low, "GiB")
+        here.line("reserved by steps of 8 clips", high, "GiB")
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((low + high) / 2 * GIB / whole)
+    folder = here.folder("too_little")
+    try:
+        reason = reason_of(folder, settings, planted=here.device != "cuda")
+    finally:
+        if here.device == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    good = "is too small for this: it ended while training" in reason
+    here.line("what it says", " / ".join(reason.split("\n")), status="ok" if good else "off")
+    again = summary_of(run_here(folder, *settings))["status"]
+    here.line("the same run with enough", again, status="ok" if again == "done" else "off")
+
+
+def reason_of(folder: Path, settings: list[str], *, planted: bool) -> str:
+    """Why the run failed. planted: where there is no card, memory ends in the first step."""
+    import torch
+
+    from cogvx.training import trainer
+
+    real = trainer.training_losses
+    if planted:
+        trainer.training_losses = raising(torch.OutOfMemoryError("CUDA out of memory."))
+    try:
+        run_here(folder, *settings)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        trainer.training_losses = real
+    return "it did not fail"
+
+
+def raising(error: Exception):
+    def fail(*given: object) -> None:
+        raise error
+
+    return fail
 
 
 # -- several jobs ----------------------------------------------------------------------------------

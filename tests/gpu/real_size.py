@@ -26,6 +26,7 @@ from cogvx.plan.allocator import replay
 from cogvx.plan.found import PHASES
 from cogvx.plan.phases import run_phases
 from cogvx.plan.trace import Meter, initialized_by, patched
+from cogvx.training.deterministic import deterministic_kernels, require_workspace
 from cogvx.training.trainer import Trainer
 
 MEMORY_BOUND, TIME_BOUND = 0.05, 0.35
@@ -353,6 +354,36 @@ def compiled(here: Here) -> None:
         if here.device == "cuda":
             torch.cuda.empty_cache()
     here.line("without / with", round(measured["false"] / measured["true"], 3), "times")
+
+
+def deterministic_cost(here: Here) -> None:
+    """Seconds per step and memory with and without. Both with flash, as the mode has it."""
+    require_workspace()  # before CUDA starts
+    on_a_card, measured = here.device == "cuda", {}
+    for strict in (False, True):
+        config = configuration(here, "2b", "balanced", "train.attention=flash")
+        began = time.monotonic()
+        with deterministic_kernels(compiled=False) if strict else contextlib.nullcontext():
+            found = steps_of(config, here.device)
+        # A CPU: no step is measured by itself.
+        laps = found.laps if on_a_card else [(time.monotonic() - began) / 4] * 4
+        measured[strict] = statistics.median(laps[1:])
+        named = f"train.deterministic={str(strict).lower()}"
+        here.line(f"{named}: seconds per step", round(measured[strict], 3), "s")
+        if on_a_card:
+            here.line(f"{named}: reserved", round(found.peaks["train"].reserved / GIB, 3), "GiB")
+        gc.collect()
+        if on_a_card:
+            torch.cuda.empty_cache()
+    here.line("with / without", round(measured[True] / measured[False], 3), "times")
+
+
+def steps_of(config: Config, device: str):
+    """Four steps of training: a Meter on a card, else a Recorder."""
+    if device == "cpu":
+        return run_phases(config, ["load", "train"], steps=4, as_cuda=False, fake=False)
+    with patched(phases, metering=random_metering):
+        return run_phases(config, ["load", "train"], steps=4, device=torch.device("cuda"))
 
 
 if __name__ == "__main__":

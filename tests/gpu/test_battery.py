@@ -136,6 +136,51 @@ def test_every_entry_has_something_to_run():
     assert all(callable(entries.function(name)) for name in names)
 
 
+@pytest.mark.parametrize("changed", [None, "pytorch_lora_weights.safetensors", "metrics.jsonl"])
+def test_a_run_that_differs_in_one_bit_is_off(tmp_path, changed):
+    import launched
+
+    for name in ("whole", "again"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pytorch_lora_weights.safetensors").write_bytes(b"\0" * 64)
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 0.25}\n')
+    if changed is not None:
+        content = bytearray((tmp_path / "again" / changed).read_bytes())
+        # The last digit of the loss, or any bit of the weights.
+        content[-3 if changed.endswith(".jsonl") else 10] ^= 1
+        (tmp_path / "again" / changed).write_bytes(content)
+    here = battery.Here("deterministic", tmp_path / "rows.jsonl", tmp_path, "cpu", small=True)
+    launched.tell_same_bits(here, tmp_path / "whole", tmp_path / "again")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    expected = {None: ["ok", "ok"], "metrics.jsonl": ["ok", "off"]}.get(changed, ["off", "ok"])
+    assert [row["status"] for row in rows] == expected
+
+
+def test_a_step_without_memory_is_rehearsed(tmp_path, monkeypatch):
+    """Its runs are not made here: what is said of the one that fails is judged."""
+    import launched
+
+    reason = (
+        "a run ended with exit code 2: the GPU's memory is too small for this: it ended while "
+        "training (forward pass of step 1).\n       The error: CUDA out of memory."
+    )
+    tries = iter([None, RuntimeError(reason), None])
+
+    def run_here(folder, *settings):
+        error = next(tries)
+        if error is not None:
+            raise error
+        folder.mkdir(exist_ok=True)
+        (folder / "summary.json").write_text('{"status": "done", "memory_by_phase": {}}')
+        return folder
+
+    monkeypatch.setattr(launched, "run_here", run_here)
+    here = battery.Here("out_of_memory", tmp_path / "rows.jsonl", tmp_path, "cpu", small=True)
+    launched.out_of_memory(here)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+
+
 def test_what_is_planned_is_what_the_chosen_entries_run(tmp_path):
     chosen = [entry for entry in entries.ENTRIES if entry.name in ("mode_5b_low", "compiled")]
     card = ("NVIDIA H100 80GB HBM3", 79.6)
