@@ -44,6 +44,11 @@ PROJECT = Path(__file__).parent.parent
 CONF = PROJECT / "conf"
 HYDRAS = (HydraException, OmegaConfBaseException)  # what composing raises
 
+# Values in a record, lists and tables counted too. A text of a few lines can stand for billions.
+MOST_VALUES = 100_000
+# What calls a function in a value, such as ${oc.env:NAME}. Not: another setting's name.
+CALL = re.compile(r"(\\*)\$\{(?![\w.]+\})")
+
 # Where a run stands and how it was started. These do not change what it computes.
 NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps")
 
@@ -53,6 +58,7 @@ ADDED_SETTINGS = {
         "allow_outside_root": False,
         "buckets": None,
         "decode_seconds": 300.0,
+        "decode_gigabytes": 8.0,
         "shard": None,
         "id_token_position": "start",
         "id_token_share": 1.0,
@@ -414,7 +420,8 @@ def to_yaml(config: Config) -> str:
 
 def escaped(value: object) -> object:
     if isinstance(value, str):
-        return value.replace("${", "\\${")
+        # Backslashes before it would else undo the one that is put there.
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, list):
         return [escaped(inner) for inner in value]
     if isinstance(value, dict):
@@ -442,12 +449,37 @@ def read(path: Path) -> Config:
 
 
 def read_record(path: Path) -> dict:
-    """The values of a run's config.yaml, each under the name that it has in this version."""
+    """The values of a run's config.yaml, each under the name that it has in this version.
+
+    Others may have written the file. UserError if a value of it would call something.
+    """
     try:
         recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        require_plain_values(path, recorded)
         return upgraded(recorded)
-    except (OSError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is not the configuration of a run: {error!r}") from error
+    except UserError:
+        raise
+    # Broken files raise errors of many kinds, and very deep ones a RecursionError.
+    except Exception as error:
+        raise UserError(f"{path} is not the configuration of a run: {error!r:.300}") from error
+
+
+def require_plain_values(path: Path, recorded: object) -> None:
+    """UserError if a value calls something, as ${oc.env:NAME} reads the environment."""
+    left, seen = [recorded], 0
+    while left:
+        value, seen = left.pop(), seen + 1
+        if seen > MOST_VALUES:
+            raise UserError(f"{path} is not the configuration of a run: it has too many values")
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and any(len(c[1]) % 2 == 0 for c in CALL.finditer(value)):
+            raise UserError(
+                f"{path} has the value {value!r:.100}, which would call something here. A run's "
+                f"own record has none: do not use this file, or write the value itself in its place"
+            )
 
 
 def upgraded(recorded: dict) -> dict:

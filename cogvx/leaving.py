@@ -10,10 +10,15 @@ from __future__ import annotations
 import atexit
 import io
 import os
+import re
 import sys
 from typing import NoReturn
 
+from cogvx.errors import printable
+
 codes: list[int] = []
+# Colours, which rich writes.
+COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 def leave(code: int) -> NoReturn:
@@ -33,16 +38,27 @@ class Outlasting(io.FileIO):
             return len(content)
 
 
+class Plain(io.TextIOWrapper):
+    """A stream on which a terminal gets text and colours, and no other commands.
+
+    A caption or the name of a file may hold them.
+    """
+
+    def write(self, text: str) -> int:
+        parts = COLOUR.split(text) if "\x1b" in text else [text]
+        plain = [part if COLOUR.fullmatch(part) else printable(part) for part in parts]
+        return super().write("".join(plain))
+
+
 def outlast_readers() -> None:
     """From here on, a run does not end because nobody reads what it prints."""
-    for name in ("stdout", "stderr"):
+    for name, kind in (("stdout", Plain), ("stderr", io.TextIOWrapper)):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started this
             continue
         raw = Outlasting(stream.fileno(), "w", closefd=False)
         how = {"encoding": stream.encoding, "errors": stream.errors}
-        buffered = io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=True, **how)
-        setattr(sys, name, buffered)
+        setattr(sys, name, kind(io.BufferedWriter(raw), line_buffering=True, **how))
 
 
 @atexit.register

@@ -27,6 +27,7 @@ from cogvx.progress import bar, heartbeat
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cogvx.data.decoders import Limits
     from cogvx.data.footage import FileFacts
 
 
@@ -45,13 +46,11 @@ class DamagedFile(Exception):
 class Cache:
     """What is known of its files, and of the clips, is remembered in an index for each set.
 
-    set_name: of the set of clips. decode_seconds: facts() gives up then; None: never.
+    set_name: of the set of clips. limits: what facts() may take for a file.
     """
 
-    def __init__(
-        self, folder: Path, set_name: str = "other files", decode_seconds: float | None = None
-    ):
-        self.folder, self.decode_seconds = folder, decode_seconds
+    def __init__(self, folder: Path, set_name: str = "other files", limits: Limits = (None, None)):
+        self.folder, self.limits = folder, limits
         self.index = self.index_of(set_name)
         # A model is used with many sets, and its files on the hub's cache are links.
         self.models = self.index_of("models")
@@ -227,7 +226,7 @@ class Cache:
         from cogvx.data.footage import FileFacts
 
         def survey(path: Path) -> dict:
-            return dataclasses.asdict(surveyed(path, self.decode_seconds).facts)
+            return dataclasses.asdict(surveyed(path, *self.limits).facts)
 
         return FileFacts(**self.remembered("facts", path, os.stat(path), survey, self.index))
 
@@ -239,8 +238,8 @@ class Cache:
         from cogvx.data.decoders import found_jumps, surveyed
 
         def look(path: Path) -> list[tuple[int, int]]:
-            footage = surveyed(path, self.decode_seconds)
-            starts = [0, *found_jumps(footage, threshold, self.decode_seconds)]
+            footage = surveyed(path, *self.limits)
+            starts = [0, *found_jumps(footage, threshold, *self.limits)]
             return list(zip(starts, [*starts[1:], len(footage.times)], strict=True))
 
         what = scenes_at(threshold)

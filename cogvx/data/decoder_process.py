@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
+import resource
 import select
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy
@@ -24,6 +27,10 @@ IDLE_SECONDS = 60  # without a request it ends, and its memory is free
 ENDED_IDLE = 75  # its exit code then
 # Of two processes, Linux kills this one first when the machine's memory runs out. At most 1000.
 OOM_SCORE = "800"
+NEEDS_MEMORY = (
+    "needs too much memory to be read: it is damaged, or its frames are very large "
+    "(more memory: data.decode_gigabytes)"
+)
 
 
 def serve_requests() -> None:
@@ -35,14 +42,34 @@ def serve_requests() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(OOM_SCORE)
+    own = own_memory()
     # The other process has ended, or has no use for the rest.
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             if not select.select([requests], [], [], IDLE_SECONDS)[0]:
                 os._exit(ENDED_IDLE)
-            what, given, seconds = pickle.load(requests)
+            what, given, seconds, gigabytes = pickle.load(requests)
+            bound_memory(own, gigabytes)
             answer(answers, STEPS[what](given), seconds)
     os._exit(0)
+
+
+def own_memory() -> int | None:
+    """The bytes of memory that this process has for itself. None where the system does not say."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else None
+    return None
+
+
+def bound_memory(own: int | None, gigabytes: float | None) -> None:
+    """A file may take so much more than `own`. None: no bound."""
+    if own is None:
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = most if gigabytes is None else own + int(gigabytes * 2**30)
+    bound = bound if most == resource.RLIM_INFINITY else min(bound, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
 
 
 def answer(answers: BinaryIO, steps: Iterator[tuple], seconds: float | None) -> None:
@@ -62,7 +89,7 @@ def answer(answers: BinaryIO, steps: Iterator[tuple], seconds: float | None) -> 
     except BadClip as bad:
         last = ("bad", str(bad))
     except MemoryError:
-        last = ("bad", "needs more memory than there is")
+        last = ("bad", NEEDS_MEMORY)
     except BrokenPipeError:
         raise
     # Of a broken file, libraries raise errors of many kinds.

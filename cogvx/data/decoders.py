@@ -6,6 +6,7 @@ F frames, H height, W width, C is 3 (R, G, B).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import signal
@@ -16,43 +17,49 @@ from pathlib import Path
 
 import numpy
 
-from cogvx.data.decoder_process import ENDED_IDLE
+from cogvx.data.decoder_process import ENDED_IDLE, NEEDS_MEMORY
 from cogvx.data.footage import BadClip, Footage
 
 IMPORTED_FROM = str(Path(__file__).parent.parent.parent)  # the folder that holds cogvx
 # -P: a file of the working folder is no module.
 COMMAND = [sys.executable, "-P", "-m", "cogvx.data.decoder_process"]
+# The seconds and the gigabytes of memory that reading a file may take; None: no limit.
+Limits = tuple[float | None, float | None]
 
 
-def surveyed(path: Path, seconds: float | None) -> Footage:
-    """footage.survey() in another process, in so many seconds. BadClip if it cannot be used."""
-    return ask("survey", path, seconds, {})
+def surveyed(path: Path, seconds: float | None, gigabytes: float | None = None) -> Footage:
+    """footage.survey() in another process. BadClip if it cannot be used, within the limits."""
+    return ask("survey", path, (seconds, gigabytes), {})
 
 
-def decoded_frames(footage: Footage, indices: list[int], seconds: float | None) -> numpy.ndarray:
+def decoded_frames(
+    footage: Footage, indices: list[int], seconds: float | None, gigabytes: float | None = None
+) -> numpy.ndarray:
     """The frames with these numbers among those that a player shows, [F, H, W, C] uint8.
 
-    They are read in another process. BadClip if one cannot be decoded, or not in `seconds`.
+    They are read in another process. BadClip if one cannot be decoded, within the limits.
     """
     times = [footage.times[index] for index in indices]
     rows = {time: row for row, time in enumerate(sorted(set(times)))}
-    frames = ask("frames", (footage, set(times)), seconds, rows)
+    frames = ask("frames", (footage, set(times)), (seconds, gigabytes), rows)
     order = [rows[time] for time in times]
     return frames if order == list(range(len(rows))) else frames[order]
 
 
-def found_jumps(footage: Footage, threshold: float, seconds: float | None) -> list[int]:
-    """scenes.jumps() in another process. BadClip if it cannot be decoded, or not in `seconds`."""
-    return ask("jumps", (footage, threshold), seconds, {})
+def found_jumps(
+    footage: Footage, threshold: float, seconds: float | None, gigabytes: float | None = None
+) -> list[int]:
+    """scenes.jumps() in another process. BadClip if it cannot be decoded, within the limits."""
+    return ask("jumps", (footage, threshold), (seconds, gigabytes), {})
 
 
-def ask(what: str, given: object, seconds: float | None, rows: dict[int, int]) -> object:
+def ask(what: str, given: object, limits: Limits, rows: dict[int, int]) -> object:
     """The answer to one request. rows: for each time of a frame, its row in the array."""
     killed = 0
     while True:
         decoder = free_decoder()
         try:
-            bad, found = decoder.ask(what, given, seconds, rows)
+            bad, found = decoder.ask(what, given, limits, rows)
         except EOFError:
             code = decoder.stop()
             was_killed = code == -signal.SIGKILL
@@ -60,7 +67,7 @@ def ask(what: str, given: object, seconds: float | None, rows: dict[int, int]) -
             # It had nothing to do for a while, and has just ended. Or someone killed it, which
             # says nothing of this clip, if it does not happen again.
             if code != ENDED_IDLE and not (was_killed and killed == 1):
-                raise BadClip(how_it_ended(code, seconds)) from None
+                raise BadClip(how_it_ended(code, limits[0])) from None
             continue
         except BaseException:
             decoder.stop()
@@ -71,6 +78,12 @@ def ask(what: str, given: object, seconds: float | None, rows: dict[int, int]) -
         if bad is not None:
             raise BadClip(bad)
         return found
+
+
+def require_room(count: int, shape: tuple[int, int, int], gigabytes: float | None) -> None:
+    """BadClip if so many frames, together in memory, take more."""
+    if gigabytes is not None and count * math.prod(shape) > gigabytes * 2**30:
+        raise BadClip(NEEDS_MEMORY)
 
 
 def how_it_ended(code: int, seconds: float) -> str:
@@ -101,11 +114,11 @@ class Decoder:
         )
 
     def ask(
-        self, what: str, given: object, seconds: float | None, rows: dict[int, int]
+        self, what: str, given: object, limits: Limits, rows: dict[int, int]
     ) -> tuple[str | None, object]:
         """Why there is no answer, and the answer. EOFError if the process ends."""
         try:
-            pickle.dump((what, given, seconds), self.process.stdin)
+            pickle.dump((what, given, *limits), self.process.stdin)
             self.process.stdin.flush()
         except BrokenPipeError as error:
             raise self.ended() from error
@@ -116,6 +129,8 @@ class Decoder:
                 return value, None
             if kind == "done":
                 return None, found
+            if kind == "frame" and found is None:
+                require_room(len(rows), value[1], limits[1])
             is_frame = kind == "frame"
             found = self.receive_frame(found, *value, rows) if is_frame else value
 

@@ -111,7 +111,7 @@ class Rejected:
 def cache_of(data: Data) -> Cache:
     """The cache, with what it remembers of this set of clips."""
     name = "the demo" if data.is_demo() else data.described()
-    return Cache(data.cache_dir, name, data.decode_seconds)
+    return Cache(data.cache_dir, name, data.decode_limits)
 
 
 def encode_clips(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +13,7 @@ from cogvx.data.listed import (
     ListedClip,
     caption_of_cell,
     no_file,
+    require_inside,
     shortened,
     text_of,
     unusable_name,
@@ -59,6 +60,8 @@ class Folder(Data):
         clips = self.clips(files)
         require_usable(clips, root)
         require_files([self.caption_file(clip) for clip in clips], root)
+        if not self.allow_outside_root:
+            require_no_way_out(self.read_of(clips), root)
         captions = {path: self.captions_of(path) for path in clips}
         require_captions(captions, root)
         missing = [path for path, found in captions.items() if not found]
@@ -79,6 +82,12 @@ class Folder(Data):
             ListedClip(found, path, images[path], str(path.relative_to(root)))
             for path, found in captions.items()
         ]
+
+    def read_of(self, clips: list[Path]) -> Iterator[Path]:
+        """Every file that is read of these clips."""
+        for clip in clips:
+            found = (clip, self.caption_file(clip), self.image_of(clip))
+            yield from (path for path in found if path is not None and path.is_file())
 
     def files(self) -> list[Path]:
         return sorted(visible_files(self.root()))
@@ -173,6 +182,18 @@ def require_usable(clips: list[Path], root: Path) -> None:
     if problems:
         headline = f"{len(problems)} of {counted(len(clips), 'clip')} in {root} cannot be used:"
         raise UserError(listed(headline, problems))
+
+
+def require_no_way_out(files: Iterable[Path], root: Path) -> None:
+    """UserError if one is a link out of the folder."""
+    problems, base = [], os.path.abspath(root)
+    for path in files:
+        try:
+            require_inside(os.path.abspath(path), base, os.path.relpath(path, root))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(listed(f"{root} has files that are not in it:", problems))
 
 
 def require_files(captions: list[Path], root: Path) -> None:

@@ -36,8 +36,21 @@ FAR_IN = 100
 FRAMES_BEFORE = 3
 # A frame is read whole before it is scaled. 8192x8192 pixels are 200 MB.
 FEWEST_PIXELS_OF_A_SIDE, MOST_PIXELS = 8, 8192 * 8192
+# A film of 23 hours at 60 frames a second has half as many. The times of all are in memory.
+MOST_FRAMES = 10_000_000
 # How files begin that name other files, which FFmpeg would read in their place.
 PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"v=0")
+# FFmpeg's names of the formats that it may read here: of video, of pictures, and of sound, to say
+# that a file holds no video. Its other readers open what a file names, on this disk or on the
+# network (hls, sdp, concat, vobsub), or a numbered row of files (image2).
+FORMATS = (
+    *("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv"),
+    *("asf", "ogg", "mxf", "nut", "rm", "dv", "wtv", "ivf", "obu", "av1", "h264", "hevc", "vvc"),
+    *("m4v", "mjpeg", "yuv4mpegpipe", "gif", "apng", "png_pipe", "jpeg_pipe", "webp_pipe"),
+    *("bmp_pipe", "tiff_pipe", "ppm_pipe", "pgm_pipe", "j2k_pipe", "mp3", "wav", "flac", "aac"),
+)
+# Only the file itself, whatever stands in it.
+ONLY_THIS_FILE = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
 # What an mp4 or mov file is made of, at the top (ISO/IEC 14496-12; QuickTime).
 BOXES = {
     *(b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"uuid", b"pnot", b"udta", b"meta"),
@@ -124,8 +137,10 @@ def survey(path: Path) -> Footage:
     # A stream is gone when its file is closed.
     with opened(path) as container:
         stream = best_stream(container)
+        # What the header says, before a frame of that size is made.
+        require_not_huge(stream.width or 0, stream.height or 0)
         # The packets themselves are the whole file.
-        found = [(p.pts, p.is_discard) for p in container.demux(stream) if p.size]
+        found = [(p.pts, p.is_discard) for p in counted_packets(container, stream)]
         number, times = stream.index, shown_times(found)
         require_whole(container, stream, len(found), times)
     with opened(path) as container:
@@ -155,7 +170,9 @@ def survey(path: Path) -> Footage:
 def survey_webp(path: Path) -> Footage | None:
     """None for a picture that does not move: FFmpeg reads it."""
     try:
-        (width, height), times = webp_size(path), webp_times(path)
+        width, height = webp_size(path)
+        require_usual_size(width, height)
+        times = webp_times(path)
     except (OSError, ValueError) as error:
         raise BadClip(f"cannot be opened as a video: {what_it_is(path, error)}") from error
     if len(times) == 1:
@@ -203,6 +220,10 @@ def require_usual_size(width: int, height: int) -> None:
     if min(width, height) < FEWEST_PIXELS_OF_A_SIDE:
         least = FEWEST_PIXELS_OF_A_SIDE
         raise BadClip(f"has frames of {width}x{height}: both sides need {least} pixels or more")
+    require_not_huge(width, height)
+
+
+def require_not_huge(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
         raise BadClip(
             f"has frames of {width}x{height}, too large to be read: at most {MOST_PIXELS // 10**6} "
@@ -218,8 +239,10 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
     av.logging.restore_default_callback()
     av.logging.set_libav_level(av.logging.PANIC)
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}", options=ONLY_THIS_FILE) as container:
             yield container
+    except MemoryError:
+        raise
     except (av.error.FFmpegError, OSError) as error:
         raise BadClip(f"cannot be opened as a video: {what_it_is(path, error)}") from error
 
@@ -249,6 +272,18 @@ def best_stream(container: av.container.InputContainer) -> av.video.stream.Video
     if not found:
         raise BadClip("has a codec that FFmpeg does not know")
     return max(found, key=lambda stream: (stream.width or 0) * (stream.height or 0))
+
+
+def counted_packets(container, stream) -> Iterator[av.Packet]:
+    """The packets with frames. BadClip if there are too many of them."""
+    number = 0
+    for packet in container.demux(stream):
+        if not packet.size:
+            continue
+        number += 1
+        if number > MOST_FRAMES:
+            raise BadClip(f"has more than {MOST_FRAMES // 10**6} million frames: cut it into parts")
+        yield packet
 
 
 def shown_times(found: list[tuple[int | None, bool]]) -> list[int]:
@@ -419,6 +454,8 @@ def decoded(container, stream, *, alpha: bool = False) -> Iterator[av.VideoFrame
             yield from decoded_with_alpha(container, stream)
         else:
             yield from container.decode(stream)
+    except MemoryError:
+        raise
     except av.error.FFmpegError as error:
         raise BadClip("stops while its frames are decoded: truncated or damaged") from error
 

@@ -3,6 +3,7 @@
 Nothing is repaired silently. Every mistake is named with the line it stands in.
 """
 
+import functools
 import glob
 import os
 import re
@@ -18,6 +19,8 @@ from cogvx.progress import counted
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]")
 # Characters. T5 reads 226 tokens, about 1,000 characters. More is a file that was taken for a text.
 LONGEST_CAPTION = 20_000
+# Bytes of a text file that is read into memory as a whole: the captions of 10 million clips.
+LARGEST_TEXT = 2 * 2**30
 # Names of a folder that one is compared with: 2,000 take 0.1 s.
 MOST_COMPARED = 2_000
 # How files begin that are often given the ending of a text or a table.
@@ -50,6 +53,9 @@ def text_of(path: Path) -> str:
     UserError if it cannot be read; it names the first line that is not UTF-8.
     """
     try:
+        size = path.stat().st_size
+        if size > LARGEST_TEXT:
+            raise UserError(f"{path} has {size:,} bytes, too many for a text: is it another file?")
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -213,6 +219,8 @@ def locate(name: str, root: Path | None, *, anywhere: bool = False, hints: bool 
     for spelling in spellings(name):
         path = os.path.normpath(os.path.join(base, spelling))
         if os.path.isfile(path) and (not inside or is_below(path, base)):
+            if inside:
+                require_inside(path, base, f"names {name!r}, which")
             return readable(path, name)
     path = os.path.normpath(os.path.join(base, name))
     if WINDOWS_PATH.match(name):
@@ -236,6 +244,36 @@ def locate(name: str, root: Path | None, *, anywhere: bool = False, hints: bool 
 
 def is_below(path: str, base: str) -> bool:
     return path.startswith(base.rstrip(os.sep) + os.sep)
+
+
+def require_inside(path: str, base: str, file: str = "") -> None:
+    """UserError if a link leads out of the folder. path: below it, as it is written."""
+    real = os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path))
+    real = os.path.realpath(real) if os.path.islink(real) else real
+    if not any(is_below(real, place) for place in places_of(base)):
+        raise UserError(
+            f"{file} is a link to {real}, outside of {base}: move the file there, or allow it with "
+            f"data.allow_outside_root=true"
+        )
+
+
+def require_no_link_out(path: Path, root: Path) -> None:
+    """UserError if a list in the folder is a link out of it. A list may lie elsewhere itself."""
+    base, place = os.path.abspath(root), os.path.abspath(path)
+    if is_below(place, base):
+        require_inside(place, base, path.name)
+
+
+@functools.lru_cache(maxsize=10_000)
+def real_folder(path: str) -> str:
+    return os.path.realpath(path)
+
+
+def places_of(base: str) -> list[str]:
+    """The folder itself, without links. Of a snapshot of the hub's cache: the files it links to."""
+    real = real_folder(base)
+    before, between, _ = f"{real}{os.sep}".rpartition(f"{os.sep}snapshots{os.sep}")
+    return [real, *([os.path.join(before, "blobs")] if between else [])]
 
 
 def readable(path: str, name: str) -> Path:

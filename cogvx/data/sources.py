@@ -121,6 +121,7 @@ class Data:
     short_files: ShortFiles
     video_reshape_mode: Reshape
     decode_seconds: float
+    decode_gigabytes: float
     flip: bool
     cache_dir: Path
     shard: str | None
@@ -258,6 +259,7 @@ class Data:
                 f"from 1 to max_num_frames={self.max_num_frames}",
             ),
             ("decode_seconds", self.decode_seconds > 0, "above 0 seconds"),
+            ("decode_gigabytes", self.decode_gigabytes > 0, "above 0 gigabytes of memory"),
             ("random_windows", self.random_windows >= 1, "1 or more windows of a file"),
             ("window_overlap", 0 <= self.window_overlap < 1, "at least 0 and below 1"),
             ("scene_threshold", 0 < self.scene_threshold <= 255, "above 0, up to 255"),
@@ -278,6 +280,11 @@ class Data:
                 f"and these are {', '.join(self.columns())}"
             )
         return found + self.problems_of_long_files()
+
+    @property
+    def decode_limits(self) -> tuple[float, float]:
+        """The seconds and the gigabytes of memory that reading a clip may take."""
+        return self.decode_seconds, self.decode_gigabytes
 
     @property
     def divides_files(self) -> bool:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from cogvx.data.listed import ListedClip, located, require_columns, text_of
+from cogvx.data.listed import (
+    LARGEST_TEXT,
+    ListedClip,
+    located,
+    require_columns,
+    require_no_link_out,
+    text_of,
+)
 from cogvx.data.sources import Data
 from cogvx.errors import UserError, first_line, lacking, listed
 
@@ -21,6 +28,7 @@ USUAL_CAPTIONS = ("caption", "text", "prompt")
 USUAL_VIDEOS = ("file_name", "video", "path", "video_path", "file")
 USUAL_TABLE = "metadata"
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+ROWS_AT_ONCE = 1024  # of a parquet file
 # A row's number in the file, as an editor shows it, and its cells.
 Row = tuple[int, dict[str, object]]
 
@@ -44,6 +52,8 @@ class TableOfClips(Data):
 
     def rows(self) -> list[ListedClip]:
         path = self.table()
+        if not self.allow_outside_root:
+            require_no_link_out(path, self.root())
         rows = READERS[path.suffix.lower()](path)
         names = list(dict.fromkeys(name for _, cells in rows for name in cells))
         caption = self.caption_column or usual(names, USUAL_CAPTIONS, path, "data.caption_column")
@@ -205,7 +215,17 @@ def parquet_rows(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        # In parts, each looked at: a small file can hold a text of many gigabytes.
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows, size = [], 0
+            for part in file.iter_batches(ROWS_AT_ONCE):
+                size += part.nbytes
+                if size > LARGEST_TEXT:
+                    raise UserError(
+                        f"{path.name} holds more than {LARGEST_TEXT >> 30} GB: is it a table of "
+                        f"clips and captions? Clips within a table: data=dataset"
+                    )
+                rows += part.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read as parquet: {first_line(error)}") from error
     return list(enumerate(rows, start=1))

@@ -7,6 +7,7 @@ as they come, so the memory that this takes does not depend on the archives' siz
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import re
 import tarfile
@@ -14,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, ClassVar
 
 from cogvx.data.arriving import kept_file, remembered, remembering, require_bytes
 from cogvx.data.listed import ListedClip, captions_of_cell, shortened
@@ -26,8 +27,17 @@ from cogvx.progress import bar, counted
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 # Bytes of a member that holds a caption.
 LONGEST_TEXT = 1_000_000
+# Bytes of what stands before a member: its long name, its dates and the like.
+LONGEST_HEADER = 1_000_000
+# A packed archive may become so many times as large, from so many bytes on. Clips hardly shrink.
+MOST_TIMES_AS_LARGE, ALWAYS_ALLOWED = 100, 10**9
 # What reading half an archive raises.
-CUT_OFF = (tarfile.ReadError, EOFError, zlib.error, OSError)
+CUT_OFF = (tarfile.TarError, EOFError, zlib.error, OSError)
+PACKED = b"\x1f\x8b"  # how gzip's files begin
+HEADERS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 
 
 @dataclass
@@ -135,7 +145,10 @@ class WebDataset(Data):
         samples: dict[str, TarSample] = {}
         member, why = None, None
         try:
-            with tarfile.open(path, "r|*") as archive:
+            with (
+                unpacked(path) as content,
+                tarfile.open(fileobj=content, mode="r|", tarinfo=Member) as archive,
+            ):
                 for member in archive:
                     self.take(member, archive, samples)
         except CUT_OFF as error:
@@ -161,6 +174,10 @@ class WebDataset(Data):
             return
         key = member.name[: -len(ending)]
         sample = samples.setdefault(key, TarSample(ascii(key)[1:-1]))
+        # A few bytes can say that such a file has a terabyte.
+        if member.issparse():
+            sample.problem = f"has a {ending} with holes, which is not read: pack it without tar -S"
+            return
         content = archive.extractfile(member)
         if ending in self.video_column.lower().split():
             if sample.video is not None:
@@ -181,6 +198,39 @@ class WebDataset(Data):
         known = [*self.video_column.lower().split(), *texts, self.image_column]
         fitting = [each for each in known if each and name.lower().endswith(each)]
         return max(fitting, key=len, default=None)
+
+
+class Member(tarfile.TarInfo):
+    """tarfile reads what stands before a member into memory, however long it says that it is."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Member:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in HEADERS and found.size > LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header says that it has {found.size} bytes")
+        return found
+
+
+class Unpacked(gzip.GzipFile):
+    """A packed archive. OSError where it becomes many times as large as the file."""
+
+    most = 0  # bytes
+
+    def read(self, size: int | None = -1) -> bytes:
+        found = super().read(size)
+        if self.tell() > self.most:
+            raise OSError(f"it unpacks to more than {MOST_TIMES_AS_LARGE} times its size")
+        return found
+
+
+def unpacked(path: Path) -> IO[bytes]:
+    with path.open("rb") as file:
+        packed = file.read(2) == PACKED
+    if not packed:
+        return path.open("rb")
+    content = Unpacked(path)
+    content.most = max(ALWAYS_ALLOWED, MOST_TIMES_AS_LARGE * path.stat().st_size)
+    return content
 
 
 @dataclass

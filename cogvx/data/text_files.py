@@ -10,6 +10,7 @@ from cogvx.data.listed import (
     located,
     paired,
     read_lines,
+    require_no_link_out,
 )
 from cogvx.data.sources import Data
 from cogvx.errors import UserError
@@ -38,6 +39,9 @@ class TextFiles(Data):
     def rows(self) -> list[ListedClip]:
         self.require_list()
         root = self.root()
+        if not self.allow_outside_root:
+            for name in self.columns():
+                require_no_link_out(root / name, root)
         lines = {name: read_lines(root / name) for name in self.columns()}
         return located(paired(lines, root), root, anywhere=self.allow_outside_root)
 

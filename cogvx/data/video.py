@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cogvx.data.buckets import Size
 from cogvx.data.cuts import Cut, head, usable
 from cogvx.data.decoders import decoded_frames, surveyed
-from cogvx.data.footage import BadClip, Footage
+from cogvx.data.footage import BadClip, Footage, require_usual_size
 from cogvx.data.sources import Data, Reshape, ShortFiles
 from cogvx.progress import counted
 
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     import numpy
     from torch import Tensor
 
-# Resized together. More would need more memory: 8 frames of 1080p are 200 MB in fp32.
-FRAMES_AT_ONCE = 8
+# Resized together: 8 frames of 1080p, 200 MB in fp32. More would need more memory.
+PIXELS_AT_ONCE = 8 * 1920 * 1080
+# A longer shape would be larger than memory after scaling: the short side is filled.
+MOST_TIMES_AS_LONG = 100
+# Pillow's names of the formats that it may read here. For some others it starts a program.
+PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Containers round their times: a frame due at 0.125 s may be stamped 0.125001. By this share of the
 # time between two frames ...
 SLACK = 1e-3
@@ -54,7 +58,7 @@ def read_clip(path: Path, data: Data, cut: Cut | None = None, *, frame_multiple:
     gives too few.
     """
     cut = cut or head(data)
-    footage = surveyed(path, data.decode_seconds)
+    footage = surveyed(path, *data.decode_limits)
     stamps, most = used_stamps(footage, cut), usable(cut.size.frames, frame_multiple)
     chosen = choose_frames(stamps, data.fps, most, cut)
     fill = data.short_files is not ShortFiles.drop and 1 < len(chosen) < most
@@ -62,7 +66,7 @@ def read_clip(path: Path, data: Data, cut: Cut | None = None, *, frame_multiple:
     if len(own) < data.min_num_frames:
         raise BadClip(too_few(footage, len(chosen), len(own), data))
     indices = [cut.first + number for number in (filled_up(own, most, data) if fill else own)]
-    pixels = decoded_frames(footage, indices, data.decode_seconds)  # [F, H, W, C]
+    pixels = decoded_frames(footage, indices, *data.decode_limits)  # [F, H, W, C]
     mode, aspect = data.video_reshape_mode, footage.upright_pixel_aspect
     height, width = pixels.shape[1], pixels.shape[2]
     bars = bars_beside(height, width * aspect, cut.size) if mode is Reshape.pad else 0.0
@@ -104,8 +108,11 @@ def read_image(path: Path, data: Data, video: Path, cut: Cut) -> Tensor:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=PICTURES) as picture:
+            require_usual_size(*picture.size)
             pixels = numpy.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except BadClip as bad:
+        raise BadClip(f"has an image, {path}, that {bad}") from bad
     except UnidentifiedImageError as error:
         raise BadClip(
             f"has an image, {path}, that is no picture ({path.stat().st_size} bytes)"
@@ -121,9 +128,9 @@ def read_image(path: Path, data: Data, video: Path, cut: Cut) -> Tensor:
 
 def read_first_frame(path: Path, data: Data, cut: Cut) -> Tensor:
     """The first frame that read_clip() takes, [1, C, H, W] in [-1, 1]."""
-    footage = surveyed(path, data.decode_seconds)
+    footage = surveyed(path, *data.decode_limits)
     first = choose_frames(used_stamps(footage, cut), data.fps, usable(cut.size.frames), cut)[0]
-    pixels = decoded_frames(footage, [cut.first + first], data.decode_seconds)
+    pixels = decoded_frames(footage, [cut.first + first], *data.decode_limits)
     aspect = footage.upright_pixel_aspect
     return fitted_to(cut, pixels, data.video_reshape_mode, path, aspect)
 
@@ -254,6 +261,11 @@ def fitted_to(
             f"{size.height} only: data.width={width} data.height={height}, or "
             f"data.video_reshape_mode=center"
         )
+    times = max(height, width) / max(1, min(height, width))
+    if times > MOST_TIMES_AS_LONG:
+        raise BadClip(
+            f"is {width}x{height}: one side may be {MOST_TIMES_AS_LONG} times as long as the other"
+        )
     frames = resize_and_crop(pixels, size, place, pixel_aspect, pad=mode is Reshape.pad)
     return frames.flip(-1) if cut.flipped else frames
 
@@ -297,7 +309,8 @@ def resize_and_crop(
     left = round((new_width - size.width) * place[1])
     below, right = new_height - size.height - top, new_width - size.width - left
     parts = []
-    for part in torch.from_numpy(pixels).split(FRAMES_AT_ONCE):
+    at_once = max(1, PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2]))
+    for part in torch.from_numpy(pixels).split(at_once):
         # [F, H, W, C] -> [F, C, H, W]
         part = part.permute(0, 3, 1, 2).float()
         part = F.interpolate(

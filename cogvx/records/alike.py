@@ -37,7 +37,8 @@ JUDGED = re.compile(
 # Of the settings of data, those that change no held-out clip.
 NOT_JUDGED = {
     *("data.cache_dir", "data.max_train_clips", "data.max_bad_fraction"),
-    *("data.image_noise_variants", "data.allow_outside_root", "data.decode_seconds", "data.shard"),
+    *("data.image_noise_variants", "data.allow_outside_root", "data.shard"),
+    *("data.decode_seconds", "data.decode_gigabytes"),
     # A held-out clip has its first caption as it is written, with the id_token. Of its windows it
     # is the first one, not mirrored.
     *("data.id_token_share", "data.tag_shuffles", "data.keep_tags"),

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table as Grid
 from rich.text import Text
 
-from cogvx.errors import first_line
+from cogvx.errors import first_line, printable
 from cogvx.files import shown, write_json
 from cogvx.progress import counted
 from cogvx.records.leaderboard import WIDEST_VALUE
@@ -44,7 +44,9 @@ class Table:
         self.sweep, self.progress = sweep, {job.name: sweep.progress(job) for job in jobs}
         self.values = {job.name: job.values for job in jobs}
         self.to_come = 0
-        self.console, self.logged, self.live = Console(), time.monotonic(), None
+        # A live table moves the cursor, which sys.stdout keeps from the terminal.
+        terminal = sys.__stdout__ if sys.stdout.isatty() else None
+        self.console, self.logged, self.live = Console(file=terminal), time.monotonic(), None
 
     def __enter__(self) -> Table:
         print(f"sweep   {shown(self.sweep.folder)}: {self.in_words()}", flush=True)
@@ -82,7 +84,7 @@ class Table:
         if progress.heldout_loss is not None:
             line += f"  held-out loss {progress.heldout_loss:.4f}"
         if progress.state is not State.done and progress.reason:
-            line += f"  {first_line(progress.reason)}"
+            line += f"  {printable(first_line(progress.reason))}"
         if self.live is None:
             print(line, flush=True)
             return

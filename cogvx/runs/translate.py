@@ -177,6 +177,9 @@ def write_primary(path: Path, arguments: list[str], scratch: Path) -> None:
         follow_again(recorded, defaults, arguments)
     recorded["train"]["resume"] = None
     recorded["hydra"] = defaults["hydra"]
+    # Not what else may stand in the list: Hydra would load it.
+    chosen = [{group: option} for group, option in configuration.choices_of(recorded).items()]
+    recorded["defaults"] = [*chosen, "_self_"]
     recorded["defaults"] += [
         entry for entry in defaults["defaults"] if "override hydra/" in str(entry)
     ]
