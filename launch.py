@@ -61,7 +61,7 @@ def entry(arguments: list[str]) -> int:
 
 
 def say(error: object) -> int:
-    print(f"error: {printable(str(error))}", file=sys.stderr)
+    print(f"error: {leaving.printable(str(error))}", file=sys.stderr)
     return processes.FAILED
 
 

@@ -23,6 +23,7 @@ from cogvx.data import mix, sources
 from cogvx.errors import UserError, first_line, listed
 from cogvx.files import absolute
 from cogvx.groups import GROUPS, SECTIONS
+from cogvx.hub_client import pinned
 from cogvx.model import pretrained
 from cogvx.model.lora import Lora
 from cogvx.options import optimizers, parallel, schedules, tasks, tracking
@@ -382,6 +383,22 @@ def make_paths_absolute(config: Config) -> None:
                 setattr(owner, name, [absolute(path) for path in value])
         if owner is not config and hasattr(owner, "make_paths_absolute"):
             owner.make_paths_absolute()
+
+
+def pin_places(config: Config, commits: dict[str, str]) -> None:
+    """Names the commit of each LoRA and data set of the hub whose commit is known.
+
+    commits: by the place as it stands in the configuration, such as name/repo.
+    """
+    if config.lora is not None and config.lora.init_from is not None:
+        config.lora.init_from = pinned(config.lora.init_from, commits)
+    if isinstance(config.task, tasks.GenerateTask | tasks.ExportTask):
+        config.task.add = [pinned(place, commits) for place in config.task.add]
+    for part in (config.data, *getattr(config.data, "sources", {}).values()):
+        # A source of a mix is recorded as a dict.
+        named = part if isinstance(part, dict) else vars(part)
+        if isinstance(named.get("dataset_name"), str):
+            named["dataset_name"] = pinned(named["dataset_name"], commits)
 
 
 # -- the record: a configuration as a file that launch.py can start from -------------------------

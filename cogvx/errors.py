@@ -2,12 +2,9 @@
 
 import difflib
 import importlib.util
-import re
 from collections.abc import Iterable
 
 MOST_SHOWN = 12
-# What a terminal does not show but obeys: C0 and C1 control characters, without line break and tab.
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UserError(Exception):
@@ -24,11 +21,6 @@ def listed(headline: str, problems: Iterable[str]) -> str:
     if len(problems) > MOST_SHOWN:
         lines.append(f"  ... and {len(problems) - MOST_SHOWN} more like these")
     return "\n".join([headline, *lines])
-
-
-def printable(text: str) -> str:
-    """The text with every control character as \\x1b, for a terminal."""
-    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

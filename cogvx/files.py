@@ -174,7 +174,8 @@ def read_json(path: Path) -> dict:
     """The file's values; {} if there is no file, or if it holds no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    # Thousands of brackets are a RecursionError.
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
 
 
@@ -185,7 +186,7 @@ def read_json_lines(path: Path) -> list[dict]:
     """
     lines = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict)]
 

@@ -22,12 +22,20 @@ T = TypeVar("T")
 PAUSES = (2, 10, 60)
 # The longest pause that the hub may ask for.
 LONGEST_PAUSE = 600
+# What this process has used of the hub, by its place as it was asked for (name/repo or
+# name/repo@revision): the commit. Asked for again, it is the same one.
+COMMITS: dict[str, str] = {}
 
 
 def split_revision(place: str) -> tuple[str, str | None]:
     """name/repo@revision -> name/repo and the revision; None for the newest."""
     repo, _, revision = place.partition("@")
     return repo, revision or None
+
+
+def pinned(place: str, commits: dict[str, str]) -> str:
+    """name/repo@commit for what came from the hub; everything else stays as it is."""
+    return f"{split_revision(place)[0]}@{commits[place]}" if place in commits else place
 
 
 @dataclass(frozen=True)
@@ -94,8 +102,12 @@ class OnTheHub:
 
         if offline():
             return None
-        try:
+
+        def ask() -> str:
             return HfApi().repo_info(self.repo, revision=self.revision, repo_type=self.kind).sha
+
+        try:
+            return patiently(ask, f"a question about {self.repo}")
         except Exception as error:
             if Causes(error).never_arrived():
                 return None

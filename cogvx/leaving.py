@@ -14,9 +14,9 @@ import re
 import sys
 from typing import NoReturn
 
-from cogvx.errors import printable
-
 codes: list[int] = []
+# What a terminal does not show but obeys: C0 and C1 control characters, without line break and tab.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Colours, which rich writes.
 COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 
@@ -36,6 +36,11 @@ class Outlasting(io.FileIO):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return len(content)
+
+
+def printable(text: str) -> str:
+    """The text with every control character as \\x1b, for a terminal."""
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class Plain(io.TextIOWrapper):

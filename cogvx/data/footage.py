@@ -256,6 +256,7 @@ def what_it_is(path: Path, error: Exception) -> str:
     if start.lstrip()[:1] in (b"<", b"{"):
         return "it is a text file, perhaps an error page that was saved as a video"
     said = first_line(error).split("; last error log")[0].split(": '")[0].partition("] ")[2]
+    said = said or "no format that is read here"
     return f"{path.stat().st_size} bytes, truncated or of another kind ({said})"
 
 

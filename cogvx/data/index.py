@@ -107,10 +107,10 @@ class Index:
 
 def parsed(lines: list[bytes]) -> list:
     """The values of lines in JSON, without those that are none."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(b"[" + b",".join(lines) + b"]")
     found = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return found

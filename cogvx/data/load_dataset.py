@@ -1,20 +1,26 @@
 """data=dataset: whatever datasets.load_dataset() reads, on this machine or on the hub."""
 
 import hashlib
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogvx.data.arriving import Arrived, remembered, remembering
 from cogvx.data.listed import (
     ListedClip,
+    is_below,
     located,
     require_columns,
 )
 from cogvx.data.sources import Data
-from cogvx.errors import UserError, first_line, lacking
+from cogvx.errors import UserError, first_line, lacking, listed
 from cogvx.files import absolute, is_hub_id, write_bytes
-from cogvx.hub_client import OnTheHub, split_revision
+from cogvx.hub_client import COMMITS, OnTheHub, split_revision
 from cogvx.progress import bar
+
+# How the name of a clip's file may end.
+SUFFIX = re.compile(r"\.\w{1,10}")
 
 
 def fetched_from_hub(path: object) -> object:
@@ -26,6 +32,26 @@ def fetched_from_hub(path: object) -> object:
     place = HfFileSystem().resolve_path(path)
     how = {"repo_type": place.repo_type, "revision": place.revision}
     return Path(hf_hub_download(place.repo_id, place.path_in_repo, **how))
+
+
+def require_from_hub(rows: list[ListedClip], cache_dir: Path) -> None:
+    """UserError if a row of a set on the hub names a file that did not come from there."""
+    import datasets
+    from huggingface_hub import constants
+
+    places = [cache_dir, constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE]
+    places = [os.path.abspath(place) for place in places]
+    problems = [
+        f"{row.origin} names {path}"
+        for row in rows
+        for path in (row.video, row.image)
+        if path is not None and not any(is_below(str(path), place) for place in places)
+    ]
+    if problems:
+        headline = "a data set of the hub names files of this machine, which did not come with it:"
+        raise UserError(
+            listed(headline, problems) + "\nIf they are yours: data.instance_data_root=THEIR_FOLDER"
+        )
 
 
 def storable(value: object, videos: Path) -> dict[str, object]:
@@ -64,13 +90,16 @@ class Dataset(Data):
     def rows(self) -> list[ListedClip]:
         root = None if self.instance_data_root is None else self.root()
         try:
-            return located(self.cells(), root, anywhere=self.allow_outside_root)
+            found = located(self.cells(), root, anywhere=self.allow_outside_root)
+            if root is None and self.is_on_hub() and not self.allow_outside_root:
+                require_from_hub(found, self.cache_dir)
+            return found
         except UserError:
             raise
         # datasets and the hub's client raise errors of many kinds.
         except Exception as error:
             place = "here" if Path(self.dataset_name).exists() else "on the hub"
-            if is_hub_id(self.dataset_name):
+            if self.is_on_hub():
                 self.on_the_hub().require_access()
             raise UserError(
                 f"data.dataset_name={self.dataset_name} (split {self.split}) could not be read: "
@@ -78,12 +107,19 @@ class Dataset(Data):
                 f"datasets says: {first_line(error)}"
             ) from error
 
+    def is_on_hub(self) -> bool:
+        return is_hub_id(self.dataset_name)
+
     def on_the_hub(self) -> OnTheHub:
         repo, revision = split_revision(self.dataset_name)
+        revision = COMMITS.get(self.dataset_name, revision)
         local = "data.dataset_name=/clips/metadata.csv"
         return OnTheHub(repo, revision, "data.dataset_name", local, kind="dataset")
 
     def cells(self) -> list[ListedClip]:
+        # What comes is the newest now. From here on it is this commit.
+        if self.is_on_hub() and (commit := self.on_the_hub().commit()) is not None:
+            COMMITS[self.dataset_name] = commit
         if self.streaming:
             return self.arrived()
         table = self.load()
@@ -105,9 +141,9 @@ class Dataset(Data):
     def arrived(self) -> list[ListedClip]:
         """The rows, each written to the cache as it comes. Those that are there are not fetched."""
         state, videos = self.state(), self.cache_dir / "videos"
-        place = remembered(
-            self.cache_dir, "rows", self.dataset_name, self.split, *map(str, self.columns())
-        )
+        # The commit is in the state. A run whose record names it finds the rows of its first start.
+        name = split_revision(self.dataset_name)[0] if self.is_on_hub() else self.dataset_name
+        place = remembered(self.cache_dir, "rows", name, self.split, *map(str, self.columns()))
         with remembering(place, videos) as kept:
             if kept.rows and state not in (None, kept.rows[0]["state"]):
                 kept.restart()
@@ -127,7 +163,7 @@ class Dataset(Data):
         if source.exists():
             files = [source] if source.is_file() else sorted(source.rglob("*"))
             return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
-        return self.on_the_hub().commit() if is_hub_id(self.dataset_name) else None
+        return COMMITS.get(self.dataset_name)
 
     def receive(self, kept: Arrived, videos: Path) -> None:
         """Goes on after the rows that are there."""
@@ -152,7 +188,7 @@ class Dataset(Data):
     def load(self):
         import datasets
 
-        if not Path(self.dataset_name).exists() and not is_hub_id(self.dataset_name):
+        if not Path(self.dataset_name).exists() and not self.is_on_hub():
             raise UserError(
                 f"data.dataset_name={self.dataset_name} does not exist here, and is not a hub id: "
                 f"give a file, a folder, or name/repo (name/repo@revision) on the hub"
@@ -161,7 +197,7 @@ class Dataset(Data):
         if not source.is_file():
             name, revision = self.dataset_name, None
             if not source.exists():
-                name, revision = split_revision(name)
+                name, revision = self.on_the_hub().repo, self.on_the_hub().revision
             return datasets.load_dataset(name, revision=revision, **how)
         kinds = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
         kind = kinds.get(source.suffix[1:].lower())
@@ -180,7 +216,9 @@ class Dataset(Data):
         if value.get("bytes") is None:
             return fetched_from_hub(value.get("path"))
         digest = hashlib.sha256(value["bytes"]).hexdigest()[:32]
-        path = self.cache_dir / "videos" / f"{digest}{Path(value.get('path') or 'x.mp4').suffix}"
+        ending = Path(value.get("path") or "x.mp4").suffix
+        ending = ending if SUFFIX.fullmatch(ending) else ".mp4"
+        path = self.cache_dir / "videos" / f"{digest}{ending}"
         if not path.is_file():
             write_bytes(path, value["bytes"])
         return path

@@ -215,20 +215,41 @@ def parquet_rows(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        # In parts, each looked at: a small file can hold a text of many gigabytes.
         with pyarrow.parquet.ParquetFile(path) as file:
+            texts = [field.name for field in file.schema_arrow if is_text(field.type)]
+        # Each text is in memory once, however many rows have it.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             rows, size = [], 0
             for part in file.iter_batches(ROWS_AT_ONCE):
-                size += part.nbytes
+                size += sum(map(bytes_of_cells, part.columns))
                 if size > LARGEST_TEXT:
                     raise UserError(
-                        f"{path.name} holds more than {LARGEST_TEXT >> 30} GB: is it a table of "
+                        f"{path.name} holds more than {LARGEST_TEXT:,} bytes: is it a table of "
                         f"clips and captions? Clips within a table: data=dataset"
                     )
                 rows += part.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} cannot be read as parquet: {first_line(error)}") from error
     return list(enumerate(rows, start=1))
+
+
+def is_text(kind) -> bool:
+    import pyarrow.types as kinds
+
+    return any(
+        is_kind(kind) for is_kind in (kinds.is_string, kinds.is_large_string, kinds.is_binary)
+    )
+
+
+def bytes_of_cells(column) -> int:
+    """Of a column of pyarrow, if each cell has its own text."""
+    import pyarrow.compute as compute
+    import pyarrow.types as kinds
+
+    if not kinds.is_dictionary(column.type) or not is_text(column.type.value_type):
+        return column.nbytes
+    lengths = compute.binary_length(column.dictionary)
+    return compute.sum(lengths.take(column.indices).cast("int64")).as_py() or 0
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {

@@ -28,7 +28,7 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz")
 # Bytes of a member that holds a caption.
 LONGEST_TEXT = 1_000_000
 # Bytes of what stands before a member: its long name, its dates and the like.
-LONGEST_HEADER = 1_000_000
+LONGEST_BEFORE_MEMBER = 1_000_000
 # A packed archive may become so many times as large, from so many bytes on. Clips hardly shrink.
 MOST_TIMES_AS_LARGE, ALWAYS_ALLOWED = 100, 10**9
 # What reading half an archive raises.
@@ -147,7 +147,7 @@ class WebDataset(Data):
         try:
             with (
                 unpacked(path) as content,
-                tarfile.open(fileobj=content, mode="r|", tarinfo=Member) as archive,
+                tarfile.open(path, "r|", content, tarinfo=Member) as archive,
             ):
                 for member in archive:
                     self.take(member, archive, samples)
@@ -206,7 +206,7 @@ class Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Member:
         found = super().frombuf(buf, encoding, errors)
-        if found.type in HEADERS and found.size > LONGEST_HEADER:
+        if found.type in HEADERS and found.size > LONGEST_BEFORE_MEMBER:
             raise tarfile.ReadError(f"a header says that it has {found.size} bytes")
         return found
 

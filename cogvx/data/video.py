@@ -27,7 +27,7 @@ PIXELS_AT_ONCE = 8 * 1920 * 1080
 # A longer shape would be larger than memory after scaling: the short side is filled.
 MOST_TIMES_AS_LONG = 100
 # Pillow's names of the formats that it may read here. For some others it starts a program.
-PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Containers round their times: a frame due at 0.125 s may be stamped 0.125001. By this share of the
 # time between two frames ...
 SLACK = 1e-3
@@ -108,7 +108,7 @@ def read_image(path: Path, data: Data, video: Path, cut: Cut) -> Tensor:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path, formats=PICTURES) as picture:
+        with Image.open(path, formats=PICTURE_FORMATS) as picture:
             require_usual_size(*picture.size)
             pixels = numpy.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except BadClip as bad:

@@ -23,6 +23,7 @@ from cogvx.data.video import to_bytes
 from cogvx.errors import UserError, first_line
 from cogvx.files import read_json, replacing, shown
 from cogvx.inference import scores
+from cogvx.inference.chat import NO_CODE
 from cogvx.model import attention
 from cogvx.model.cogvideox import CogVideoX
 from cogvx.model.trained_weights import weights_of
@@ -317,8 +318,8 @@ def clip_similarity(path: str, device: torch.device) -> Measure:
     from transformers import AutoModel, AutoProcessor
 
     try:
-        model = AutoModel.from_pretrained(path).to(device).eval()
-        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModel.from_pretrained(path, weights_only=True, **NO_CODE).to(device).eval()
+        processor = AutoProcessor.from_pretrained(path, **NO_CODE)
     except Exception as error:
         raise UserError(
             f"task.clip_path={path} cannot be loaded as a CLIP model: {first_line(error)}"

@@ -40,6 +40,7 @@ from cogvx.model import attention
 from cogvx.model.pretrained import PretrainedModel
 from cogvx.options.tasks import GenerateTask
 from cogvx.progress import bar, counted
+from cogvx.records import record
 from cogvx.records.pages import VIDEO_INDEX, duration
 from cogvx.training.kernel import chosen_attention
 from cogvx.training.out_of_memory import noting_lack
@@ -78,6 +79,8 @@ def generate_videos(config: Config, task: GenerateTask, folder: Path) -> dict:
     earlier = read_prompts(folder / PROMPTS)
     wanted = earlier or wanted_prompts(task)
     pretrained, config, variants = base_and_variants(config, task, folder, ranks)
+    if ranks.logs:
+        record.pin_revision(folder, pretrained.hub_commit())
     starts = starts_of(config, task, wanted, pretrained.geometry())
     if not earlier:
         token = next(iter(config.data.id_tokens()), None)

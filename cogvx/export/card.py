@@ -13,6 +13,7 @@ import yaml
 from cogvx.config import Config
 from cogvx.data.sources import Data
 from cogvx.files import is_hub_id, read_json, read_json_lines
+from cogvx.hub_client import split_revision
 from cogvx.options.tasks import Format
 from cogvx.progress import counted
 from cogvx.records import record
@@ -359,6 +360,7 @@ def training_rows(published: Published):
         settings = published.inference
         yield "LoRA", f"rank {settings['rank']}, alpha {settings['lora_alpha']:g}"
         yield "Layers", targets_in_words(config)
+        yield "Started from", start_in_words(config)
     yield "Steps", published.summary.get("step")
     yield "Batch", train.train_batch_size * train.gradient_accumulation_steps
     yield "Processes", facts.get("processes")
@@ -371,6 +373,18 @@ def training_rows(published: Published):
     yield "Time", None if seconds is None else f"{seconds / 60:.1f} min"
     used = [name for name in ("torch", "diffusers", "peft") if name in packages]
     yield "Packages", ", ".join(f"{name} {packages[name]}" for name in used)
+
+
+def hub_place(place: str) -> str:
+    """name/repo@commit in words."""
+    repo, revision = split_revision(place)
+    return f"{repo} on the hub" + (f" (commit {revision[:8]})" if revision else "")
+
+
+def start_in_words(config: Config) -> str | None:
+    """The LoRA of the hub that training started from. One of this machine is nobody's business."""
+    start = getattr(config.lora, "init_from", None)
+    return hub_place(start) if start and is_hub_id(start) else None
 
 
 def targets_in_words(config: Config) -> str | None:
@@ -387,7 +401,7 @@ def data_in_words(published: Published) -> str:
         uses = [row["use"] for row in csv.DictReader(file)]
     trained, out = uses.count("train"), uses.count("held out")
     name = getattr(published.config.data, "dataset_name", None)
-    of = f"{name} on the hub: " if name and is_hub_id(name) else ""
+    of = f"{hub_place(name)}: " if name and is_hub_id(name) else ""
     return f"{of}{counted(trained, 'clip')} to train on, {out} held out"
 
 

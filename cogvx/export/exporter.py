@@ -29,6 +29,7 @@ from cogvx.export.low_rank import (
 from cogvx.export.publish import publish, relative
 from cogvx.export.result import AVERAGED
 from cogvx.files import read_json, shown, write_json
+from cogvx.hub_client import COMMITS, pinned
 from cogvx.hub_upload import Upload
 from cogvx.model import full, lora
 from cogvx.model.hub import local_adapter
@@ -157,6 +158,7 @@ def write(config: Config, task: ExportTask, source: Path, folder: Path) -> None:
         shutil.copyfile(source / lora.WEIGHTS, folder / lora.WEIGHTS)
     else:
         updates, kept = lora_to_write(config, task, source)
+        about["added_from"] = [pinned(place, COMMITS) for place in task.add]
         about |= {"rank": max(update.rank for update in updates.values()), "kept": kept}
         write_lora(updates, task, folder)
     write_json(folder / ABOUT, about)

@@ -47,6 +47,10 @@ CONTEXT_OF_OLLAMA = (
     "Ollama cuts off what does not fit into its context, 4096 tokens by default, which eight "
     "pictures fill: OLLAMA_CONTEXT_LENGTH=16384 ollama serve"
 )
+# A model's own code is never run. Files of pickles (.bin) could run some too, and are not read.
+NO_CODE = {"trust_remote_code": False}
+NO_PICKLES = {"use_safetensors": True}
+MOST_BYTES = 10_000_000  # of a server's answer
 FILES_OF_A_MODEL = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 TIMEOUT = 600  # seconds that a server may take for an answer
 # A text within one pair of quote marks.
@@ -92,7 +96,8 @@ def loaded(
     folder, (reader, model) = fetched_model(path, setting), auto_classes
     try:
         with heartbeat(f"load    still reading {path}"):
-            return reader.from_pretrained(folder), on_this_device(model, folder, device, storage)
+            found = reader.from_pretrained(folder, **NO_CODE)
+            return found, on_this_device(model, folder, device, storage)
     # Missing and damaged files raise errors of many kinds.
     except Exception as error:
         raise UserError(
@@ -132,10 +137,11 @@ def fetched_model(path: str, setting: str) -> Path:
 
 def on_this_device(auto_class, folder: Path, device: torch.device, storage: object):
     """In the precision of the file. Quantized weights are put on the device as they are read."""
+    safe = NO_CODE | NO_PICKLES
     if storage is None:
-        return auto_class.from_pretrained(folder, dtype="auto").to(device).eval()
+        return auto_class.from_pretrained(folder, dtype="auto", **safe).to(device).eval()
     return auto_class.from_pretrained(
-        folder, dtype="auto", quantization_config=storage, device_map={"": device}
+        folder, dtype="auto", quantization_config=storage, device_map={"": device}, **safe
     ).eval()
 
 
@@ -217,11 +223,13 @@ def answer_of_server(name: str, url: str, setting: str, messages: Messages) -> A
     }
     key = os.environ.get(KEY)
     headers = {"Content-Type": "application/json"}
-    headers |= {"Authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(place, json.dumps(asked).encode(), headers)
+    if key:
+        # Not for another server, to which this one may send on.
+        request.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            said = json.loads(answer.read())["choices"][0]
+            said = json.loads(answer.read(MOST_BYTES))["choices"][0]
         text = without_thoughts(said["message"]["content"] or "")
         return Answer(text, said.get("finish_reason") != "length")
     except urllib.error.HTTPError as error:
@@ -267,7 +275,7 @@ def not_openai(setting: str, place: str) -> str:
 
 def reason_in(error: urllib.error.HTTPError) -> str:
     """What the server says, in one line."""
-    text = error.read().decode(errors="replace")
+    text = error.read(MOST_BYTES).decode(errors="replace")
     try:
         found = json.loads(text)
         found = found.get("error", found)

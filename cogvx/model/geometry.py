@@ -248,31 +248,37 @@ def read_geometry(folder: Path) -> Geometry:
         ) from error
 
 
+LONGEST_HEADER = 100_000_000  # bytes; safetensors itself reads no longer one
+
+
 def stored_dtype(part: Path) -> str | None:
     """The dtype of the first tensor in a part's safetensors files; None if there is none."""
     for path in sorted(part.glob("*.safetensors")):
         try:
             with path.open("rb") as file:
-                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        except (OSError, ValueError, struct.error, MemoryError, OverflowError):
+                length = struct.unpack("<Q", file.read(8))[0]
+                header = json.loads(file.read(min(length, LONGEST_HEADER)))
+            of_tensors = {name: header[name] for name in header if name != "__metadata__"}
+            return next((about["dtype"] for about in of_tensors.values()), None)
+        except (OSError, ValueError, KeyError, TypeError, struct.error, RecursionError):
             # Loading the file will raise an error that tells more.
             return None
-        return next(
-            (about["dtype"] for name, about in header.items() if name != "__metadata__"), None
-        )
     return None
 
 
 def read_config(folder: Path, part: str) -> dict:
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{path} does not exist: the model folder lacks its {part}. {LAYOUT}"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no settings: {{...}} with names and values")
+    return found
 
 
 LAYOUT = (

@@ -207,7 +207,7 @@ def peft_settings(path: Path, metadata: dict[str, str]) -> dict:
             text = beside.read_text(encoding="utf-8")
         found = {} if text is None else json.loads(text)
         return {name.removeprefix("transformer."): value for name, value in found.items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: the settings of its LoRA are no JSON: {error}") from error
 
 

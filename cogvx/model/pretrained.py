@@ -295,7 +295,8 @@ class PretrainedModel:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+            # A tokenizer may come with code of its own, which is never run.
+            return AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False)
         except Exception as error:
             raise UserError(
                 f"{self.folder / 'tokenizer'} cannot be read: {first_line(error)}"
@@ -329,7 +330,10 @@ class PretrainedModel:
         try:
             speaking = heartbeat(f"load    still reading {part}")
             with library_bars(shown=size > LONG_TO_LOAD), speaking:
-                model = model_class.from_pretrained(self.folder, subfolder=part, **dtype)
+                # Other files of weights are pickles, which could run code.
+                model = model_class.from_pretrained(
+                    self.folder, subfolder=part, use_safetensors=True, **dtype
+                )
         # Damaged files raise errors of many kinds.
         except Exception as error:
             raise UserError(

@@ -108,6 +108,8 @@ def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if paths := [file for file in names.values() if Path(file).name != file]:
+            raise ValueError(f"{index.name} names {paths[0]!r}, and not a file beside it")
         return {name: folder / file for name, file in names.items()}
     path = folder / f"{stem}.safetensors"
     with safe_open(path, framework="pt") as file:

@@ -49,8 +49,10 @@ def deepspeed_files(folder: Path) -> list[Path]:
     UserError for ZeRO-3, which divides each tensor over the GPUs.
     """
     latest = folder / "latest"
-    tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else "pytorch_model"
-    places = [folder / tag, folder]
+    tag = "pytorch_model"
+    if latest.is_file():
+        tag = latest.read_bytes()[:255].decode("utf-8", errors="replace").strip()
+    places = [folder / Path(tag).name, folder]
     divided = next((p for p in places if any(p.glob("zero_pp_rank_*_model_states.pt"))), None)
     if divided is not None:
         raise UserError(
@@ -65,8 +67,10 @@ def indexed_files(index: Path) -> list[Path]:
     """The files that the index of a divided model names. UserError if one is missing."""
     try:
         names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index} is not the index of a divided model: {error!r}") from error
+    if paths := [name for name in names if Path(str(name)).name != name]:
+        raise UserError(f"{index} names {paths[0]!r}, and not a file beside it")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise UserError(

@@ -127,7 +127,9 @@ def tokenizer_at_hand(config: Config) -> PreTrainedTokenizerBase | None:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return AutoTokenizer.from_pretrained(
+        folder / "tokenizer", local_files_only=True, trust_remote_code=False
+    )
 
 
 def cached_folder(repo: str, revision: str | None) -> Path | None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
@@ -162,8 +161,8 @@ def sweep_entry(root: Path, folder: Path) -> Entry:
 
 def recorded_settings(folder: Path) -> dict:
     try:
-        return yaml.safe_load((folder / record.CONFIG).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        return configuration.read_record(folder / record.CONFIG)
+    except UserError:
         return {"defaults": []}
 
 

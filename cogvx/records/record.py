@@ -6,6 +6,7 @@ A folder holds one configuration for good. Whatever runs in it, runs from its co
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.metadata
 import os
@@ -21,8 +22,11 @@ from cogvx import config as configuration
 from cogvx.config import Config
 from cogvx.errors import UserError, listed
 from cogvx.files import read_json, shown, write_json, write_text
+from cogvx.hub_client import COMMITS
 
 CONFIG, ENVIRONMENT, SUMMARY, LOCK = "config.yaml", "environment.json", "summary.json", ".lock"
+# In environment.json: the commits of data sets and LoRAs, by their places as they were asked for.
+PINNED = "hub_commits"
 # What environment.json keeps of a run's earlier starts.
 KEPT_OF_A_START = ("command", "started", "git_commit", "git_dirty", "python", "device")
 # What a result may depend on besides the settings, and how it is called to a user.
@@ -95,21 +99,30 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def pin_revision(folder: Path, commit: str | None) -> None:
-    """Records the commit of a model from the hub, where no revision was asked for.
+    """Records the commit of what came from the hub: the model, the data set, LoRAs.
 
     The newest revision may be another one tomorrow. What starts from this record uses the same.
+    commit: the model's; it counts where no revision was asked for.
     """
     config = configuration.read(folder / CONFIG)
+    before = configuration.as_dict(config)
     if commit is not None and config.model.revision is None:
         config.model.revision = commit
+        note(folder, model_commit=commit)
+    configuration.pin_places(config, COMMITS)
+    if configuration.as_dict(config) != before:
+        known = read_json(folder / ENVIRONMENT).get(PINNED, {})
+        note(folder, **{PINNED: {**known, **COMMITS}})
         write_config(folder, config)
 
 
 def require_same_configuration(folder: Path, config: Config) -> None:
-    recorded = configuration.read(folder / CONFIG)
-    pinned = recorded.model.revision == read_json(folder / ENVIRONMENT).get("model_commit")
+    recorded, facts = configuration.read(folder / CONFIG), read_json(folder / ENVIRONMENT)
+    pinned = recorded.model.revision == facts.get("model_commit")
     if config.model.revision is None and pinned:
         recorded.model.revision = None
+    config = copy.deepcopy(config)
+    configuration.pin_places(config, facts.get(PINNED, {}))
     differing = configuration.differences(config, recorded)
     if differing:
         headline = (

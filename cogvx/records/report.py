@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from cogvx import compose as composing
 from cogvx import config as configuration
+from cogvx.errors import UserError
 from cogvx.files import read_json, shown
 from cogvx.progress import counted
 from cogvx.records import figures, pages, record, usage
@@ -392,6 +393,10 @@ def changed_settings(recorded: str) -> list[tuple[str, str, str]]:
     page, and they never change.
     """
     settings = yaml.safe_load(recorded)
+    try:
+        configuration.require_plain_values(Path("config.yaml"), settings)
+    except UserError:  # somebody else's
+        return []
     usual = yaml.safe_load((configuration.CONF / "config.yaml").read_text(encoding="utf-8"))
     try:
         mine, usual_choices = flat_settings(settings), configuration.choices_of(usual)

@@ -15,8 +15,9 @@ from rich.live import Live
 from rich.table import Table as Grid
 from rich.text import Text
 
-from cogvx.errors import first_line, printable
+from cogvx.errors import first_line
 from cogvx.files import shown, write_json
+from cogvx.leaving import printable
 from cogvx.progress import counted
 from cogvx.records.leaderboard import WIDEST_VALUE
 from cogvx.records.pages import duration, setting_text

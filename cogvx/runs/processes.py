@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cogvx import config as configuration
-from cogvx.errors import UserError, first_line, printable
+from cogvx.errors import UserError, first_line
 from cogvx.files import remove_left_over, shown
 from cogvx.progress import heartbeat, quiet_libraries
 from cogvx.records import heartbeats, record, report
@@ -238,7 +238,7 @@ def run_here(folder: Path) -> int:
             raise
         if stopped:
             message = f"{message}. {how_to_go_on(folder)}"
-        said = f"\n{'stopped' if stopped else 'error'}: {printable(message)}"
+        said = f"\n{'stopped' if stopped else 'error'}: {leaving.printable(message)}"
         print(said, file=sys.stderr, flush=True)
     finally:
         if is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from cogvx.compose import Composer
 from cogvx.errors import UserError, did_you_mean
 from cogvx.files import write_text
 from cogvx.groups import GROUPS
+from cogvx.inference.chat import KEY
 from cogvx.records import record
 from cogvx.wording import unknown_option
 
 SWEEPS = configuration.PROJECT / "sweeps"
+# A key goes to these without a question.
+LOCAL_SERVER = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/|$)")
 MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 
 
@@ -171,6 +175,7 @@ def write_primary(path: Path, arguments: list[str], scratch: Path) -> None:
     for group in GROUPS:
         if value_of(arguments, group) is not None:
             composing.forget(recorded, group)
+    require_own_servers(path, recorded.get("task", {}), arguments)
     if recorded["lora"] is None and any(a.startswith("lora.") for a in arguments):
         recorded["lora"] = defaults["lora"]
     else:
@@ -185,6 +190,18 @@ def write_primary(path: Path, arguments: list[str], scratch: Path) -> None:
     ]
     text = yaml.safe_dump(recorded, sort_keys=False, allow_unicode=True)
     write_text(scratch / "config.yaml", text)
+
+
+def require_own_servers(path: Path, task: dict, arguments: list[str]) -> None:
+    """UserError if a key of this user would go to a server that only the record names."""
+    for name in ("captioner_url", "expander_url", "enhancer_url"):
+        url = task.get(name)
+        elsewhere = url is not None and not LOCAL_SERVER.match(str(url))
+        if elsewhere and os.environ.get(KEY) and value_of(arguments, f"task.{name}") is None:
+            raise UserError(
+                f"{path} has task.{name}={url}, and this server would get your {KEY}. If you know "
+                f"it, type its address too: task.{name}={url}. If not: env -u {KEY} python ..."
+            )
 
 
 def follow_again(recorded: dict, defaults: dict, arguments: list[str]) -> None:

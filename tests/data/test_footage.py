@@ -289,7 +289,7 @@ def test_facts_of_a_file_are_remembered_until_it_changes(tmp_path, make_clip, mo
     from cogvx.data.footage import FileFacts, survey
 
     path, asked = make_clip(tmp_path / "a.mp4", frames=9, width=48, height=32), []
-    monkeypatch.setattr(decoders, "surveyed", lambda path, _: asked.append(path) or survey(path))
+    monkeypatch.setattr(decoders, "surveyed", lambda path, *_: asked.append(path) or survey(path))
     cache = caching.Cache(tmp_path / "cache")
     assert cache.facts(path) == cache.facts(path) == FileFacts(9, 8.0, 1.0, 48, 32)
     make_clip(path, frames=17, width=64, height=32)

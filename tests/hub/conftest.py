@@ -6,6 +6,8 @@ import shutil
 import pytest
 from stand_in import StandIn, reread_environment
 
+from cogvx.hub_client import COMMITS
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -21,6 +23,7 @@ def hub(server, tmp_path, monkeypatch):
     server.requests.clear()
     server.ranges.clear()
     server.faults.clear()
+    COMMITS.clear()
     for name in [name for name in os.environ if name.startswith("HF_")]:
         monkeypatch.delenv(name)
     for name, text in server.environment(tmp_path / "home").items():
