@@ -46,7 +46,7 @@ CONF = PROJECT / "conf"
 HYDRAS = (HydraException, OmegaConfBaseException)  # what composing raises
 
 # Values in a record, lists and tables counted too. A text of a few lines can stand for billions.
-MOST_VALUES = 100_000
+MOST_VALUES, LARGEST_RECORD = 100_000, 10_000_000  # bytes
 # What calls a function in a value, such as ${oc.env:NAME}. Not: another setting's name.
 CALL = re.compile(r"(\\*)\$\{(?![\w.]+\})")
 
@@ -471,6 +471,8 @@ def read_record(path: Path) -> dict:
     Others may have written the file. UserError if a value of it would call something.
     """
     try:
+        if path.stat().st_size > LARGEST_RECORD:
+            raise ValueError("it is too large")
         recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
         require_plain_values(path, recorded)
         return upgraded(recorded)
