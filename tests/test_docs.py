@@ -28,6 +28,7 @@ TEXTS = {str(page.relative_to(PROJECT)): page.read_text(encoding="utf-8") for pa
 NOT_TRIED = {
     "pip install": "it changes the environment",
     "uv pip compile": "it asks a package registry",
+    "pip-audit": "it asks for lists of known faults",
     "cp -r": "it copies weights that a day of training made",
     ".ci/run": "it runs all of this",
     "eval": "it changes the shell",

@@ -4,6 +4,7 @@ import pytest
 from stand_in import OWNER, Fault
 
 from cogvx.errors import UserError
+from cogvx.hub_client import COMMITS
 
 TABLE = b"text,video\na cat,videos/0.mp4\na dog,videos/1.mp4\n"
 
@@ -86,3 +87,30 @@ def test_offline_what_was_read_once_is_there(hub, read, clips, set_up):
     assert read("me/once", root) == before
     assert "HF_HUB_OFFLINE is set" in refused(read, "me/never")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_the_commit_that_was_read_is_known_and_read_again(hub, read, clips, streaming, set_up):
+    name = "me/pinned" + streaming
+    repo = hub.add(name, {"train.csv": TABLE}, kind="dataset")
+    first, more = repo.names["main"], f"data.streaming={streaming}"
+    root = f"data.instance_data_root='{clips}'"
+    assert len(read(name, root, more)) == 2
+    assert {name: first} == COMMITS
+    repo.commit({"train.csv": TABLE + b"a bird,videos/2.mp4\n"})
+    # In this process, from the record, and from the record without a network.
+    assert len(read(name, root, more)) == 2
+    COMMITS.clear()
+    assert len(read(f"{name}@{first}", root, more)) == 2
+    set_up(HF_HUB_OFFLINE="1")
+    COMMITS.clear()
+    assert len(read(f"{name}@{first}", root, more)) == 2
+
+
+def test_a_set_on_the_hub_cannot_name_files_of_this_machine(hub, read, clips, tmp_path):
+    row = f"text,video\na cat,{clips}/videos/0.mp4\n".encode()
+    hub.add("me/spy", {"train.csv": row}, kind="dataset")
+    with pytest.raises(UserError, match="names files of this machine") as raised:
+        read("me/spy")
+    assert "data.instance_data_root=THEIR_FOLDER" in str(raised.value)
+    assert len(read("me/spy", "data.allow_outside_root=true")) == 1

@@ -1,16 +1,19 @@
 """Models, adapters and data sets come from the hub as they are there, or one line says why not."""
 
 import errno
+import json
 import re
 from pathlib import Path
 
 import pytest
 from stand_in import OWNER, READER, Fault, sha256
 
+from cogvx import config as configuration
 from cogvx import hub_client, hub_digests
 from cogvx.errors import UserError
 from cogvx.model.hub import local_adapter
 from cogvx.model.weight_files import weight_files
+from cogvx.records import record
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LORA = {WEIGHTS: bytes(range(256)) * 1000, "inference.json": b"{}", "README.md": b"a card\n"}
@@ -211,3 +214,67 @@ def test_a_file_of_another_name_is_found_if_it_is_the_only_one(hub):
 def test_a_repository_without_a_lora(hub):
     hub.add("me/model", {"transformer/model.safetensors": b"1", "README.md": b"a model"})
     assert refused("me/model").startswith("task.add=me/model holds no LoRA")
+
+
+# -- the commits in a run's record -----------------------------------------------------------------
+
+
+def recorded(compose, folder, *overrides):
+    """The configuration in the folder, after a start with these settings."""
+    record.open_folder(compose(f"output_dir='{folder}'", *overrides))
+    return configuration.read(folder / "config.yaml")
+
+
+@pytest.mark.parametrize("asked", ["me/pinned", "me/pinned@main"])
+def test_the_commit_of_a_lora_stands_in_the_record_and_is_used_from_then_on(
+    hub, compose, tmp_path, asked
+):
+    repo = hub.add("me/pinned", LORA)
+    commit, run = repo.names["main"], tmp_path / "run"
+    recorded(compose, run, f"lora.init_from={asked}")
+    config = configuration.read(run / "config.yaml")
+    folder = config.lora.start_file()
+    record.pin_revision(run, None)
+    repo.commit(LORA | {WEIGHTS: b"newer" * 1000})
+    # What was used once is used again by this process, and by what starts from the record.
+    assert config.lora.start_file() == folder
+    hub_client.COMMITS.clear()
+    [again] = {
+        configuration.read(run / "config.yaml").lora.init_from,
+        recorded(compose, run, f"lora.init_from={asked}").lora.init_from,
+    }
+    assert again == f"me/pinned@{commit}" and local_adapter(again) == folder
+    assert json.loads((run / "environment.json").read_text())["hub_commits"] == {asked: commit}
+    with pytest.raises(UserError, match=r"lora.init_from: me/pinned@\w+ -> me/other"):
+        recorded(compose, run, "lora.init_from=me/other")
+
+
+def test_commits_of_added_loras_and_of_data_sets(hub, compose, tmp_path):
+    hub_client.COMMITS.update({"me/a": "1" * 40, "me/rows": "2" * 40, "me/mixed@v1": "3" * 40})
+    run = tmp_path / "run"
+    adds = ["task=generate", "task.prompt=x", "task.add=[me/a,/loras/b.safetensors]"]
+    recorded(compose, run, *adds)
+    record.pin_revision(run, "4" * 40)
+    config = recorded(compose, run, *adds)
+    assert config.task.add == ["me/a@" + "1" * 40, "/loras/b.safetensors"]
+    assert config.model.revision == "4" * 40
+    pytest.importorskip("datasets")
+    rows = ["data=dataset", "data.dataset_name=me/rows"]
+    recorded(compose, tmp_path / "rows", *rows)
+    record.pin_revision(tmp_path / "rows", None)
+    assert recorded(compose, tmp_path / "rows", *rows).data.dataset_name == "me/rows@" + "2" * 40
+    mixed = [
+        *("data=mix", "data.sources.one.format=dataset"),
+        *("data.sources.one.dataset_name=me/mixed@v1", "data.sources.two.format=demo"),
+    ]
+    recorded(compose, tmp_path / "mixed", *mixed)
+    record.pin_revision(tmp_path / "mixed", None)
+    config = recorded(compose, tmp_path / "mixed", *mixed)
+    assert config.data.by_name["one"].dataset_name == "me/mixed@" + "3" * 40
+
+
+def test_a_record_without_commits_still_starts(compose, tmp_path):
+    """As earlier versions wrote it."""
+    config = recorded(compose, tmp_path / "run", "lora.init_from=me/lora")
+    assert config.lora.init_from == "me/lora"
+    assert recorded(compose, tmp_path / "run", "lora.init_from=me/lora") == config
