@@ -300,8 +300,17 @@ def train(launch, hub, tmp_path, cache, clips):
     return start
 
 
+KEYS = {"WANDB_API_KEY": "wandb-secret", "OPENAI_API_KEY": "sk-secret", "AWS_SECRET": "aws-secret"}
+
+
 def test_a_run_uploads_its_result_when_it_is_done(hub, train):
-    run, _ = train("train.hub_repo_id=lab/done", "train.hub_private=false")
+    run, said = train("train.hub_repo_id=lab/done", "train.hub_private=false", **KEYS)
+    # No token is in what a run leaves, prints or uploads.
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    texts = [*files.values(), *hub.repos["model", "lab/done"].files.values(), said.encode()]
+    assert len(files) > 10
+    for secret in (OWNER, *KEYS.values()):
+        assert not any(secret.encode() in text for text in texts)
     repo = hub.repos["model", "lab/done"]
     assert not repo.private and repo.files[LORA] == (run / LORA).read_bytes()
     summary = json.loads((run / "summary.json").read_text())
