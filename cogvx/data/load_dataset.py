@@ -23,13 +23,18 @@ from cogvx.progress import bar
 SUFFIX = re.compile(r"\.\w{1,10}")
 
 
-def fetched_from_hub(path: object) -> object:
-    """A streamed row names a file on the hub as hf://datasets/name/repo@commit/clip.mp4."""
+def fetched_from_hub(path: object, repo: str) -> object:
+    """A streamed row names a file on the hub as hf://datasets/name/repo@commit/clip.mp4.
+
+    UserError if it is of another repository: the user's token may open private ones.
+    """
     if not str(path).startswith("hf://"):
         return path
     from huggingface_hub import HfFileSystem, hf_hub_download
 
     place = HfFileSystem().resolve_path(path)
+    if place.repo_id.lower() != repo.lower():
+        raise UserError(f"data.dataset_name={repo} names a file of another one: {path}")
     how = {"repo_type": place.repo_type, "revision": place.revision}
     return Path(hf_hub_download(place.repo_id, place.path_in_repo, **how))
 
@@ -214,7 +219,7 @@ class Dataset(Data):
         if not isinstance(value, dict) or not {"bytes", "path"} & value.keys():
             return value
         if value.get("bytes") is None:
-            return fetched_from_hub(value.get("path"))
+            return fetched_from_hub(value.get("path"), split_revision(self.dataset_name)[0])
         digest = hashlib.sha256(value["bytes"]).hexdigest()[:32]
         ending = Path(value.get("path") or "x.mp4").suffix
         ending = ending if SUFFIX.fullmatch(ending) else ".mp4"

@@ -1,11 +1,18 @@
 """data.dataset_name comes from the hub."""
 
+import json
+
 import pytest
+from settings import QUICK
 from stand_in import OWNER, Fault
 
+from cogvx import config as configuration
+from cogvx.data import world
+from cogvx.data.mp4 import write_video
 from cogvx.errors import UserError
 from cogvx.hub_client import COMMITS
 
+WEIGHTS = "pytorch_lora_weights.safetensors"
 TABLE = b"text,video\na cat,videos/0.mp4\na dog,videos/1.mp4\n"
 
 
@@ -114,3 +121,54 @@ def test_a_set_on_the_hub_cannot_name_files_of_this_machine(hub, read, clips, tm
         read("me/spy")
     assert "data.instance_data_root=THEIR_FOLDER" in str(raised.value)
     assert len(read("me/spy", "data.allow_outside_root=true")) == 1
+
+
+@pytest.mark.slow
+def test_a_run_from_clips_and_a_lora_of_the_hub_is_the_same_again(
+    hub, trained, launch, cache, tmp_path
+):
+    """Their commits are in its record. Their authors change both, and the network is gone."""
+    start = trained("train.max_train_steps=2")
+    lora = {WEIGHTS: (start / WEIGHTS).read_bytes()}
+    scenes = world.scenes(6, seed=0)
+    clips = {}
+    for number, scene in enumerate(scenes):
+        write_video(tmp_path / "clip.mp4", world.draw_clip(scene), fps=8)
+        clips[f"videos/{number}.mp4"] = (tmp_path / "clip.mp4").read_bytes()
+    rows = "".join(f"videos/{number}.mp4,a clip {number}\n" for number in range(6))
+    clips["metadata.csv"] = f"file_name,text\n{rows}".encode()
+    films = hub.add("me/six", clips, kind="dataset")
+    start_from = hub.add("me/start", lora)
+    commits = {"me/six": films.names["main"], "me/start": start_from.names["main"]}
+
+    def run(name, *arguments, **variables):
+        more = [f"output_dir='{tmp_path / name}'", f"data.cache_dir='{tmp_path / 'cache'}'"]
+        said = launch(*arguments, *more, env=hub.environment(tmp_path / "home", **variables))
+        assert said.returncode == 0, said.stdout + said.stderr
+        return tmp_path / name
+
+    asked = ["data=dataset", "data.dataset_name=me/six", "lora.init_from=me/start"]
+    first = run("first", *QUICK, *asked, "train.max_train_steps=2")
+    config = configuration.read(first / "config.yaml")
+    pinned = {config.data.dataset_name, config.lora.init_from}
+    assert pinned == {f"{place}@{commit}" for place, commit in commits.items()}
+    assert json.loads((first / "environment.json").read_text())["hub_commits"] == commits
+    assert "me/start@" in (first / "report.html").read_text()
+
+    films.commit({**clips, "videos/0.mp4": clips["videos/1.mp4"]})
+    start_from.commit({WEIGHTS: lora[WEIGHTS][:-4] + b"\0\0\0\0"})
+    recorded = ["--config-dir", first, "--config-name", "config"]
+    again = run("again", *recorded, HF_HUB_OFFLINE="1")
+    assert (again / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+    # And with a network, where the newest are others.
+    third = run("third", *recorded)
+    assert (third / WEIGHTS).read_bytes() == (first / WEIGHTS).read_bytes()
+
+
+def test_a_row_of_one_set_fetches_nothing_of_another(hub, compose, set_up):
+    hub.add("me/private", {"a.mp4": b"mine"}, kind="dataset", private=True)
+    set_up(HF_TOKEN=OWNER)
+    data = compose("data=dataset", "data.dataset_name=them/set").data
+    with pytest.raises(UserError, match="names a file of another one"):
+        data.path_of({"bytes": None, "path": "hf://datasets/me/private/a.mp4"})
+    assert hub.count("GET /datasets") == 0

@@ -1,5 +1,6 @@
 """A record of others, and what a terminal or a page shows of names and captions."""
 
+import copy
 import io
 import re
 import subprocess
@@ -18,15 +19,20 @@ from cogvx.runs import translate
 SECRET = "hf_a_token_of_somebody"
 
 
+@pytest.fixture(scope="module")
+def usual(compose):
+    return compose()
+
+
 @pytest.fixture
-def recorded(compose, tmp_path, monkeypatch):
+def recorded(usual, tmp_path, monkeypatch):
     """recorded(change): the folder of a record that `change` has changed, as a dict."""
     monkeypatch.setenv("HF_TOKEN", SECRET)
     folder = tmp_path / "run"
-    record.open_folder(compose(f"output_dir='{folder}'"))
+    folder.mkdir()
 
     def changed(change):
-        values = yaml.safe_load((folder / "config.yaml").read_text())
+        values = yaml.safe_load(configuration.to_yaml(usual))
         change(values)
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
         return folder
@@ -72,8 +78,8 @@ def test_no_value_of_a_record_calls_anything(recorded, tmp_path, text):
 
 
 @pytest.mark.parametrize("text", ["${seed}", "\\${seed}", "\\\\${oc.env:HF_TOKEN}", "a\\", "$x {"])
-def test_a_text_that_looks_like_a_call_is_a_text(compose, tmp_path, text):
-    config = compose()
+def test_a_text_that_looks_like_a_call_is_a_text(usual, tmp_path, text):
+    config = copy.deepcopy(usual)
     config.data.id_token = text
     path = tmp_path / "config.yaml"
     path.write_text(configuration.to_yaml(config), encoding="utf-8")
