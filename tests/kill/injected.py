@@ -174,9 +174,9 @@ def full_disk_of_the_cache(bench: Bench) -> None:
 
 
 def read_only_run(bench: Bench) -> None:
-    """As a disk becomes after an error, while the run goes on."""
+    """As a disk becomes after an error."""
     with small_disk(bench.run):
-        bench.refuses("ead-only", how="forbid", path=str(bench.run))
+        subprocess.run(["mount", "-o", "remount,ro", str(bench.run)], check=True)
         bench.refuses("cannot be written")
         subprocess.run(["mount", "-o", "remount,rw", str(bench.run)], check=True)
         bench.ends_equal(f"{NEWEST} after step 4")
@@ -273,7 +273,7 @@ INJECTIONS = [
         full_disk_of_the_cache,
     ),
     Injection(
-        "The run's disk becomes read-only at step 5",
+        "The run's disk has become read-only",
         f"Exit code 2. Writable again, {EQUAL}",
         read_only_run,
     ),
@@ -307,11 +307,13 @@ class Injecting:
 
     def __init__(self, place: Place):
         self.place, self.folder = place, place.folder / "injected" / "trial"
-        self.kept = self.folder.with_name("kept")
+        self.kept, self.made = self.folder.with_name("kept"), False
 
     def bench(self) -> Bench:
-        if not self.kept.is_dir():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.made:
+            self.made = True
+            for place in (self.folder, self.kept):
+                shutil.rmtree(place, ignore_errors=True)
             self.folder.mkdir(parents=True)
             strike = {**AT_STEP, "group": True}
             start = self.place.start(KIND, self.folder, strike)

@@ -28,7 +28,6 @@ import pathlib
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -142,10 +141,6 @@ class Striker:
         with contextlib.suppress(OSError), open(wanted["path"], "wb", buffering=0) as file:
             while file.write(bytes(4096)):
                 pass
-
-    def do_forbid(self, wanted: dict) -> None:
-        """The disk that is mounted there can only be read from now on."""
-        subprocess.run(["mount", "-o", "remount,ro", wanted["path"]], check=True)
 
     def do_jump_back(self, wanted: dict) -> None:
         real_time, seconds = time.time, wanted["seconds"]

@@ -173,7 +173,7 @@ def read_log(log: Path, code: int, said: str, seconds: float) -> Start:
     kills = []
     for line in lines:
         if "killed" in line:
-            kills.append({**last.get(line["pid"], {}), **line})
+            kills.append({**last.get(line.get("pid"), {}), **line})
             continue
         last[line["pid"]] = line
         operations[line["role"], line["phase"]] += 1
