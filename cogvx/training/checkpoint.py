@@ -67,7 +67,7 @@ def write_checkpoint(
     best = best_checkpoint(run_folder)
     for old in complete_checkpoints(run_folder)[: -limit if limit else 0]:
         if old != best:
-            shutil.rmtree(old)
+            remove_checkpoint(old)
     return folder
 
 
@@ -109,6 +109,14 @@ def give_name(whole: Path, name: Path) -> None:
     shutil.rmtree(name, ignore_errors=True)
     whole.rename(name)
     flush_to_disk(name.parent)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Its name goes first: what a kill leaves of it is removed by tidy() at the next start."""
+    aside = folder.with_name(f"{folder.name}.removed{PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def best_checkpoint(run_folder: Path) -> Path | None:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from cogvx.files import read_json
+from cogvx.training.checkpoint import is_complete
 
 # Files of which only the presence is compared. They tell of times, processes or machines, or they
 # are mp4, whose encoder rounds differently from run to run. Every mp4 has a gif or png beside it.
@@ -39,18 +40,24 @@ def files_of(place: Path) -> dict[str, Path]:
 def strays(place: Path, wanted: Path) -> list[str]:
     """What lies here and not in `wanted`, an undisturbed run's folder, or has a stray's name.
 
-    Checkpoints at other steps are none: a run that is asked to stop writes one.
+    Checkpoints at other steps are none: a run that is asked to stop writes one. Half ones are.
     """
     there = {name: path for name, path in files_of(place).items() if path.is_file()}
     expected = {STEP.sub("checkpoints/step", name) for name in files_of(wanted)}
     own_locks = {name for name in files_of(wanted) if name.endswith(".lock")}
     found = {name for name in {*there, *empty_folders(place)} if not BY_CHANCE.search(name)}
-    return sorted(
+    half = [
+        folder.relative_to(place).as_posix()
+        for folder in place.rglob("checkpoints/step_*")
+        if folder.is_dir() and not is_complete(folder)
+    ]
+    more = [
         name
         for name in found
         if (STRAY.search(name) and name not in own_locks)
         or STEP.sub("checkpoints/step", name) not in expected
-    )
+    ]
+    return sorted({*half, *more})
 
 
 def empty_folders(place: Path) -> set[str]:

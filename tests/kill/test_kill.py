@@ -74,6 +74,8 @@ def test_the_comparison_sees_what_differs_is_missing_or_lies_about(tmp_path):
     for place in (one, other):
         (place / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
         (place / "run" / "checkpoints" / "step_000002" / "optimizer.pt").write_bytes(b"1")
+        manifest = {"files": {"optimizer.pt": 1}}
+        (place / "run/checkpoints/step_000002/manifest.json").write_text(json.dumps(manifest))
         (place / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5, "seconds": 1}\n')
         summary = {"objective": 0.5, "seconds": len(place.name)}
         (place / "run" / "summary.json").write_text(json.dumps(summary))
@@ -84,7 +86,7 @@ def test_the_comparison_sees_what_differs_is_missing_or_lies_about(tmp_path):
     (one / "run" / "checkpoints" / "step_000002" / "optimizer.pt").write_bytes(b"2")
     (one / "run" / "a.json.7.partial").touch()
     (one / "run" / "checkpoints" / "step_000001").mkdir()
-    assert same.strays(one, other) == ["run/a.json.7.partial"]
+    assert same.strays(one, other) == ["run/a.json.7.partial", "run/checkpoints/step_000001"]
     assert same.differences(one, other) == [
         "run/checkpoints/step_000002/optimizer.pt differs",
         "run/metrics.jsonl differs",

@@ -185,7 +185,7 @@ def read_log(log: Path, code: int, said: str, seconds: float) -> Start:
 def choose_kill(kind: Kind, reference: Start, rng: random.Random) -> dict:
     """A moment (every fourth), or a file operation of a phase. The phases come equally often."""
     if rng.random() < 0.25:
-        return {"after": rng.uniform(0.05, reference.seconds)}
+        return {"after": rng.uniform(0.05, 0.8 * reference.seconds)}
     roles = ["launcher", *kind.more, *(["page"] if rng.random() < 0.1 else [])]
     roles = [role for role in roles if any(own == role for own, _ in reference.operations)]
     role = rng.choice(roles)
@@ -201,12 +201,12 @@ def choose_kill(kind: Kind, reference: Start, rng: random.Random) -> dict:
 
 
 def run_trial(place: Place, name: str, seed: int, kills: list[dict] | None = None) -> Trial:
-    """kills: as struck.py takes them, one for each start. None: one to three by the seed."""
+    """kills: as struck.py takes them, one for each start. None: one to four by the seed."""
     kind, rng, trial = KINDS[name], random.Random(f"{name} {seed}"), Trial(name, seed)
     place.undisturbed(name)
     wanted = place.undisturbed(kind.like or name)
     if kills is None:
-        number = rng.choices([1, 2, 3], [5, 3, 2])[0]
+        number = rng.choices([1, 2, 3, 4], [2, 3, 3, 2])[0]
         kills = [choose_kill(kind, place.references[name], rng) for _ in range(number)]
     folder = place.folder / "trials" / f"{slug(name)}_{seed}"
     shutil.rmtree(folder, ignore_errors=True)

@@ -41,6 +41,25 @@ def test_the_oldest_go_only_after_the_newest_is_there(state, tmp_path):
     assert checkpoints.newest_checkpoint(tmp_path).name == "step_000004"
 
 
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(state, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(folder, **settings):
+        if folder.is_dir():
+            (folder / "optimizer.pt").unlink()
+            raise Killed
+
+    for step in (1, 2):
+        checkpoints.write_checkpoint(tmp_path, state, step, [], limit=2)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(checkpoints.shutil, "rmtree", killed)
+        checkpoints.write_checkpoint(tmp_path, state, 3, [], limit=2)
+    newest = checkpoints.resume_source(None, tmp_path, print)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step_000002", "step_000003"] and newest.name == "step_000003"
+
+
 def test_no_limit_keeps_all(state, tmp_path):
     for step in (1, 2, 3):
         checkpoints.write_checkpoint(tmp_path, state, step, [], limit=None)
