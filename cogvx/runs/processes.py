@@ -243,6 +243,9 @@ def run_here(folder: Path) -> int:
     finally:
         if is_main:
             conclude_run(folder, summary)
+        elif summary["status"] == "out_of_memory":
+            # The first process waits for this one until it is killed.
+            record.finish(folder, summary)
         if summary["status"] == "done":
             heartbeats.forget_beat(folder, rank)
     return code

@@ -115,6 +115,18 @@ def test_a_driver_without_virtual_memory_is_said_with_what_helps():
     assert "PYTORCH_ALLOC_CONF=expandable_segments:False in front of the command" in message
 
 
+def test_a_run_of_several_processes_is_out_of_memory_whichever_it_was(
+    start_here, monkeypatch, tmp_path
+):
+    """The first process waits for this one until it is killed, and writes no summary."""
+    monkeypatch.setenv("RANK", "1")
+    no_memory = MemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    start_here()
+    monkeypatch.setattr(processes, "start_task", lambda *given: (_ for _ in ()).throw(no_memory))
+    assert processes.run_here(tmp_path) == processes.FAILED
+    assert read_json(tmp_path / "summary.json")["status"] == "out_of_memory"
+
+
 def test_a_rank_that_failed_is_seen_while_the_first_one_runs(monkeypatch, tmp_path):
     """The others may wait for it for ever."""
     monkeypatch.setattr(processes, "GRACE", 0.2)
