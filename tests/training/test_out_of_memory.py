@@ -1,6 +1,7 @@
 """Memory ends, here by a planted error, in every phase of a run."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import pickle
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 import launch
 from cogvx.data import encode, prompts
 from cogvx.errors import UserError
+from cogvx.evaluation import evaluate, gallery
 from cogvx.files import read_json, read_json_lines, write_json
 from cogvx.model import lora, offload, transfer
 from cogvx.training import checkpoint as checkpoints
@@ -135,6 +137,55 @@ def test_a_task_without_a_run_says_it_in_one_line_too(monkeypatch, capsys):
         )
         assert launch.entry(["task=list"]) == 2
         assert "is too small for this" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["held-out loss", "video"])
+def test_an_evaluation_says_which_model_it_was(compose, monkeypatch, tmp_path, part):
+    variants = [evaluate.Variant("base", None), evaluate.Variant("result", tmp_path)]
+    model, now = SimpleNamespace(transformer=None), []
+
+    def models(config, data, variants, ranks):
+        for variant in variants:
+            now[:] = [variant.name]
+            yield variant, model
+
+    def at_result(result):
+        return lambda *given: no_memory() if now == ["result"] else result
+
+    videos = at_result([]) if part == "video" else lambda *given: []
+    loss = at_result(None) if part == "held-out loss" else lambda *given: None
+    data = SimpleNamespace(
+        pretrained=SimpleNamespace(device=torch.device("cpu")), held_out=[], held_out_batch=None
+    )
+    task = compose().task
+    task.run = tmp_path
+    config = dataclasses.replace(compose("memory=low"), task=task)
+    monkeypatch.setattr(evaluate, "models", models)
+    monkeypatch.setattr(evaluate, "heldout_loss", loss)
+    monkeypatch.setattr(evaluate, "make_videos", videos)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        evaluate.measure_variants(config, data, variants, [], [], tmp_path, None)
+    message = said_of_lack(raised.value, config, tmp_path)
+    assert f"{out_of_memory.DOING_IN[part]} (of result)." in message
+    assert f"python launch.py --config-dir {tmp_path} --config-name config memory=min" in message
+
+
+def test_a_generated_video_says_which_one_it_was(compose, monkeypatch, tmp_path):
+    model = SimpleNamespace(transformer=None)
+    row = SimpleNamespace(
+        path=lambda folder, variant: tmp_path / "001_seed42.mp4", start=SimpleNamespace(beside=None)
+    )
+    monkeypatch.setattr(
+        gallery, "models", lambda *given: iter([(gallery.Variant("x", None), model)])
+    )
+    maker = SimpleNamespace(vae=lambda: object(), config=compose())
+    monkeypatch.setattr(gallery, "VideoGenerator", lambda *given: maker)
+    monkeypatch.setattr(gallery, "make_video", no_memory)
+    data = SimpleNamespace(pretrained=None, embeds=None, images={})
+    variants = [gallery.Variant("x", None)]
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        gallery.make_videos_not_there(None, data, variants, [row], tmp_path, None)
+    assert "making a video (x 001_seed42)." in said_of_lack(raised.value, compose(), tmp_path)
 
 
 def test_a_checkpoint_that_memory_does_not_suffice_for_is_not_called_a_full_disk(tmp_path):
