@@ -1,6 +1,6 @@
 """The long form: hundreds of kills, and a table of what became of the runs.
 
-    python tests/kill/long.py --kills 300 --seed 0 --out /tmp/kills
+    python tests/kill/long.py --kills 300 --seed 0 --injections --out /tmp/kills
 
 Every trial is a line of OUT/trials.jsonl. The same command goes on where it was stopped. What
 failed keeps its folder in OUT/trials/. The table is written to OUT/kills.md at the end.
@@ -23,23 +23,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import warm  # noqa: E402
+from injected import INJECTIONS, Injecting  # noqa: E402
 from kinds import INTERVAL, KINDS  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from trials import Place, Trial, as_line, run_trial  # noqa: E402
+
+from cogvx.files import read_json, write_json  # noqa: E402
 
 
 def main() -> int:
     asked = arguments()
     out, kinds = asked.out.absolute(), asked.kinds or list(KINDS)
     out.mkdir(parents=True, exist_ok=True)
+    warm.serve()
     done = [trial for trial in trials_of(out / "trials.jsonl") if trial.kind in kinds]
     if sum(len(trial.kills) for trial in done) < asked.kills:
-        warm.serve()
         done += run_trials(Place(out), out / "trials.jsonl", kinds, done, asked)
-    table = "\n".join(lines_of_table(done, asked.seed))
+    seen = seen_of_injections(out, make=asked.injections)
+    table = "\n".join([*lines_of_table(done, asked.seed), *lines_of_injections(seen)])
     (out / "kills.md").write_text(table + "\n", encoding="utf-8")
     print(table)
-    return int(not all(trial.good for trial in done))
+    return int(not all(trial.good for trial in done) or any("FAULT" in s for s in seen.values()))
 
 
 def arguments() -> argparse.Namespace:
@@ -47,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the first trial of each kind")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--injections", action="store_true", help="those of injected.py too")
     parser.add_argument("--workers", type=int, default=2, help="trials at the same time")
     parser.add_argument("--kinds", nargs="*", metavar="KIND", help=", ".join(KINDS))
     asked = parser.parse_args()
@@ -96,13 +101,25 @@ def run_trials(
     return made
 
 
+def seen_of_injections(out: Path, *, make: bool) -> dict[str, str]:
+    """What was seen at each, by what was done. Those of an earlier start are kept."""
+    file, injecting = out / "injections.json", Injecting(Place(out))
+    seen = read_json(file)
+    for each in [each for each in INJECTIONS if make and each.what not in seen]:
+        tqdm.write(f"injection: {each.what}")
+        seen[each.what] = injecting.outcome(each)
+        write_json(file, seen)
+    return seen
+
+
 # -- the table -----------------------------------------------------------------------------------
 
 
 def lines_of_table(trials: list[Trial], seed: int) -> list[str]:
     kills = sum(len(trial.kills) for trial in trials)
     commit = git("rev-parse", "--short=8", "HEAD")
-    yield f"`python tests/kill/long.py --kills {kills} --seed {seed} --out /tmp/kills`"
+    options = f"--kills {kills} --seed {seed} --injections --out /tmp/kills"
+    yield f"`python tests/kill/long.py {options}`"
     yield ""
     yield f"{kills} kills in {len(trials)} trials at commit {commit}, on {cores()}. A trial is a"
     yield "run of one kind: it is killed once or several times, ends, and is compared."
@@ -113,6 +130,13 @@ def lines_of_table(trials: list[Trial], seed: int) -> list[str]:
     yield f"A checkpoint is written every {INTERVAL} steps. The kills by what was being written:"
     yield ""
     yield from rows(["Phase", "Kills", "At an operation", "Torn", "At a moment"], by_phase(trials))
+
+
+def lines_of_injections(seen: dict[str, str]) -> list[str]:
+    if not seen:
+        return []
+    cells = [[each.what, each.seen, seen[each.what]] for each in INJECTIONS if each.what in seen]
+    return ["", *rows(["What is done", "What must be seen", "What was seen"], cells)]
 
 
 def rows(heads: list[str], cells: list[list[object]]) -> list[str]:

@@ -94,6 +94,12 @@ def test_the_comparison_sees_what_differs_is_missing_or_lies_about(tmp_path):
     ]
 
 
+def test_the_page_has_every_injection():
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [f"| {each.what} | {each.seen} |" for each in INJECTIONS]
+    assert len(rows) == 18 and [row for row in rows if row not in page] == []
+
+
 def test_every_kind_of_the_harness_has_a_name_and_phases_have_theirs():
     assert len(KINDS) == 16
     assert phase_of("run/checkpoints/step_000002.partial/optimizer.pt") == "checkpoint"
