@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -90,6 +91,13 @@ def is_left_over(path: Path) -> bool:
 def remove_left_over(folder: Path) -> int:
     """Removes what killed processes have left unfinished below a folder. Returns how many."""
     return sum(gone(path) for path in ending_with(folder, ".partial") if is_left_over(path))
+
+
+def remove_left_over_of(path: Path) -> None:
+    """Removes what killed processes have left of this file or folder alone."""
+    for other in path.parent.glob(f"{glob.escape(path.name)}.*"):
+        if is_left_over(other):
+            gone(other)
 
 
 def ending_with(folder: Path, *endings: str) -> list[Path]:

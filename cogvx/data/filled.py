@@ -32,7 +32,7 @@ def filled(folder: Path, fill: Callable[[Path], None]) -> Path:
             return folder
         with claimed(folder, wait=wait) as claim:
             if claim and not still_whole(folder):
-                fill_under_another_name(folder, fill)
+                fill_under_another_name(folder, lambda partial: fill_and_note(partial, fill))
         if not wait and not claim:
             print(f"waiting for another run to make {folder}", flush=True)
     return folder
@@ -51,7 +51,6 @@ def fill_under_another_name(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         fill(partial)
-        note_digests(partial)
         flush_tree(partial)
         if folder.is_dir() and (damage := damage_in(folder)):
             print(f"warning {shown(folder)} is damaged, and made again: {damage}", flush=True)
@@ -68,6 +67,11 @@ def fill_under_another_name(folder: Path, fill: Callable[[Path], None]) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def fill_and_note(folder: Path, fill: Callable[[Path], None]) -> None:
+    fill(folder)
+    note_digests(folder)
 
 
 def note_digests(folder: Path) -> None:

@@ -28,7 +28,7 @@ from cogvx.export.low_rank import (
 )
 from cogvx.export.publish import publish, relative
 from cogvx.export.result import AVERAGED
-from cogvx.files import read_json, shown, write_json
+from cogvx.files import read_json, remove_left_over_of, shown, write_json
 from cogvx.hub_client import COMMITS, pinned
 from cogvx.hub_upload import Upload
 from cogvx.model import full, lora
@@ -65,6 +65,7 @@ def export_result(config: Config, task: ExportTask) -> Path:
     """
     source, run = weights_folder(config, task.run), run_of(task.run)
     folder, upload = task.to or run / "export" / task.format.name, upload_of(task)
+    remove_left_over_of(folder)
     again = upload is not None and read_json(folder / ABOUT).get("asked") == asked_of(task)
     if folder.exists() and not again:
         raise UserError(

@@ -37,10 +37,11 @@ def files_of(place: Path) -> dict[str, Path]:
     return {path.relative_to(place).as_posix(): path for path in place.rglob("*")}
 
 
-def strays(place: Path, wanted: Path) -> list[str]:
+def strays(place: Path, wanted: Path, *, search: bool = False) -> list[str]:
     """What lies here and not in `wanted`, an undisturbed run's folder, or has a stray's name.
 
     Checkpoints at other steps are none: a run that is asked to stop writes one. Half ones are.
+    search: as for differences(). A paused job keeps its last heartbeat.
     """
     there = {name: path for name, path in files_of(place).items() if path.is_file()}
     expected = {STEP.sub("checkpoints/step", name) for name in files_of(wanted)}
@@ -57,7 +58,8 @@ def strays(place: Path, wanted: Path) -> list[str]:
         if (STRAY.search(name) and name not in own_locks)
         or STEP.sub("checkpoints/step", name) not in expected
     ]
-    return sorted({*half, *more})
+    beats = [f"{job}heartbeats/" for job in paused_jobs(place)] if search else []
+    return sorted(name for name in {*half, *more} if not name.startswith(tuple(beats)))
 
 
 def empty_folders(place: Path) -> set[str]:

@@ -34,6 +34,7 @@ import time
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # The first that fits names the phase. {"part of a path": "phase"}
 PHASES = {
+    "export": "export",
     "cache/models/": "model files",
     "cache/world_": "made clips",
     "cache/": "encoding",
@@ -50,7 +51,6 @@ PHASES = {
     "/comparison": "page",
     "/progress.json": "progress",
     "/summary.json": "summary",
-    "export/": "export",
     "/pytorch_lora_weights": "result",
     "/transformer/": "result",
     "/inference.json": "result",

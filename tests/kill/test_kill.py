@@ -28,6 +28,7 @@ KILLS = {
     "LoRA, videos": [kill("encoding", 60), kill("checkpoint", 25, torn=True), kill("videos", 8)],
     "full": [kill("rehearsal", 5), kill("steps", 14, torn=True), kill("result", 3)],
     "task=encode": [kill("model files", 5), kill("dataset report", 30)],
+    "task=export": [kill("export", 5)],
     "two processes": [kill("checkpoint", 20, "rank 0", group=False), kill("steps", 8, "rank 0")],
 }
 INJECTED = ["Newest checkpoint: a flipped byte", "metrics.jsonl: truncated"]
@@ -105,4 +106,5 @@ def test_every_kind_of_the_harness_has_a_name_and_phases_have_theirs():
     assert phase_of("run/checkpoints/step_000002.partial/optimizer.pt") == "checkpoint"
     assert phase_of("run/checkpoints/rehearsal.partial/manifest.json") == "rehearsal"
     assert phase_of("cache/latents/7e/7e.safetensors.lock") == "encoding"
+    assert phase_of("export.7.0000000a.partial/vae/config.json") == "export"
     assert phase_of("run/config.yaml") == "start"

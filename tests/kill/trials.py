@@ -214,8 +214,9 @@ def run_trial(place: Place, name: str, seed: int, kills: list[dict] | None = Non
     began = time.monotonic()
     end_it(place, kind, folder, kills, rng, trial)
     if trial.recovered:
-        trial.differences = same.differences(folder, wanted, search=kind.like is not None)
-        trial.strays = same.strays(folder, wanted)
+        search = kind.like is not None
+        trial.differences = same.differences(folder, wanted, search=search)
+        trial.strays = same.strays(folder, wanted, search=search)
     trial.seconds = round(time.monotonic() - began, 1)
     if trial.good:
         for path in folder.parent.glob(f"{folder.name}.*"):
