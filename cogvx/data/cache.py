@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -56,6 +57,8 @@ class Cache:
         self.models = self.index_of("models")
         # Files that are there and cannot be used, and why.
         self.damaged: dict[Path, str] = {}
+        # Files that were asked for and do not exist any more.
+        self.vanished: set[Path] = set()
 
     def index_of(self, name: str) -> Index:
         return Index(self.folder / INDEX / f"{content_key(name)[:16]}.jsonl", name)
@@ -98,6 +101,15 @@ class Cache:
             ) from error
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         self.keep_about(path, os.stat(path), {**about, "shapes": shapes})
+
+    def said_of_refusal(self) -> list[str]:
+        refusal = self.index.refusal or self.models.refusal
+        if refusal is None:
+            return []
+        return [
+            f"warning {self.folder} cannot be written ({refusal}): what this start has found out "
+            f"of clips and model is forgotten, and the next one reads them again"
+        ]
 
     def about(self, path: Path) -> dict | None:
         """What write() was given as `about`, and the tensors' shapes as `shapes`.
@@ -164,10 +176,10 @@ class Cache:
         """The SHA-256 of a file, or of all files below a folder.
 
         It is remembered for each file, by path, size and time of change, so that 10 GB of text
-        encoder are read only once.
+        encoder are read only once. Of a file that has vanished it is what it was.
         """
-        stat = os.stat(path)
-        if not S_ISDIR(stat.st_mode):
+        stat = self.stat_of(path)
+        if stat is None or not S_ISDIR(stat.st_mode):
             return self.remembered("sha256", path, stat, sha256_of, self.index)
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         digests = (
@@ -211,11 +223,23 @@ class Cache:
     def knows(self, path: Path, *wanted: str) -> bool:
         """Whether this is remembered of the file; without more, its fingerprint."""
         try:
-            name, stat = str(path.absolute()), os.stat(path)
+            name, stat = str(path.absolute()), self.stat_of(path)
         except OSError:
             return False
         found = (self.index.recall(what, name, stat) for what in wanted or ["sha256"])
         return all(value is not None for value in found)
+
+    def has_known(self, path: str) -> bool:
+        """Whether this file's content was known once."""
+        return self.index.recall("sha256", path, None) is not None
+
+    def stat_of(self, path: Path) -> os.stat_result | None:
+        """None if the file has vanished."""
+        try:
+            return os.stat(path)
+        except FileNotFoundError:
+            self.vanished.add(path)
+            return None
 
     def facts(self, path: Path) -> FileFacts:
         """What is known of a video file, remembered as fingerprints are.
@@ -228,7 +252,7 @@ class Cache:
         def survey(path: Path) -> dict:
             return dataclasses.asdict(surveyed(path, *self.limits).facts)
 
-        return FileFacts(**self.remembered("facts", path, os.stat(path), survey, self.index))
+        return FileFacts(**self.remembered("facts", path, self.stat_of(path), survey, self.index))
 
     def scenes(self, path: Path, threshold: float) -> list[tuple[int, int]]:
         """The first frame of each scene and the one after its last, remembered as facts are.
@@ -243,21 +267,23 @@ class Cache:
             return list(zip(starts, [*starts[1:], len(footage.times)], strict=True))
 
         what = scenes_at(threshold)
-        known = self.remembered(what, path, os.stat(path), look, self.index)
+        known = self.remembered(what, path, self.stat_of(path), look, self.index)
         return [(start, end) for start, end in known]
 
     def remembered(
         self,
         what: str,
         path: Path,
-        stat: os.stat_result,
+        stat: os.stat_result | None,
         find: Callable[[Path], object],
         index: Index,
     ) -> object:
-        """find(path), unless the index has it."""
+        """find(path), unless the index has it. stat: None if the file has vanished."""
         name = str(path.absolute())
         found = index.recall(what, name, stat)
         if found is None:
+            if stat is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
             found = find(path)
             index.keep(what, name, stat, found)
         return found

@@ -21,6 +21,7 @@ from cogvx.data.looks import look_of
 from cogvx.data.measures import measured, preview
 from cogvx.data.sharing import Share, make_missing
 from cogvx.data.sources import Data, Example, LongFiles, Reshape, ShortFiles
+from cogvx.data.vanished import preview_frames, require_cached
 from cogvx.data.video import BadClip, Clip, read_clip, read_first_frame, read_image, to_bytes
 from cogvx.errors import UserError, listed
 from cogvx.libraries import collections_paused
@@ -94,6 +95,17 @@ class EncodedClip:
         """For pairs_alike(). The cache's files of earlier versions do not say it."""
         return self.about.get("look") or look_of(self.picture("thumbnails"))
 
+    def has_vanished(self) -> bool:
+        """Whether a file that it is made of does not exist any more."""
+        files = (self.example.video, self.example.image)
+        return not all(file.exists() for file in files if file is not None)
+
+    def remembered_frames(self, size: Size) -> Tensor:
+        """[F, C, H, W] in [-1, 1], from its preview. BadClip if an earlier version encoded it."""
+        if "preview" not in self.about["shapes"]:
+            raise BadClip("does not exist any more, and the cache has no preview of it")
+        return preview_frames(self.picture("preview").tobytes(), size)
+
     def picture(self, name: str) -> numpy.ndarray:
         """thumbnails [3, h, w, C] or preview, the bytes of an mp4: uint8."""
         from safetensors import safe_open
@@ -124,6 +136,8 @@ def encode_clips(
     """
     with collections_paused():
         wanted, unusable = files_of_all(examples, data, cache, vae)
+    pairs = zip(examples, wanted, strict=True)
+    require_cached([(each, each.video, files.values()) for each, files in pairs], cache, say)
     # A file that is listed twice is encoded once; messages name its first line.
     sources = {
         path: (example.video, cut)
@@ -263,6 +277,9 @@ def encode_images(
         ]
         for clip in clips
     ]
+    pairs = zip((clip.example for clip in clips), wanted, strict=True)
+    files = ((example, example.image or example.video, paths) for example, paths in pairs)
+    require_cached([*files], cache, say)
     starts = {
         path: (clip.example, each.cut)
         for clip, files in zip(reversed(clips), reversed(wanted), strict=True)
@@ -357,8 +374,13 @@ def in_time(cut: Cut, data: Data) -> list[object]:
 
 
 def frames_of(clip: EncodedClip, data: Data, *, frame_multiple: int = 4) -> Tensor:
-    """The clip as the model sees it, [F, C, H, W] in [-1, 1]. Read from its file again."""
+    """The clip as the model sees it, [F, C, H, W] in [-1, 1]. Read from its file again.
+
+    Of a file that has vanished: from the small preview in the cache.
+    """
     cut = clip.first.cut
+    if clip.has_vanished():
+        return clip.remembered_frames(clip.size)
     return read_clip(clip.example.video, data, cut, frame_multiple=frame_multiple).frames
 
 

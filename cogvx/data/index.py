@@ -34,30 +34,41 @@ class Index:
         self.lock = threading.Lock()
         self.entries: dict[str, dict[str, Remembered]] | None = None
         self.file: int | None = None
+        # Why it cannot be written: then it is only this process's memory.
+        self.refusal: str | None = None
 
     def forget(self) -> None:
         """Frees its memory. When something is asked for, it reads the file again.
 
-        Other processes may have added to it by then.
+        Other processes may have added to it by then. Where nothing can be written, it stays.
         """
+        if self.refusal is not None:
+            return
         with self.lock:
             self.entries = None
             if self.file is not None:
                 os.close(self.file)
                 self.file = None
 
-    def recall(self, what: str, path: str, stat: os.stat_result) -> object | None:
-        """None if nothing is known, or if the file has changed since then."""
+    def recall(self, what: str, path: str, stat: os.stat_result | None) -> object | None:
+        """None if nothing is known, or if the file has changed since then.
+
+        stat: None if the file has vanished. It is what it was.
+        """
         size, changed, value = self.all(what).get(path, (None, None, None))
+        if stat is None:
+            return value
         return value if (size, changed) == (stat.st_size, stat.st_mtime_ns) else None
 
     def keep(self, what: str, path: str, stat: os.stat_result, value: object) -> None:
         entry = (stat.st_size, stat.st_mtime_ns, value)
         with self.lock:
             self.all(what)[path] = entry
-            # A cache that cannot be written has no memory.
-            with contextlib.suppress(OSError):
-                self.append([what, path, *entry])
+            if self.refusal is None:
+                try:
+                    self.append([what, path, *entry])
+                except OSError as error:
+                    self.refusal = error.strerror
 
     def all(self, what: str) -> dict[str, Remembered]:
         if self.entries is None:

@@ -8,7 +8,7 @@ import glob
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -133,18 +133,27 @@ def require_as_many_lines(columns: dict[str, list[str]], one: str, other: str, r
     )
 
 
+def nothing_known(path: str) -> bool:
+    return False
+
+
 def located(
-    rows: list[ListedClip], root: Path | None, *, anywhere: bool = False
+    rows: list[ListedClip],
+    root: Path | None,
+    *,
+    anywhere: bool = False,
+    known: Callable[[str], bool] = nothing_known,
 ) -> list[ListedClip]:
     """The rows with the paths of their files. UserError names every row that lacks something.
 
-    anywhere: data.allow_outside_root.
+    anywhere: data.allow_outside_root. known(path): whether a file that does not exist any more may
+    be listed.
     """
     problems, found = [], []
     for row in rows:
         try:
             hints = len(problems) < MOST_SHOWN
-            found.append(located_row(row, root, anywhere=anywhere, hints=hints))
+            found.append(located_row(row, root, anywhere=anywhere, known=known, hints=hints))
         except UserError as error:
             problems.append(f"{row.origin} {error}")
     if problems:
@@ -154,14 +163,19 @@ def located(
 
 
 def located_row(
-    row: ListedClip, root: Path | None, *, anywhere: bool, hints: bool = True
+    row: ListedClip,
+    root: Path | None,
+    *,
+    anywhere: bool,
+    known: Callable[[str], bool],
+    hints: bool = True,
 ) -> ListedClip:
     captions = captions_of_cell(row.prompt)
     # A Path is a file that was written just now, from the bytes in the row.
     video, image = (
         value
         if isinstance(value, Path) or (value is None and name == "image")
-        else locate(text_of_cell(value, name), root, anywhere=anywhere, hints=hints)
+        else locate(text_of_cell(value, name), root, anywhere=anywhere, known=known, hints=hints)
         for name, value in (("path", row.video), ("image", row.image))
     )
     return ListedClip(captions, video, image, row.origin)
@@ -208,11 +222,19 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def locate(name: str, root: Path | None, *, anywhere: bool = False, hints: bool = True) -> Path:
+def locate(
+    name: str,
+    root: Path | None,
+    *,
+    anywhere: bool = False,
+    known: Callable[[str], bool] = nothing_known,
+    hints: bool = True,
+) -> Path:
     """The path of a file in the list. UserError if it cannot be used.
 
     It must lie below the root: then the clips can be moved together with their list. `anywhere`:
-    it may lie elsewhere. `hints`: the error guesses what was meant, for which folders are read.
+    it may lie elsewhere. known: as in located(). `hints`: the error guesses what was meant, for
+    which folders are read.
     """
     base = os.getcwd() if root is None else os.path.abspath(root)
     inside = root is not None and not anywhere
@@ -223,6 +245,8 @@ def locate(name: str, root: Path | None, *, anywhere: bool = False, hints: bool 
                 require_inside(path, base, f"names {name!r}, which")
             return readable(path, name)
     path = os.path.normpath(os.path.join(base, name))
+    if known(path) and not os.path.lexists(path) and (not inside or is_below(path, base)):
+        return Path(path)
     if WINDOWS_PATH.match(name):
         raise UserError(
             f"names {name!r}, a path of another machine: write paths that start from {base}"

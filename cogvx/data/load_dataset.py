@@ -95,7 +95,7 @@ class Dataset(Data):
     def rows(self) -> list[ListedClip]:
         root = None if self.instance_data_root is None else self.root()
         try:
-            found = located(self.cells(), root, anywhere=self.allow_outside_root)
+            found = located(self.cells(), root, anywhere=self.allow_outside_root, known=self.known)
             if root is None and self.is_on_hub() and not self.allow_outside_root:
                 require_from_hub(found, self.cache_dir)
             return found

@@ -82,7 +82,8 @@ class Mix(Data):
         examples, said = [], []
         for name, part in self.by_name.items():
             try:
-                found = part.read()
+                with part.knowing(self.known):
+                    found = part.read()
             except UserError as error:
                 raise UserError(f"data.sources.{name}: {error}") from error
             examples += [replace(e, source=name, origin=f"{name} {e.origin}") for e in found]

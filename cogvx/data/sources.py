@@ -4,9 +4,10 @@ Each file in conf/data/ has a class, in a file of this folder. To add a format: 
 rows(), and its YAML.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 from cogvx.data.listed import (
     ListedClip,
+    nothing_known,
     shortened,
 )
 from cogvx.data.phrasing import Phrasing
@@ -133,6 +135,8 @@ class Data:
     max_bad_fraction: float
     needs_root: ClassVar[bool] = False  # True: the clips are listed in instance_data_root
     said: ClassVar[tuple[str, ...]] = ()  # after read(): lines that a user should see
+    # Set by knowing().
+    known: ClassVar[Callable[[str], bool]] = staticmethod(nothing_known)
 
     def read(self) -> list[Example]:
         """The examples, in the order of the list, with id_token before each prompt.
@@ -152,6 +156,16 @@ class Data:
         return [
             example_of(row, captions, phrasing) for row, captions in zip(rows, texts, strict=True)
         ]
+
+    @contextlib.contextmanager
+    def knowing(self, known: Callable[[str], bool]) -> Iterator[None]:
+        """Within this context read() lists files that do not exist any more, if known(path)."""
+        self.known = known
+        try:
+            yield
+        finally:
+            # The settings are sent to other processes.
+            del self.known
 
     def of(self, example: Example) -> "Data":
         """The settings of the source that an example comes from."""

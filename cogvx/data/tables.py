@@ -72,7 +72,7 @@ class TableOfClips(Data):
             for number, cells in rows
             if any(cell not in (None, "") for cell in cells.values())
         ]
-        return located(found, self.root(), anywhere=self.allow_outside_root)
+        return located(found, self.root(), anywhere=self.allow_outside_root, known=self.known)
 
     def require_list(self) -> None:
         self.table()

@@ -43,7 +43,9 @@ class TextFiles(Data):
             for name in self.columns():
                 require_no_link_out(root / name, root)
         lines = {name: read_lines(root / name) for name in self.columns()}
-        return located(paired(lines, root), root, anywhere=self.allow_outside_root)
+        return located(
+            paired(lines, root), root, anywhere=self.allow_outside_root, known=self.known
+        )
 
 
 @dataclass

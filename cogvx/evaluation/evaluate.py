@@ -32,7 +32,7 @@ from cogvx.training import checkpoint as checkpoints
 from cogvx.training.heldout import heldout_loss
 from cogvx.training.kernel import chosen_attention
 from cogvx.training.out_of_memory import noting_lack
-from cogvx.training.prepare import Prepared, first_frame, prepare
+from cogvx.training.prepare import Prepared, own_first_frame, prepare
 from cogvx.training.ranks import Ranks, start_processes
 from cogvx.training.setup import frozen_variants
 from cogvx.training.videos import VideoGenerator
@@ -125,8 +125,7 @@ def prepare_prompts(
         prompts = {"taught": [clip.example.prompt for clip in clips]}
         if data.pretrained.geometry().image_to_video:
             data.images |= {
-                clip.example.prompt: first_frame(clip.example, clip.first.cut, config.data)
-                for clip in clips
+                clip.example.prompt: own_first_frame(clip, config.data) for clip in clips
             }
     return data, prompts
 

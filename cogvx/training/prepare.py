@@ -156,6 +156,8 @@ def prepare(
         give_memory_back(collect=True)
     if ranks.logs:
         tell_of_captions(config, folder, cache, found, embeds, ranks)
+    for line in cache.said_of_refusal():
+        ranks.say(line)
     say_what_is_left(found.files, found.data, cache, found.vae, ranks)
     # 100,000 clips have 100 MB there.
     cache.index.forget()
@@ -225,7 +227,8 @@ def fetch(
     """The base model on this machine, and the list of clips."""
     # What the first process downloads or renders is there for the others.
     with ranks.accelerator.main_process_first():
-        with collections_paused():
+        # The cache may have all that is needed of a clip that has vanished.
+        with config.data.knowing(cache.has_known), collections_paused():
             examples = config.data.read()
         for line in config.data.said:
             ranks.say(line)
@@ -399,14 +402,20 @@ def first_frames(
 
     `own`: prompts that are captions of clips, with these clips.
     """
-    found = {
-        prompt: first_frame(clip.example, clip.first.cut, data) for prompt, clip in own.items()
-    }
+    found = {prompt: own_first_frame(clip, data) for prompt, clip in own.items()}
     for prompt, path in zip(prompts, images or [None] * len(prompts), strict=True):
-        clip = own.get(prompt, first) if path is None else first
-        example = clip.example if path is None else replace(clip.example, image=path)
-        found[prompt] = first_frame(example, clip.first.cut, data)
+        if path is None:
+            found[prompt] = own_first_frame(own.get(prompt, first), data)
+        else:
+            found[prompt] = first_frame(replace(first.example, image=path), first.first.cut, data)
     return found
+
+
+def own_first_frame(clip: EncodedClip, data: Data) -> numpy.ndarray:
+    """first_frame() of a clip; of one that has vanished, from its preview."""
+    if clip.has_vanished():
+        return to_bytes(clip.remembered_frames(size_for(data))[:1])[0]
+    return first_frame(clip.example, clip.first.cut, data)
 
 
 def first_frame(example: Example, cut: Cut, data: Data) -> numpy.ndarray:

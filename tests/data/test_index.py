@@ -1,5 +1,6 @@
 """What is known of files is remembered until they change. The memory may be lost or damaged."""
 
+import errno
 import json
 import os
 import threading
@@ -83,7 +84,52 @@ def test_without_a_place_to_write_nothing_is_remembered_beyond_this_process(tmp_
     (tmp_path / "index.jsonl").mkdir()
     index = kept(tmp_path, file, "first")
     assert index.recall("sha256", str(file), os.stat(file)) == "first"
+    assert index.refusal == "Is a directory"
+    index.forget()
+    assert index.recall("sha256", str(file), os.stat(file)) == "first"
     assert kept(tmp_path, file).recall("sha256", str(file), os.stat(file)) is None
+
+
+def test_a_cache_that_cannot_be_written_is_used_and_said(tmp_path, file):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "index").write_text("in the way")
+    cache = Cache(tmp_path / "cache", "a set")
+    assert cache.said_of_refusal() == []
+    assert cache.fingerprint(file) == cache.fingerprint(file)
+    [line] = cache.said_of_refusal()
+    assert line.startswith(
+        f"warning {cache.folder} cannot be written (File exists): what this start"
+    )
+
+
+def test_a_disk_that_is_full_takes_half_a_line_and_the_others_stay(tmp_path, file, monkeypatch):
+    kept(tmp_path, file, "first")
+    write = os.write
+
+    def full(descriptor, content):
+        write(descriptor, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as filling:
+        filling.setattr(indexing.os, "write", full)
+        index = kept(tmp_path, file, "second", "third")
+    assert index.recall("sha256", str(file), os.stat(file)) == "third"
+    assert index.refusal == "No space left on device"
+    assert kept(tmp_path, file).recall("sha256", str(file), os.stat(file)) == "first"
+    assert kept(tmp_path, file, "fourth").refusal is None
+    assert kept(tmp_path, file).recall("sha256", str(file), os.stat(file)) == "fourth"
+
+
+def test_names_in_any_script_are_remembered(tmp_path):
+    file = tmp_path / "видео \N{CAT FACE} e\u0301.mp4"
+    file.write_bytes(b"one")
+    folder = tmp_path / "кэш \u7f13\u5b58"
+    cache = Cache(folder, "набор")
+    path = cache.path("latents", cache.fingerprint(file)[:40])
+    cache.write(path, {"latent_moments": torch.ones(2)}, {"name": file.name})
+    again = Cache(folder, "набор")
+    assert again.knows(file) and again.lacking([path]) == []
+    assert again.about(path)["name"] == file.name
 
 
 def test_known_files_of_the_cache_are_not_opened(tmp_path, monkeypatch):
