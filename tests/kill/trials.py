@@ -200,6 +200,13 @@ def choose_kill(kind: Kind, reference: Start, rng: random.Random) -> dict:
     }
 
 
+def choose_kills(kind: Kind, reference: Start, rng: random.Random, number: int) -> list[dict]:
+    """One for each start, those of earlier phases first: what is done is not met again."""
+    phases = list(dict.fromkeys(phase for _, phase in reference.operations))
+    kills = [choose_kill(kind, reference, rng) for _ in range(number)]
+    return sorted(kills, key=lambda kill: phases.index(kill.get("phase", phases[0])))
+
+
 def run_trial(place: Place, name: str, seed: int, kills: list[dict] | None = None) -> Trial:
     """kills: as struck.py takes them, one for each start. None: one to four by the seed."""
     kind, rng, trial = KINDS[name], random.Random(f"{name} {seed}"), Trial(name, seed)
@@ -207,7 +214,7 @@ def run_trial(place: Place, name: str, seed: int, kills: list[dict] | None = Non
     wanted = place.undisturbed(kind.like or name)
     if kills is None:
         number = rng.choices([1, 2, 3, 4], [2, 3, 3, 2])[0]
-        kills = [choose_kill(kind, place.references[name], rng) for _ in range(number)]
+        kills = choose_kills(kind, place.references[name], rng, number)
     folder = place.folder / "trials" / f"{slug(name)}_{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -248,6 +255,7 @@ def end_it(
             trial.again = max([trial.again, *again])
             for path, done in start.steps.items():
                 steps[path] |= done
+        kills = [] if start.code == 0 and not start.kills else kills
         whole = trial.starts > 1 and start.code == 2 and WHOLE_ALREADY in start.said
         if (start.code == 0 and not kills) or whole:
             trial.recovered = True
