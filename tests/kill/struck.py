@@ -50,6 +50,7 @@ PHASES = {
     "/report_stamp.js": "page",
     "/comparison": "page",
     "/progress.json": "progress",
+    "/heartbeats": "progress",
     "/summary.json": "summary",
     "/pytorch_lora_weights": "result",
     "/transformer/": "result",
