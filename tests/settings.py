@@ -18,6 +18,7 @@ LONG_FILES = [
     "end_to_end/test_run.py",
     "end_to_end/test_every_family.py",
     "options/test_optimizers.py",
+    "kill/test_kill.py",
     "evaluation/test_evaluate.py",
     "end_to_end/test_quality.py",
     "plan/test_planner.py",
