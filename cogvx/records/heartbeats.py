@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cogvx.files import read_json, write_json
 from cogvx.progress import PULSE
+from cogvx.records.holders import is_alive
 
 HEARTBEATS = "heartbeats"  # the folder, in the run's
 BEAT_EVERY = 5.0  # seconds between two writings at most; a new phase is written at once
@@ -72,20 +73,6 @@ class Beat:
 
 def minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} min"
-
-
-def is_alive(pid: int) -> bool:
-    """Whether this machine has such a process. One that has ended and is not waited for is none."""
-    with contextlib.suppress(OSError, IndexError):
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs, as another user
-        return True
-    return True
 
 
 # -- written by the run --------------------------------------------------------------------------

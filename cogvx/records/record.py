@@ -17,12 +17,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from cogvx import config as configuration
 from cogvx.config import Config
 from cogvx.errors import UserError, listed
 from cogvx.files import read_json, shown, write_json, write_text
 from cogvx.hub_client import COMMITS
+from cogvx.records.holders import wait_for_orphans
 
 CONFIG, ENVIRONMENT, SUMMARY, LOCK = "config.yaml", "environment.json", "summary.json", ".lock"
 # In environment.json: the commits of data sets and LoRAs, by their places as they were asked for.
@@ -137,28 +139,38 @@ def locked(folder: Path) -> Iterator[int]:
     """Keeps other processes from running in the folder; gives the lock's file descriptor.
 
     The lock ends when this process and all that inherited the descriptor have ended, however
-    they end. UserError if another process holds it.
+    they end. If only the latter are left, they are waited for. UserError if another process
+    holds it.
     """
-    import fcntl
-
     with said_of_folder(folder):
         lock = (folder / LOCK).open("a+", encoding="utf-8")
     with lock as file:
-        for patience in (*LOCK_TRIES, None):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if patience is None:
-                    raise UserError(
-                        f"{folder} is in use by another process ({user_of(folder)}): "
-                        f"wait for it, or stop it"
-                    ) from error
-                time.sleep(patience)
+        if not take_lock(file):
+            if (first := locker_of(folder)) is not None:
+                wait_for_orphans(folder / LOCK, first)
+            if not take_lock(file):
+                raise UserError(
+                    f"{folder} is in use by another process ({user_of(folder)}): "
+                    f"wait for it, or stop it"
+                )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield file.fileno()
+
+
+def take_lock(file: TextIO) -> bool:
+    """False if another process has it."""
+    import fcntl
+
+    for patience in (*LOCK_TRIES, None):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if patience is not None:
+                time.sleep(patience)
+    return False
 
 
 def user_of(folder: Path) -> str:
@@ -183,6 +195,12 @@ def said_of_gone(folder: Path) -> str:
         f"or its disk is gone. If it was moved: python launch.py train.resume=NEW_PLACE. "
         f"Otherwise type the command again, and the run starts anew: the cache is kept"
     )
+
+
+def locker_of(folder: Path) -> int | None:
+    """The number of that process; None if it was on another machine, or is not known."""
+    found = re.fullmatch(r"process (\d+) on (.*)", user_of(folder))
+    return int(found[1]) if found and found[2] == platform.node() else None
 
 
 def new_folder(parent: Path) -> Path:
