@@ -11,10 +11,13 @@ import os
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
 from cogvx.config import Config
 from cogvx.data.cache import claimed
+from cogvx.errors import UserError
 from cogvx.libraries import load_libraries
 from cogvx.options.cards import Card
 from cogvx.plan import remembered
@@ -91,22 +94,22 @@ def traced_now(config: Config, phases: list[str], layers: int | None) -> Outcome
     return outcome_of(run_phases(config, phases, layers=layers))
 
 
-def numbered_trace(numbered: tuple[int, Asked]) -> tuple[int, Outcome]:
-    number, job = numbered
-    return number, trace(job)
-
-
 def traces(jobs: list[Asked], done: Callable[[Asked, int], None] = lambda job, left: None) -> list:
     """The outcome of each job. done(job, left) is called when one is; `left` are not done yet.
 
-    What is not remembered is traced in two processes, which see no GPU.
+    What is not remembered is traced in two processes, which see no GPU. UserError if one of them
+    is killed.
     """
     found = [remembered.recall(remembered.place(*job)) for job in jobs]
-    missing = [(number, job) for number, job in enumerate(jobs) if found[number] is None]
+    missing = [number for number, outcome in enumerate(found) if outcome is None]
     left = len(missing)
-    with pool_of_two() if missing else contextlib.nullcontext() as pool:
-        for number, outcome in pool.imap_unordered(numbered_trace, missing) if missing else ():
-            found[number] = outcome
+    if not missing:
+        return found
+    with pool_of_two() as pool:
+        asked = {pool.submit(trace, jobs[number]): number for number in missing}
+        for traced in as_completed(asked):
+            number = asked[traced]
+            found[number] = traced.result()
             left -= 1
             done(jobs[number], left)
     return found
@@ -122,14 +125,26 @@ def pool_of_two() -> Iterator:
     method = "spawn" if torch.cuda.is_available() else "fork"
     if method == "fork":
         import cogvx.plan.phases  # noqa: F401
-    start_pool = multiprocessing.get_context(method).Pool
-    with no_visible_gpu(), start_pool(2, initializer=begin_worker) as pool:
-        yield pool
+    how = {"mp_context": multiprocessing.get_context(method), "initializer": begin_worker}
+    with no_visible_gpu(), ProcessPoolExecutor(2, **how) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that plans was killed, by someone or because the machine's memory ran "
+                "out. Type the same command again: what was planned is remembered"
+            ) from error
+        except BaseException:
+            # The pool would wait for them.
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def begin_worker() -> None:
-    """A forked process has the run's handler of SIGTERM, with which the pool ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A forked process has the handlers of the run, which is told of signals itself."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     quiet_libraries()
 
 

@@ -14,6 +14,8 @@ from cogvx.records.sweep import Job, State, Sweep, is_locked
 from cogvx.runs import processes
 
 LOOK_EVERY = 0.5  # seconds between looks at running jobs
+# multiprocessing's exit code of a process whose forkserver has ended.
+SERVER_ENDED = 255
 TROUBLED = (State.failed, State.out_of_memory, State.killed)
 
 
@@ -58,6 +60,8 @@ def record_end(folder: Path, exit_code: int) -> None:
         return
     if exit_code == -signal.SIGKILL:
         status, reason = State.killed, f"killed, {processes.KILLED_BY}"
+    elif exit_code == SERVER_ENDED:
+        status, reason = State.killed, "killed, or ended unseen: its server was killed too"
     elif exit_code in (-signal.SIGTERM, -signal.SIGINT):
         status, reason = State.interrupted, "stopped during preparation; nothing is lost"
     elif exit_code < 0:

@@ -38,6 +38,7 @@ from cogvx.runs.jobs import (
 )
 from cogvx.training.stop import signals_heard
 
+START_TRIES = 3  # of a job, while the server that starts it is killed
 GIB_PER_JOB = 2  # of memory, on a machine without a GPU
 STOPPED = 130  # exit code, as after Ctrl-C
 
@@ -234,10 +235,27 @@ class JobProcesses:
         folder = self.sweep.folder / job.name
         (folder / record.SUMMARY).unlink(missing_ok=True)  # of an earlier, unfinished start
         given = (str(folder), self.command, slot.gpus, slot.threads, self.jobs_end)
-        process = self.context.Process(target=run_pool_job, args=given)
-        with processes.ignoring_terminal():
-            process.start()
-        self.running.append(Running(job, slot, process))
+        self.running.append(Running(job, slot, self.started(given)))
+
+    def started(self, given: tuple) -> multiprocessing.process.BaseProcess:
+        """UserError if the server that jobs are forked from is killed again and again."""
+        for _ in range(START_TRIES):
+            process = self.context.Process(target=run_pool_job, args=given)
+            try:
+                with processes.ignoring_terminal():
+                    process.start()
+            # It ended before it said which process it had started.
+            except (EOFError, ConnectionError):
+                print(
+                    f"warning the server that starts jobs was killed, {processes.KILLED_BY}",
+                    file=sys.stderr,
+                )
+            else:
+                return process
+        raise UserError(
+            f"the server that starts jobs was killed {START_TRIES} times. Jobs that run go on to "
+            f"their checkpoints. Fewer at a time need less memory: hydra.launcher.jobs=1"
+        )
 
     def ended(self) -> list[Job]:
         """The jobs that ended since the last call; each has a summary.

@@ -6,7 +6,9 @@ On a CPU its count of bytes is exact. For GPUs it agrees with what others have m
 import contextlib
 import json
 import os
+import signal
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,22 +219,30 @@ def test_several_processes_are_planned_with_their_buckets(compose, nano_folder):
 def test_a_plan_beside_a_gpu_is_not_forked_and_sees_none(compose, monkeypatch):
     started = []
 
-    class Recorded:
-        def Pool(self, count, initializer):
-            started.append(os.environ["CUDA_VISIBLE_DEVICES"])
-            nothing = SimpleNamespace(imap_unordered=lambda function, jobs: [(0, "found")])
-            return contextlib.nullcontext(nothing)
+    def start_pool(count, mp_context, initializer):
+        started.extend([mp_context.get_start_method(), os.environ["CUDA_VISIBLE_DEVICES"]])
+        found = Future()
+        found.set_result("found")
+        return contextlib.nullcontext(SimpleNamespace(submit=lambda function, job: found))
 
-    def get_context(method):
-        started.append(method)
-        return Recorded()
-
-    monkeypatch.setattr(traces.multiprocessing, "get_context", get_context)
+    monkeypatch.setattr(traces, "ProcessPoolExecutor", start_pool)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setattr(remembered, "recall", lambda path: None)
     assert traces.traces([(compose("model=2b"), ["train"], 2)]) == ["found"]
     assert started == ["spawn", ""] and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_a_killed_process_of_a_plan_is_said_in_one_line(compose, monkeypatch):
+    """A multiprocessing.Pool would wait for its answer for ever."""
+    monkeypatch.setattr(traces, "trace", kill_this_process)
+    monkeypatch.setattr(remembered, "recall", lambda path: None)
+    with pytest.raises(UserError, match="a process that plans was killed"):
+        traces.traces([(compose("model=2b"), ["train"], 2)])
+
+
+def kill_this_process(job):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from cogvx.errors import UserError
 from cogvx.files import read_json
 from cogvx.records.sweep import SWEEP, Sweep
 from cogvx.runs import pool
+from cogvx.runs.jobs import SERVER_ENDED, record_end
 
 PROJECT = Path(__file__).parent.parent.parent
 
@@ -24,6 +26,39 @@ def test_a_sweeps_own_process_never_asks_for_a_gpu():
     """It imports no torch, so a job can choose its GPU before anything looks at the driver."""
     code = "import sys, launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+
+
+class Server:
+    """In the place of a forkserver that is killed while it starts the first `times` jobs."""
+
+    def __init__(self, times: int):
+        self.left = times
+
+    def Process(self, **given):
+        return self
+
+    def start(self):
+        self.left -= 1
+        if self.left >= 0:
+            raise EOFError("unexpected EOF")
+
+
+def test_a_killed_server_of_jobs_is_said_in_one_line_and_starts_again(tmp_path, capsys):
+    started = pool.JobProcesses(Sweep(tmp_path, None, []), [])
+    started.context = Server(1)
+    assert started.started(()) is started.context
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("warning the server that starts jobs was killed") and said.count("\n") == 1
+    )
+    started.context = Server(99)
+    with pytest.raises(UserError, match="was killed 3 times"):
+        started.started(())
+
+
+def test_a_job_whose_server_was_killed_too_is_started_again_by_the_same_command(tmp_path):
+    record_end(tmp_path, SERVER_ENDED)
+    assert read_json(tmp_path / "summary.json")["status"] == "killed"
 
 
 @pytest.mark.slow
