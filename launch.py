@@ -104,8 +104,7 @@ def single(command: translate.Command) -> int:
 def run(config: configuration.Config, repeated: Path | None) -> int:
     """Records the configuration in the run's folder and runs it. repeated: the run it repeats."""
     if not config.task.makes_a_run:
-        start_task(config, Path())
-        return 0
+        return start_task(config, Path()).get("exit_code", 0)
     if config.output_dir is None or not (config.output_dir / record.CONFIG).is_file():
         require_ready(config)
     folder = record.make_folder(config)

@@ -121,7 +121,14 @@ def gone(path: Path) -> bool:
 
 
 def runs_here(number: int) -> bool:
-    """Whether this machine has a process of this number."""
+    """Whether this machine has a process of this number that has not ended.
+
+    In a container, those that have ended may stay in the list for ever, because nobody waits for
+    them ("Z", man proc_pid_stat).
+    """
+    with contextlib.suppress(OSError, IndexError):
+        facts = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
+        return facts.rpartition(")")[2].split()[0] not in ("Z", "X")
     try:
         os.kill(number, 0)
     except (ProcessLookupError, OverflowError):

@@ -28,6 +28,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "list": tasks.ListTask,
         "clean": tasks.CleanTask,
         "cache": tasks.CacheTask,
+        "doctor": tasks.DoctorTask,
     },
     "model": {
         "nano": pretrained.Nano,

@@ -47,7 +47,10 @@ def require_ready(config: Config) -> None:
 
 
 def start_task(config: Config, folder: Path) -> dict:
-    """Runs config.task in the run's folder and returns the run's summary."""
+    """Runs config.task in the run's folder and returns the run's summary.
+
+    Of a task that makes no run: its exit_code, if that is not 0.
+    """
     start = STARTS_BY_TASK[type(config.task)]
     if not config.train.deterministic or not isinstance(config.task, COMPUTE_ON_DEVICE):
         return start(config, folder)
@@ -196,6 +199,12 @@ def start_cache(config: Config, folder: Path) -> dict:
     return {}
 
 
+def start_doctor(config: Config, folder: Path) -> dict:
+    from cogvx.training import doctor
+
+    return {"exit_code": doctor.examine(config.task)}
+
+
 STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.TrainTask: start_training,
     tasks.PlanTask: start_plan,
@@ -212,4 +221,5 @@ STARTS_BY_TASK: dict[type[tasks.Task], Callable[[Config, Path], dict]] = {
     tasks.ListTask: start_list,
     tasks.CleanTask: start_clean,
     tasks.CacheTask: start_cache,
+    tasks.DoctorTask: start_doctor,
 }

@@ -363,6 +363,21 @@ class CleanTask(Task):
     needs_data: ClassVar[bool] = False
 
 
+@dataclass
+class DoctorTask(Task):
+    run: Path | None  # the folder of a run, of a sweep, or one that holds runs
+    runs: list[Path]
+    makes_a_run: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+
+    def problems(self) -> list[str]:
+        if (self.run is None) is bool(self.runs):
+            return []
+        if self.runs:
+            return ["task.run and task.runs are set together: give one of them"]
+        return ["task.run must be given: task.run=outputs/RUN, or task.run=outputs for all runs"]
+
+
 class CacheWork(Enum):
     """What task=cache does. Each is explained in conf/task/cache.yaml."""
 

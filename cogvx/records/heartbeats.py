@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cogvx.files import read_json, write_json
+from cogvx.files import read_json, runs_here, this_machine, write_json
 from cogvx.progress import PULSE
-from cogvx.records.holders import is_alive
 
 HEARTBEATS = "heartbeats"  # the folder, in the run's
 BEAT_EVERY = 5.0  # seconds between two writings at most; a new phase is written at once
@@ -34,6 +33,7 @@ class Beat:
     rank: int
     pid: int
     host: str
+    machine: str  # the host, or a container on it: where the process number counts
     phase: str | None  # of training/peaks.py, or what is being prepared
     step: int | None
     steps: int | None
@@ -50,7 +50,7 @@ class Beat:
 
     def is_gone(self) -> bool:
         """Whether the process has ended. Of another machine's that is not known: False."""
-        return self.host == platform.node() and not is_alive(self.pid)
+        return self.machine == this_machine() and not runs_here(self.pid)
 
     def silence(self, now: float) -> float:
         """Seconds without work. Waiting is none, as long as the process is there."""
@@ -112,6 +112,7 @@ def beat_now(rank: int) -> Beat:
         rank=rank,
         pid=os.getpid(),
         host=platform.node(),
+        machine=this_machine(),
         phase=PULSE.doing(),
         step=PULSE.step,
         steps=PULSE.steps,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -16,74 +17,64 @@ from pathlib import Path
 ORPHANS_STOP_WITHIN = 180.0  # seconds
 GONE_WITHIN = 10.0  # seconds from a kill to the end
 PROCESSES = Path("/proc")
+TAKEN = re.compile(r"^lock:.* WRITE (\d+) ", re.MULTILINE)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether this machine has such a process. One that has ended and is not waited for is none."""
-    with contextlib.suppress(OSError, IndexError):
-        stat = (PROCESSES / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-        return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs, as another user
-        return True
-    return True
-
-
-def holders(lock: Path) -> list[int]:
+def holders(lock: Path) -> dict[int, int]:
     """The processes of this machine and this user that hold the lock on a file.
 
-    [] where the system does not tell: Linux does, in /proc/PID/fdinfo (man proc_pid_fdinfo).
+    Each with the number of the process that took the lock; 0 if that has ended. {} where the
+    system does not tell: Linux does, in /proc/PID/fdinfo (man proc_pid_fdinfo).
     """
-    found, name = [], os.path.realpath(lock)
+    found, name = {}, os.path.realpath(lock)
     for process in PROCESSES.glob("[0-9]*"):
         # It may end while it is looked at, or belong to another user.
         with contextlib.suppress(OSError):
             for descriptor in (process / "fd").iterdir():
-                if os.readlink(descriptor) == name and has_lock(process, descriptor.name):
-                    found.append(int(process.name))
-                    break
-    return sorted(found)
+                if os.readlink(descriptor) != name:
+                    continue
+                facts = (process / "fdinfo" / descriptor.name).read_text(encoding="utf-8")
+                if taken := TAKEN.search(facts):
+                    found[int(process.name)] = int(taken[1])
+    return found
 
 
-def has_lock(process: Path, descriptor: str) -> bool:
-    facts = (process / "fdinfo" / descriptor).read_text(encoding="utf-8")
-    return any(line.startswith("lock:") and " WRITE " in line for line in facts.splitlines())
-
-
-def orphans(lock: Path, first: int | None) -> list[int]:
-    """The holders of a lock that the process `first` took, if that has ended; else []."""
+def orphans(lock: Path) -> list[int]:
+    """The holders of a lock, if the process that took it has ended; else []."""
     found = holders(lock)
-    return [] if first is None or first in found else found
+    return sorted(pid for pid, first in found.items() if first not in found)
 
 
-def wait_for_orphans(lock: Path, first: int) -> None:
+def wait_for_orphans(lock: Path) -> None:
     """Returns when they have ended. After ORPHANS_STOP_WITHIN they are killed."""
-    left = orphans(lock, first)
+    left = orphans(lock)
     if not left:
         return
     print(
-        f"wait    process {first}, which ran here, has ended. Those that it started stop with a "
+        f"wait    the process that ran here has ended. Those that it started stop with a "
         f"checkpoint: {numbered(left)}",
         flush=True,
     )
-    for seconds, number in ((ORPHANS_STOP_WITHIN, None), (GONE_WITHIN, signal.SIGKILL)):
-        if number is not None:
-            print(
-                f"warning killed {numbered(left)}: no end within "
-                f"{ORPHANS_STOP_WITHIN:.0f} s. The checkpoints written so far are kept",
-                flush=True,
-            )
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-        deadline = time.monotonic() + seconds
-        while (left := orphans(lock, first)) and time.monotonic() < deadline:
-            pause()
-        if not left:
-            return
+    left = left_after(ORPHANS_STOP_WITHIN, lock)
+    if not left:
+        return
+    print(
+        f"warning killed {numbered(left)}: no end within {ORPHANS_STOP_WITHIN:.0f} s. "
+        f"The checkpoints written so far are kept",
+        flush=True,
+    )
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    left_after(GONE_WITHIN, lock)
+
+
+def left_after(seconds: float, lock: Path) -> list[int]:
+    """The orphans that have not ended by then."""
+    deadline = time.monotonic() + seconds
+    while (left := orphans(lock)) and time.monotonic() < deadline:
+        pause()
+    return left
 
 
 def pause() -> None:

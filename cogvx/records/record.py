@@ -146,8 +146,7 @@ def locked(folder: Path) -> Iterator[int]:
         lock = (folder / LOCK).open("a+", encoding="utf-8")
     with lock as file:
         if not take_lock(file):
-            if (first := locker_of(folder)) is not None:
-                wait_for_orphans(folder / LOCK, first)
+            wait_for_orphans(folder / LOCK)
             if not take_lock(file):
                 raise UserError(
                     f"{folder} is in use by another process ({user_of(folder)}): "
@@ -195,12 +194,6 @@ def said_of_gone(folder: Path) -> str:
         f"or its disk is gone. If it was moved: python launch.py train.resume=NEW_PLACE. "
         f"Otherwise type the command again, and the run starts anew: the cache is kept"
     )
-
-
-def locker_of(folder: Path) -> int | None:
-    """The number of that process; None if it was on another machine, or is not known."""
-    found = re.fullmatch(r"process (\d+) on (.*)", user_of(folder))
-    return int(found[1]) if found and found[2] == platform.node() else None
 
 
 def new_folder(parent: Path) -> Path:

@@ -145,7 +145,8 @@ def recorded_file(arguments: list[str]) -> tuple[list[str], Path | None]:
         alone = all(argument.startswith("train.resume=") for argument in arguments)
         if alone and Path(resume).absolute() == Path(folder).absolute():
             arguments.append(f"output_dir={Path(folder).absolute()}")
-    if folder is None and judged is not None and "task=report" not in arguments:
+    reads_only = {"task=report", "task=doctor"} & {*arguments}
+    if folder is None and judged is not None and not reads_only:
         folder = str(run_folder_of(Path(judged), "task.run"))
     if folder is None:
         return arguments, None

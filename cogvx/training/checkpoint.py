@@ -4,6 +4,8 @@ Random numbers are functions of the step, so nothing else is needed to resume. A
 written to RUN/checkpoints/step_000500.partial/, its manifest last, and renamed when it is on disk.
 Only then are older ones removed. The manifest has the SHA-256 of every file. Before a run is
 resumed they are compared. A damaged checkpoint is set aside as step_000500.damaged/.
+
+[no torch at import: task=doctor reads checkpoints]
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cogvx.errors import UserError, listed
 from cogvx.files import flush_to_disk, flush_tree, shown, write_json
@@ -21,7 +24,9 @@ from cogvx.options.train import Train
 from cogvx.progress import counted
 from cogvx.records.record import HOW_TO_TRAIN_ON, is_imported
 from cogvx.training.out_of_memory import lack_of
-from cogvx.training.state import AVERAGED, OPTIMIZER, TrainingState
+
+if TYPE_CHECKING:
+    from cogvx.training.state import TrainingState
 
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step_\d+")
@@ -159,6 +164,8 @@ def rehearse(run_folder: Path, state: TrainingState, *, kept: int) -> None:
 
 
 def require_space(run_folder: Path, rehearsal: Path, state: TrainingState, kept: int) -> None:
+    from cogvx.training.state import AVERAGED, OPTIMIZER
+
     (rehearsal / OPTIMIZER).unlink()
     shutil.rmtree(rehearsal / AVERAGED, ignore_errors=True)
     weights = sum(path.stat().st_size for path in rehearsal.rglob("*") if path.is_file())
@@ -290,4 +297,13 @@ def damage_of(folder: Path) -> str | None:
     for name, facts in read_manifest(folder)["files"].items():
         if isinstance(facts, dict) and facts != facts_of_file(folder / name):
             return f"the bytes of {name} are not those that were written"
+    return None
+
+
+def fault_of_file(path: Path, facts: dict) -> str | None:
+    """What is wrong with a file whose facts_of_file() were recorded."""
+    if not path.is_file():
+        return "it is missing"
+    if facts_of_file(path) != facts:
+        return "its bytes are not those that were written"
     return None

@@ -10,6 +10,7 @@ from cogvx.config import Config
 from cogvx.export import result as export
 from cogvx.files import shown
 from cogvx.inference import scores
+from cogvx.records.usage import INFERENCE_SETTINGS
 from cogvx.training import checkpoint as checkpoints
 from cogvx.training.heldout import HeldOutLoss
 from cogvx.training.prepare import Prepared
@@ -71,7 +72,8 @@ class RunOutcome:
             return "lower"
         return "NOT lower: more steps or another learning rate may help"
 
-    def summary(self, folder: Path) -> dict:
+    def summary(self, folder: Path, result: str) -> dict:
+        """result: the name of the file or folder that the run delivers."""
         after = self.after
         best = checkpoints.best_checkpoint(folder)
         manifest = {} if best is None else checkpoints.read_manifest(best)
@@ -87,4 +89,16 @@ class RunOutcome:
             "best_step": manifest.get("step"),
             **scores.summary_scores(self.compared),
             **({"skipped_validation": self.skipped} if self.skipped else {}),
+            "result_files": result_files(folder, result),
         }
+
+
+def result_files(folder: Path, result: str) -> dict[str, dict]:
+    """Size and SHA-256 of each file of the result, so that damage can be found later."""
+    place = folder / result
+    files = [place] if place.is_file() else sorted(place.rglob("*"))
+    return {
+        path.relative_to(folder).as_posix(): checkpoints.facts_of_file(path)
+        for path in [*files, folder / INFERENCE_SETTINGS]
+        if path.is_file()
+    }

@@ -189,7 +189,11 @@ class Trainer:
             for line in (*outcome.lines(self.folder, self.state), *self.ranks.peaks.lines()):
                 self.ranks.say(line)
             self.ranks.say(f"\nUse it in plain diffusers:\n\n{usage}\n")
-        return outcome.summary(self.folder)
+        return (
+            outcome.summary(self.folder, self.state.weights.result)
+            if self.ranks.logs
+            else {"status": "done"}
+        )
 
     # -- one step ----------------------------------------------------------------------------
 

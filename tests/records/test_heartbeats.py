@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cogvx.files import read_json, write_json
+from cogvx.files import read_json, this_machine, write_json
 from cogvx.progress import PULSE
 from cogvx.records import heartbeats
 from cogvx.records.heartbeats import Beat, beats_of, silent
@@ -19,7 +19,7 @@ LONG = heartbeats.SILENT_AFTER + 60
 @pytest.fixture
 def beat(tmp_path):
     """beat(rank=1, moved=-700, ...): writes a heartbeat; times from now on."""
-    usual = {"pid": os.getpid(), "host": heartbeats.platform.node(), "phase": "train"}
+    usual = {"pid": os.getpid(), "host": "box", "machine": this_machine(), "phase": "train"}
     usual |= {"step": 40, "steps": 960, "waits": False, "moved": 0, "seen": 0}
 
     def write(rank: int = 0, **facts: object) -> Beat:
@@ -67,7 +67,7 @@ def test_a_process_that_ended_and_one_of_a_lost_machine_are_named(beat, tmp_path
     ended = subprocess.Popen(["true"])
     ended.wait()
     assert beat(0, pid=ended.pid).words(time.time()).endswith(f"process {ended.pid} has ended")
-    lost = beat(1, pid=1, host="elsewhere", moved=-LONG, seen=-LONG)
+    lost = beat(1, pid=1, host="elsewhere", machine="1234", moved=-LONG, seen=-LONG)
     assert "not seen for 11 min: hung or killed (process 1 on elsewhere)" in lost.words(time.time())
     assert [each.rank for each in silent(tmp_path)] == [0, 1]
 

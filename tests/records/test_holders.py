@@ -1,5 +1,6 @@
 """Who works in a run's folder, and what becomes of those whose command was killed."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cogvx.errors import UserError
+from cogvx.files import runs_here
 from cogvx.records import holders, record
 from cogvx.records.holders import orphans
 
@@ -36,23 +38,24 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Li
 
 @pytest.fixture
 def killed(tmp_path):
-    """killed(code): the number of a process that was killed, and of one that it started."""
+    """killed(code): the process that a killed one has started."""
     started = []
 
-    def start(code: str) -> tuple[int, int]:
+    def start(code: str) -> int:
         command = [sys.executable, "-c", LOCKING, str(tmp_path), code]
         environment = {**os.environ, "PYTHONPATH": PROJECT}
         pipe = {"stdout": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipe)
         started.append(int(process.stdout.readline()))
-        assert holders.holders(tmp_path / record.LOCK) == sorted([process.pid, started[-1]])
+        pids = [process.pid, started[-1]]
+        assert holders.holders(tmp_path / record.LOCK) == dict.fromkeys(pids, process.pid)
         process.kill()
         process.wait()
-        return process.pid, started[-1]
+        return started[-1]
 
     yield start
     for pid in started:
-        if holders.is_alive(pid):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -61,22 +64,22 @@ def test_a_run_restarted_at_once_waits_for_the_ranks_of_a_killed_command(
     killed, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(record, "LOCK_TRIES", ())
-    command, _ = killed(STOPS)
+    rank = killed(STOPS)
     monkeypatch.setattr(holders, "pause", lambda: (tmp_path / "go").touch())
     with record.locked(tmp_path):
-        assert record.locker_of(tmp_path) == os.getpid()
-    assert f"wait    process {command}, which ran here, has ended" in capsys.readouterr().out
+        assert str(os.getpid()) in record.user_of(tmp_path)
+    assert f"stop with a checkpoint: process {rank}\n" in capsys.readouterr().out
 
 
 @linux
 def test_a_rank_that_does_not_stop_is_killed(killed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(holders, "ORPHANS_STOP_WITHIN", 0.3)
-    command, rank = killed(HANGS)
-    assert orphans(tmp_path / record.LOCK, command) == [rank]
+    rank = killed(HANGS)
+    assert orphans(tmp_path / record.LOCK) == [rank]
     with record.locked(tmp_path):
         pass
     assert f"warning killed process {rank}: no end within 0 s" in capsys.readouterr().out
-    assert not holders.is_alive(rank)
+    assert not runs_here(rank)
 
 
 @linux

@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+from settings import QUICK
 
 from cogvx.errors import UserError
-from cogvx.files import read_json
+from cogvx.files import read_json, read_json_lines
 from cogvx.records import record
+from cogvx.records.heartbeats import beats_of
 from cogvx.runs import processes
 
 
@@ -137,3 +139,28 @@ def test_a_rank_that_failed_is_seen_while_the_first_one_runs(monkeypatch, tmp_pa
     started = time.monotonic()
     assert processes.wait_for_ranks(ranks, tmp_path) == [1, 3]
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.slow
+def test_two_processes_whose_command_was_killed_are_waited_for_by_the_next_start(
+    launching, launch, cache, tmp_path
+):
+    folder = tmp_path / "run"
+    small = ["data.height=32", "data.width=32", "data.max_num_frames=5"]
+    steps = ["train.max_train_steps=30", "train.logging_steps=1", "train.checkpointing_steps=30"]
+    ddp = ["parallel=ddp", "parallel.num_processes=2"]
+    command = [f"output_dir={folder}", f"data.cache_dir={cache}", *QUICK, *small, *steps, *ddp]
+    process = launching(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(read_json_lines(folder / "metrics.jsonl")) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    assert [beat.rank for beat in beats_of(folder)] == [0, 1]
+    again = launch(*command)
+    assert again.returncode == 0, again.stderr
+    assert "Those that it started stop with a checkpoint: process" in again.stdout
+    assert "resume  " in again.stdout and "is in use by another process" not in again.stderr
+    steps = [n["step"] for n in read_json_lines(folder / "metrics.jsonl") if "loss" in n]
+    assert steps == list(range(1, 31))
+    assert not (folder / "heartbeats").exists(), "nothing stays of a run that is done"

@@ -11,7 +11,7 @@ from cogvx.model.pretrained import PretrainedModel
 from cogvx.model.trained_weights import LoraWeights
 from cogvx.options import optimizers
 from cogvx.training import checkpoint as checkpoints
-from cogvx.training.state import TrainingState
+from cogvx.training.state import OPTIMIZER, TrainingState
 
 LORA = lora.Lora(4, 2, ["to_q"], use_rslora=False, use_dora=False, init_from=None)
 ADAMW = optimizers.AdamW(1e-3, 0.9, 0.95, 1e-8, 1e-2)
@@ -80,9 +80,9 @@ DAMAGES = {
     "pytorch_lora_weights.safetensors has 3 bytes instead of": lambda newest: (
         newest / lora.WEIGHTS
     ).write_bytes(b"123"),
-    "optimizer.pt is missing": lambda newest: (newest / checkpoints.OPTIMIZER).unlink(),
+    "optimizer.pt is missing": lambda newest: (newest / OPTIMIZER).unlink(),
     "the bytes of optimizer.pt are not those that were written": lambda newest: flip_a_bit(
-        newest / checkpoints.OPTIMIZER
+        newest / OPTIMIZER
     ),
     "the bytes of pytorch_lora_weights.safetensors are not": lambda newest: flip_a_bit(
         newest / lora.WEIGHTS
@@ -249,5 +249,5 @@ def test_the_manifest_names_step_and_files(state, tmp_path):
     )
     assert manifest["step"] == 12 and set(manifest["files"]) == {
         lora.WEIGHTS,
-        checkpoints.OPTIMIZER,
+        OPTIMIZER,
     }
