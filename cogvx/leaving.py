@@ -11,6 +11,7 @@ import atexit
 import io
 import os
 import re
+import signal
 import sys
 from typing import NoReturn
 
@@ -25,6 +26,15 @@ def leave(code: int) -> NoReturn:
     """sys.exit(code): threads are waited for, hooks run, and then the process is gone."""
     codes.append(code)
     sys.exit(code)
+
+
+def outlast_signals() -> None:
+    """For a process that ends when the one that started it has ended.
+
+    Requests to stop are for that one. Slurm sends them to all processes of a job.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Outlasting(io.FileIO):

@@ -3,14 +3,14 @@
 # command's. Run it as root; a container will do:
 #   apt-get install slurm-wlm munge slurmdbd mariadb-server
 #   pip install -r sweeps/requirements-slurm.txt
-#   tests/slurm_loopback.sh                         # the tests of sweeps on Slurm
+#   tests/slurm_loopback.sh                         # the tests of sweeps and runs on Slurm
 #   tests/slurm_loopback.sh python launch.py -m lora.rank=16,64 hydra/launcher=submitit_slurm
 # Everything lies in a temporary folder, nothing in /etc. The accounting (slurmdbd over a MariaDB)
 # is there because submitit asks sacct what became of a job that was killed. Without an answer it
 # would wait for ever.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -gt 0 ] || set -- python -m pytest -rs tests/runs/test_engines.py -k slurm
+[ $# -gt 0 ] || set -- python -m pytest -n0 -rs tests/runs -k slurm
 at=$(mktemp -d) host=$(hostname -s) started=()
 chmod 755 "$at"
 stop() {
@@ -92,7 +92,10 @@ MpiDefault=none
 ReturnToService=2
 SchedulerParameters=sched_interval=1,sched_min_interval=0
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc --all) State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 C
 export SLURM_CONF=$at/slurm.conf
 start slurmdbd -D

@@ -22,6 +22,7 @@ import numpy
 
 from cogvx.data.footage import BadClip, Footage, survey, wanted_frames
 from cogvx.errors import first_line
+from cogvx.leaving import outlast_signals
 
 IDLE_SECONDS = 60  # without a request it ends, and its memory is free
 ENDED_IDLE = 75  # its exit code then
@@ -40,6 +41,7 @@ def serve_requests() -> None:
     for stream in (0, 1, 2):
         os.dup2(silence, stream)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    outlast_signals()
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(OOM_SCORE)
     own = own_memory()

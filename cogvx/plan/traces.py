@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from cogvx.config import Config
 from cogvx.data.cache import claimed
 from cogvx.errors import UserError
+from cogvx.leaving import outlast_signals
 from cogvx.libraries import load_libraries
 from cogvx.options.cards import Card
 from cogvx.plan import remembered
@@ -143,8 +143,7 @@ def pool_of_two() -> Iterator:
 
 def begin_worker() -> None:
     """A forked process has the handlers of the run, which is told of signals itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    outlast_signals()
     quiet_libraries()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cogvx.config import PROJECT
 from cogvx.files import read_json
+from cogvx.leaving import outlast_signals
 from cogvx.records import comparison, present, record, report
 from cogvx.records.pages import PAGE, is_final
 from cogvx.records.sweep import SWEEP, Sweep, is_locked
@@ -155,4 +156,5 @@ def heard(seconds: float) -> bytes | None:
 
 if __name__ == "__main__":
     os.nice(10)
+    outlast_signals()
     Follower(Path(sys.argv[1])).follow()

@@ -31,7 +31,7 @@ from cogvx.records.usage import INFERENCE_SETTINGS
 from cogvx.training import checkpoint as checkpoints
 
 SOME_DAMAGED = 1  # exit code
-MOST_SHOWN = 5  # of files of one kind
+MOST_LEFTOVERS = 5  # that are named
 MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, as its format says
 RECORDS = (record.ENVIRONMENT, record.SUMMARY, INFERENCE_SETTINGS, "evaluation.json", "plan.json")
 ERRORS = ("error:", "Error:", "stopped:", "Killed")  # how the lines of a log begin or go on
@@ -95,7 +95,12 @@ class Report:
 
     @classmethod
     def of(cls, folder: Path) -> Report:
-        report = cls(folder, None, progress_of(folder))
+        try:
+            report = cls(folder, None, progress_of(folder))
+        # Files that are damaged may hold anything, here and below.
+        except Exception as error:
+            nothing = Progress(State.killed, None, 0, None, None, [], None, {})
+            report = cls(folder, None, nothing, [f"the records cannot be read: {error!r}"])
         for look in (
             report.look_at_records,
             report.look_at_metrics,
@@ -108,11 +113,11 @@ class Report:
             report.look_at_end,
             report.look_at_leftovers,
         ):
-            # A disk that gives a file's name and not its content is what is looked for here.
             try:
                 look()
-            except OSError as error:
-                report.damage.append(str(error))
+            except Exception as error:
+                what = look.__name__.removeprefix("look_at_").replace("_", " ")
+                report.damage.append(f"{what}: {first_line(error)}")
         return report
 
     # -- what it says ------------------------------------------------------------------------
@@ -305,11 +310,11 @@ class Report:
         found = [(path, "a damaged checkpoint that was set aside") for path in aside]
         if not self.is_running:
             found += leftovers(self.folder, [self.folder])
-        for path, why in found[:MOST_SHOWN]:
+        for path, why in found[:MOST_LEFTOVERS]:
             if path.name != record.LOCK:
                 self.notes.append(("left", f"{path.relative_to(self.folder)}: {why}"))
-        if len(found) > MOST_SHOWN:
-            self.notes.append(("left", f"{len(found) - MOST_SHOWN} more"))
+        if len(found) > MOST_LEFTOVERS:
+            self.notes.append(("left", f"{len(found) - MOST_LEFTOVERS} more"))
 
 
 def command_in_words(command: list[str] | None) -> str:

@@ -39,6 +39,7 @@ NEEDED = {
     "export": ["task.run=outputs/RUN"],
     "import": ["task.file=lora.safetensors"],
     "report": ["task.run=outputs/RUN"],
+    "doctor": ["task.run=outputs/RUN"],
     "compare": ["task.runs=[outputs/A,outputs/B]"],
 }
 

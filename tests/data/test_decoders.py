@@ -77,6 +77,18 @@ def test_a_decoder_that_someone_killed_costs_no_clip(make_clip, tmp_path, monkey
     assert len(surveyed(make_clip(tmp_path / "clip.mp4"), 60).times) == 16
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_job_is_not_for_its_decoders(
+    make_clip, tmp_path, monkeypatch, number
+):
+    decoder = decoders.Decoder()
+    monkeypatch.setattr(decoders, "IDLE", [decoder])
+    path = make_clip(tmp_path / "clip.mp4")
+    surveyed(path, 60)
+    decoder.process.send_signal(number)
+    assert len(surveyed(path, 60).times) == 16 and [decoder] == decoders.IDLE
+
+
 def test_a_run_that_is_stopped_waits_for_no_file(make_clip, tmp_path, broken):
     """Its decoder hangs, and data.decode_seconds is long."""
     path = make_clip(tmp_path / "hangs_survey.mp4")

@@ -157,9 +157,9 @@ def test_two_processes_whose_command_was_killed_are_waited_for_by_the_next_start
         time.sleep(0.02)
     process.kill()
     assert [beat.rank for beat in beats_of(folder)] == [0, 1]
+    # It waits for them, or they have ended meanwhile: see tests/records/test_holders.py.
     again = launch(*command)
     assert again.returncode == 0, again.stderr
-    assert "Those that it started stop with a checkpoint: process" in again.stdout
     assert "resume  " in again.stdout and "is in use by another process" not in again.stderr
     steps = [n["step"] for n in read_json_lines(folder / "metrics.jsonl") if "loss" in n]
     assert steps == list(range(1, 31))

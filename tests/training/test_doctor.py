@@ -14,6 +14,7 @@ from cogvx.files import write_json, write_text
 from cogvx.records import heartbeats, record
 from cogvx.records.sweep import SWEEP
 from cogvx.training import checkpoint as checkpoints
+from cogvx.training import doctor
 
 PROJECT = Path(__file__).parent.parent.parent
 RESULT = "pytorch_lora_weights.safetensors"
@@ -141,6 +142,27 @@ def test_what_is_damaged_is_named(done, examine, damage):
     said = DAMAGES[damage](done)
     code, lines = examine("task.run=outputs/RUN")
     assert code == 1 and any(line.startswith(said) for line in lines), lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "garbage", [b"", b"[]", b"{}", b"null", b'{"files": [1]}', b"\xff\x00" * 40]
+)
+def test_no_file_that_holds_anything_ends_the_doctor(done, garbage):
+    write_text(done / "rank_0.log", "error: no\n")
+    write_text(heartbeats.file_of(done, 0), "{}")
+    files = [path for path in done.rglob("*") if path.is_file()]
+    assert len(files) >= 14
+    for path in files:
+        kept = path.read_bytes()
+        path.write_bytes(garbage)
+        report = doctor.Report.of(done)
+        assert [*report.lines(short=False)][-1][:8] in ("go on   ", "done    "), path
+        path.unlink()
+        path.mkdir()
+        assert [*doctor.Report.of(done).lines(short=False)]
+        path.rmdir()
+        path.write_bytes(kept)
 
 
 def test_the_command_that_goes_on_fits_what_is_left(done, examine):
