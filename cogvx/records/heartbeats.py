@@ -48,6 +48,10 @@ class Beat:
         waits = ", waits for the others" if self.waits else ""
         return f"rank {self.rank}: {self.phase or 'starting'}{step}{waits}"
 
+    def is_here(self) -> bool:
+        """Whether the process runs on this machine."""
+        return self.machine == this_machine() and runs_here(self.pid)
+
     def is_gone(self) -> bool:
         """Whether the process has ended. Of another machine's that is not known: False."""
         return self.machine == this_machine() and not runs_here(self.pid)

@@ -157,7 +157,7 @@ class Report:
         """The command that goes on; None if there is nothing to do."""
         here, again = shlex.quote(shown(self.folder)), self.again()
         if self.is_running:
-            hung = [str(beat.pid) for beat in silent(self.folder)]
+            hung = [str(beat.pid) for beat in silent(self.folder) if beat.is_here()]
             return f"kill -9 {' '.join(hung)} && {again}" if hung else None
         if self.progress.state is State.done:
             if self.lost_result:
@@ -247,6 +247,8 @@ class Report:
             self.whole.append("the result")
 
     def look_at_base_videos(self) -> None:
+        if self.progress.state is State.done:
+            return
         for path in sorted(self.folder.glob("validation/base/*.npz")):
             if not zipfile.is_zipfile(path):
                 self.notes.append(
@@ -292,15 +294,13 @@ class Report:
             self.notes.append(("last", beat.words(now)))
 
     def look_at_end(self) -> None:
-        summary = self.progress.summary
-        if self.is_running or self.progress.state in (State.done, State.pending):
+        state, summary = self.progress.state, self.progress.summary
+        if state in (State.running, State.done, State.pending):
             return
-        reason = self.progress.reason or (
-            f"step {summary['step']}, as asked" if "step" in summary else "no summary was written"
-        )
+        reason = self.progress.reason or "as it was asked to"
         if not summary:
-            reason = "killed, or its machine stopped: no summary was written"
-        self.notes.append(("ended", f"{self.progress.state.value}: {first_line(reason)}"))
+            reason = "without a summary: its process was killed, or its machine stopped"
+        self.notes.append(("ended", f"{state.value}, {first_line(reason)}"))
         for log in sorted([*self.folder.glob("rank_*.log"), *self.folder.glob(LOG)]):
             if found := last_error(log):
                 self.notes.append(("log", f"{log.name}: {found}"))
@@ -310,9 +310,10 @@ class Report:
         found = [(path, "a damaged checkpoint that was set aside") for path in aside]
         if not self.is_running:
             found += leftovers(self.folder, [self.folder])
+        # Every run leaves its .lock file.
+        found = [(path, why) for path, why in found if path.name != record.LOCK]
         for path, why in found[:MOST_LEFTOVERS]:
-            if path.name != record.LOCK:
-                self.notes.append(("left", f"{path.relative_to(self.folder)}: {why}"))
+            self.notes.append(("left", f"{path.relative_to(self.folder)}: {why}"))
         if len(found) > MOST_LEFTOVERS:
             self.notes.append(("left", f"{len(found) - MOST_LEFTOVERS} more"))
 

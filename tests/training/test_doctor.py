@@ -98,7 +98,9 @@ def test_a_killed_run_its_processes_its_end_and_the_command(run, examine):
     (run / "checkpoints" / "step_000006.partial").mkdir()
     code, lines = examine("task.run=outputs/RUN")
     assert code == 0 and lines[-1] == "go on   python launch.py train.resume=outputs/RUN"
-    assert "ended   killed: killed, or its machine stopped: no summary was written" in lines
+    assert (
+        "ended   killed, without a summary: its process was killed, or its machine stopped" in lines
+    )
     assert f"last    rank 1: train, step 5 of 6; process {dead.pid} has ended" in lines
     assert "log     rank_1.log: RuntimeError: no more" in lines
     assert "process none works here" in lines
