@@ -57,6 +57,7 @@ def test_a_killed_server_of_jobs_is_said_in_one_line_and_starts_again(tmp_path, 
 
 
 def test_a_job_whose_server_was_killed_too_is_started_again_by_the_same_command(tmp_path):
+    (tmp_path / "config.yaml").touch()
     record_end(tmp_path, SERVER_ENDED)
     assert read_json(tmp_path / "summary.json")["status"] == "killed"
 
