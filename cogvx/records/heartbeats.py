@@ -19,7 +19,6 @@ from pathlib import Path
 
 from cogvx.files import read_json, runs_here, this_machine, write_json
 from cogvx.progress import PULSE
-from cogvx.records.record import is_gone
 
 HEARTBEATS = "heartbeats"  # the folder, in the run's
 BEAT_EVERY = 5.0  # seconds between two writings at most; a new phase is written at once
