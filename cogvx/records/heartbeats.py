@@ -21,7 +21,8 @@ from cogvx.files import read_json, runs_here, this_machine, write_json
 from cogvx.progress import PULSE
 
 HEARTBEATS = "heartbeats"  # the folder, in the run's
-BEAT_EVERY = 5.0  # seconds between two writings at most; a new phase is written at once
+# Seconds between two writings at most, and at least: a new phase is written soon.
+BEAT_EVERY, SOONEST = 5.0, 1.0
 # Seconds without any sign of work. Loading a large model or compiling takes minutes.
 SILENT_AFTER = 10 * 60.0
 
@@ -100,14 +101,17 @@ def beating(folder: Path, rank: int) -> Iterator[None]:
 
 
 def beat_until(folder: Path, rank: int, ended: threading.Event) -> None:
-    last = False
-    while not last:
+    while True:
         last = ended.is_set()
         PULSE.changed.clear()
         # A full disk or a folder that is away is the run's own business.
         with contextlib.suppress(OSError):
             write_json(file_of(folder, rank), asdict(beat_now(rank)), make_folder=False)
-        PULSE.changed.wait(0 if last else BEAT_EVERY)
+        if last:
+            return
+        # Phases may follow each other within milliseconds.
+        ended.wait(SOONEST)
+        PULSE.changed.wait(BEAT_EVERY - SOONEST)
 
 
 def beat_now(rank: int) -> Beat:

@@ -167,9 +167,9 @@ def test_no_file_that_holds_anything_ends_the_doctor(done, garbage):
         path.write_bytes(kept)
 
 
-def test_the_command_that_goes_on_fits_what_is_left(done, examine):
+def test_the_command_that_goes_on_fits_what_is_left(done):
     def last() -> str:
-        return examine("task.run=outputs/RUN")[1][-1].removeprefix("go on   python launch.py ")
+        return doctor.Report.of(done).last_line().removeprefix("go on   python launch.py ")
 
     (done / "report.html").unlink()
     assert last() == "task=report task.run=outputs/RUN"
