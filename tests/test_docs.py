@@ -99,6 +99,7 @@ def test_the_pages_have_commands():
     assert unused == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", LAUNCHES)
 def test_a_command_composes(command, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
@@ -129,6 +130,7 @@ def compose_a_sweep(overrides: list[str], composer: grid.Composer) -> None:
             )
 
 
+@pytest.mark.slow
 def test_tasks_that_only_read_start(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert set(STARTS_BY_TASK) == set(GROUPS["task"].values())
@@ -348,6 +350,7 @@ def test_every_function_that_a_page_names_exists():
     assert named - defined - {"backward", "step", "build"} == set()
 
 
+@pytest.mark.slow
 def test_the_texts_on_the_page_of_errors_are_the_programs():
     """`...` stands for a value that differs from case to case."""
     quoted = [row[0].strip("`") for row in rows_of_table("docs/errors.md") if "`" in row[0]]

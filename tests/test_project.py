@@ -56,6 +56,7 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_package_that_is_imported_is_named_in_pyproject():
     assert len(SOURCES) >= 100
     ours = {path.stem for path in SOURCES} | {"cogvx"}

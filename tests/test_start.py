@@ -61,6 +61,7 @@ def test_an_error_that_nobody_caught_ends_python_in_its_own_way():
     assert done.stdout.splitlines()[1:] == ["thread", "hook", "taken apart"]
 
 
+@pytest.mark.slow
 def test_training_imports_no_package_that_it_does_not_need():
     done = python(IMPORTS)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

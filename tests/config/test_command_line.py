@@ -125,6 +125,7 @@ def own_conf(tmp_path):
     return f"hydra.searchpath=['file://{tmp_path / 'my conf'}']"
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own_options_works_alone_and_in_a_sweep(door, own_conf, tmp_path):
     ran = door(own_conf, "experiment=cats", "--cfg", "job")
     assert yaml.safe_load(ran.stdout)["lora"]["rank"] == 7, ran.stderr

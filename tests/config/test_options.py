@@ -44,6 +44,7 @@ NEEDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group, option, compose):
     config = compose(f"{group}={option}", *NEEDED.get(option, []))
@@ -132,6 +133,7 @@ def commands() -> list[str]:
     return sorted({*found})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_the_command_of_a_yaml_composes(command, compose):
     assert len(commands()) > 40

@@ -115,6 +115,7 @@ def test_a_newly_chosen_group_brings_everything_it_sets(compose, tmp_path, door)
     assert "Give one of them" in door(*again, "experiment=seed_2b").stderr
 
 
+@pytest.mark.slow
 def test_an_alpha_that_followed_the_rank_follows_it_again(compose, tmp_path, door):
     """Else half the rank would double the strength."""
     for name, alpha, expected in (("a", [], 8), ("b", ["lora.lora_alpha=4"], 4)):

@@ -9,6 +9,7 @@ from cogvx import config as configuration
 from cogvx.errors import UserError
 
 
+@pytest.mark.slow
 def test_everything_wrong_is_reported_at_once(door):
     ran = door(
         *("lora.rnak=8", "optimzer.learning_rate=1", "data.max_num_frames=50", "data.height=50"),
@@ -121,6 +122,7 @@ def test_a_misspelt_key_in_a_yaml_is_named(tmp_path, cache):
     assert "optimizer.epsilon has no value" in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_bad_local_model_and_a_misspelt_key_are_both_named(door, tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer/config.json").write_text("{}")
@@ -163,6 +165,7 @@ def test_settings_that_must_be_given_are_listed_with_the_others(compose):
     ]
 
 
+@pytest.mark.slow
 def test_a_task_that_reads_no_clips_asks_for_no_data(compose):
     assert compose("task=plan", "experiment=seed_2b").data.instance_data_root is None
     for data in ("text_files", "csv", "dataset"):
@@ -172,6 +175,7 @@ def test_a_task_that_reads_no_clips_asks_for_no_data(compose):
     assert missing == ["data.instance_data_root must be given: data.instance_data_root=..."]
 
 
+@pytest.mark.slow
 def test_only_a_warmup_that_nobody_asked_for_is_shortened(compose):
     for steps, warmup in ((5, 0), (15, 1), (20, 2), (21, 20), (100, 20)):
         config = compose(f"train.max_train_steps={steps}")

@@ -80,6 +80,7 @@ def test_of_equal_shapes_the_largest_that_enlarges_nothing(width, height, expect
     assert str(nearest_bucket(buckets, facts(90, 60), 100)) == "9x240x352"
 
 
+@pytest.mark.slow
 def test_frames_are_counted_as_the_reader_counts_them(compose, make_clip, tmp_path):
     from cogvx.data.footage import survey
     from cogvx.data.video import by_timestamp

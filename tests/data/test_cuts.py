@@ -139,6 +139,7 @@ def test_windows_of_an_uneven_file_have_all_their_frames(taken, tmp_path):
     assert spread_out == [0, 20, 30, 32, 33, 34, 36, 37, 39]
 
 
+@pytest.mark.slow
 def test_sliding_windows_cover_the_file_and_overlap(compose, taken, long, memory):
     said = []
     settings = ["data.long_files=sliding", "data.window_overlap=0.25"]
@@ -215,6 +216,7 @@ def test_a_file_that_cannot_be_read_stays_one_example(compose, memory, tmp_path)
 # -- short files ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_short_files(taken, short):
     own = every(3, 0, 6)
     assert taken(short) == [own[:5]]  # 4k + 1

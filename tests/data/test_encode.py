@@ -37,6 +37,7 @@ def vae_encoder(nano_folder, loads):
     return Encoder(load=load, identity="nano", dtype=torch.float32, device=CPU)
 
 
+@pytest.mark.slow
 def test_the_second_time_encodes_nothing_and_loads_no_vae(compose, clips, nano_folder, tmp_path):
     data, cache, loads, said = (
         compose(f"data.instance_data_root={clips}").data,
@@ -88,6 +89,7 @@ def test_what_decides_the_latents_decides_the_key(compose, clips, nano_folder, t
         assert not {clip.first.path for clip in first} & {clip.first.path for clip in other}, change
 
 
+@pytest.mark.slow
 def test_cached_moments_are_the_vaes_posterior(compose, clips, nano_folder, tmp_path):
     from cogvx.data.video import read_clip
 
@@ -113,6 +115,7 @@ def test_tiles_that_do_not_fit_are_refused(nano_folder):
         latent_moments(vae, frames, encoder)
 
 
+@pytest.mark.slow
 def test_damaged_latents_are_encoded_again_and_said(compose, clips, nano_folder, tmp_path):
     data, loads, said = compose(f"data.instance_data_root={clips}").data, [], []
 
@@ -138,6 +141,7 @@ def test_one_clip_is_not_many():
     assert cache_state("clip", 1, 0) == "encode  nothing: 1 clip found in the cache"
 
 
+@pytest.mark.slow
 def test_bad_clips_are_named_and_the_others_go_on(compose, clips, nano_folder, tmp_path):
     (clips / "videos" / "4.mp4").write_bytes(b"")
     data, said = compose(f"data.instance_data_root={clips}").data, []
@@ -148,6 +152,7 @@ def test_bad_clips_are_named_and_the_others_go_on(compose, clips, nano_folder, t
     assert "warning videos.txt:5 4.mp4 is empty (0 bytes); left out" in said
 
 
+@pytest.mark.slow
 def test_a_higher_minimum_leaves_cached_clips_out_without_encoding_again(
     compose, clips, make_clip, nano_folder, tmp_path
 ):
@@ -162,6 +167,7 @@ def test_a_higher_minimum_leaves_cached_clips_out_without_encoding_again(
     assert len(loads) == 1 and "too short: 5 frames" in rejected[0].reason
 
 
+@pytest.mark.slow
 def test_a_clip_that_hangs_or_cannot_be_opened_is_left_out(
     compose, clips, nano_folder, tmp_path, monkeypatch
 ):
@@ -192,6 +198,7 @@ def test_a_clip_that_hangs_or_cannot_be_opened_is_left_out(
     assert hung.startswith("warning videos.txt:5 hangs.mp4 was not read in 3 s")
 
 
+@pytest.mark.slow
 def test_too_many_bad_clips_stop_the_run(compose, clips, nano_folder, tmp_path):
     for name in ("1.mp4", "4.mp4"):
         (clips / "videos" / name).write_bytes(b"no video")
@@ -284,6 +291,7 @@ def test_a_streamed_block_is_fetched_once_for_many_prompts_with_the_same_bits(
             assert torch.equal(model(ids)[0][0].to(dtype), embeds)
 
 
+@pytest.mark.slow
 def test_an_encoder_is_gone_when_its_work_is_done(compose, clips, nano_folder, tmp_path):
     """Its memory is free at once: no circle of references keeps it until a collection."""
     data, cache, alive = compose(f"data.instance_data_root={clips}").data, Cache(tmp_path), []

@@ -152,6 +152,7 @@ def test_a_table_is_found_and_its_columns_are_recognised(listing, ending):
     assert data.said == (f"list    metadata.{ending}: captions from text, clips from file_name",)
 
 
+@pytest.mark.slow
 def test_a_table_that_cannot_be_chosen_is_named(listing):
     assert "Tables in" in listing.refusal("table")
     write_table(listing.root, "metadata.csv")

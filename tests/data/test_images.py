@@ -44,6 +44,7 @@ def encoded(compose, nano_folder, root, tmp_path, *overrides, loads=None, say=la
     return data, encode_images(clips, data, cache, vae, say)
 
 
+@pytest.mark.slow
 def test_the_first_frame_is_the_clips(compose, clips):
     for overrides in ([], ["data.skip_frames_start=3", "data.video_reshape_mode=random"]):
         data = compose(f"data.instance_data_root={clips}", *overrides).data
@@ -53,6 +54,7 @@ def test_the_first_frame_is_the_clips(compose, clips):
         )
 
 
+@pytest.mark.slow
 def test_images_are_read_turned_upright_covered_and_cropped(compose, pictures, tmp_path):
     data = compose(
         "model=nano_i2v", f"data.instance_data_root={pictures}", "data.image_column=images.txt"
@@ -92,6 +94,7 @@ def test_a_picture_is_cropped_where_its_clip_is(compose, make_clip, tmp_path):
     assert (one - other).abs().mean() < 0.02
 
 
+@pytest.mark.slow
 def test_an_image_column_of_a_csv(compose, pictures):
     with (pictures / "metadata.csv").open("w", newline="") as file:
         csv.writer(file).writerows(
@@ -104,6 +107,7 @@ def test_an_image_column_of_a_csv(compose, pictures):
         compose(*table, "data.image_column=begin").data.read()
 
 
+@pytest.mark.slow
 def test_mistakes_in_the_list_of_images_are_named(compose, pictures):
     def refused(text: str) -> str:
         (pictures / "images.txt").write_text(text)
@@ -130,6 +134,7 @@ def test_noise_levels_are_quantiles_of_the_log_normal():
     assert noise_levels(1) == [pytest.approx(math.exp(-3))] and noise_levels(0) == []
 
 
+@pytest.mark.slow
 def test_each_image_is_encoded_once_as_it_is_and_with_noise(
     compose, nano_folder, pictures, tmp_path
 ):

@@ -260,6 +260,7 @@ def looked(data, tmp_path_factory):
     return inspected(clips, split, rejected, data, Texts.estimated_of(clips, 226), 8)
 
 
+@pytest.mark.slow
 def test_the_table_and_the_page_say_what_is_odd(looked, tmp_path):
     kinds = {Path(row["video"]).stem: {f.kind for f in row["flags"]} for row in looked.rows}
     assert kinds == {
@@ -313,6 +314,7 @@ def test_looking_again_takes_what_is_known(looked, data, monkeypatch):
     assert [clip.about for clip in clips] == [clip.about for clip in looked.clips]
 
 
+@pytest.mark.slow
 def test_task_inspect_loads_no_model_and_says_what_it_found(run, clips, make_clip, capfd):
     make_clip(clips / "videos" / "0.mp4", width=300)
     (clips / "videos" / "5.mp4").write_text("no video")
@@ -331,6 +333,7 @@ def test_task_inspect_loads_no_model_and_says_what_it_found(run, clips, make_cli
     assert sizes == {"13x480x720"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_the_clips_in_sight_play_and_can_be_filtered(looked, tmp_path):
     write_dataset(tmp_path, looked)

@@ -54,6 +54,7 @@ def test_each_source_has_its_format_and_its_word(mixed):
     assert data.said == ("list    metadata.jsonl: captions from text, clips from video (old)",)
 
 
+@pytest.mark.slow
 def test_shares_are_those_that_are_given_and_the_last_one_takes_the_rest(mixed):
     assert mixed().data.shares() == {}
     assert mixed("old.share=0.25").data.shares() == {"new": 0.75, "old": 0.25}

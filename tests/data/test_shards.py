@@ -18,6 +18,7 @@ def part_of(compose, clips, tmp_path, shard):
     return compose("task=encode", *settings, f"data.shard={shard}").data
 
 
+@pytest.mark.slow
 def test_the_parts_together_are_all_clips_once(compose, clips, tmp_path):
     found = []
     for part in (1, 2, 3, 4):
@@ -30,6 +31,7 @@ def test_the_parts_together_are_all_clips_once(compose, clips, tmp_path):
     assert whole.own_part(whole.read()) == whole.read()
 
 
+@pytest.mark.slow
 def test_more_parts_than_clips_are_refused(compose, clips, tmp_path):
     data = part_of(compose, clips, tmp_path, "7/8")
     with pytest.raises(UserError, match=r"data\.shard=7/8: there are only 6 clips"):
@@ -47,6 +49,7 @@ def test_training_on_a_part_is_refused(compose):
         compose("data.shard=1/4")
 
 
+@pytest.mark.slow
 def test_a_part_says_what_is_left_for_the_others(compose, clips, tmp_path):
     data, said = part_of(compose, clips, tmp_path, "1/3"), []
     ranks, examples = SimpleNamespace(logs=True, say=said.append), data.read()

@@ -229,6 +229,7 @@ def look(frames: numpy.ndarray) -> str:
     return look_of(frames[[0, len(frames) // 2, -1]])
 
 
+@pytest.mark.slow
 def test_a_clip_that_is_encoded_again_looks_alike_and_its_mirror_image_does_not(tmp_path):
     import av
 

@@ -67,6 +67,7 @@ def test_captions_may_stand_in_json_or_have_another_ending(tars):
     assert tars.captions("data.caption_column=.caption")[0][0] == "third"
 
 
+@pytest.mark.slow
 def test_an_archive_is_read_once(tars, monkeypatch):
     archive(tars.root / "0.tar", {"a.mp4": "A", "a.txt": "a"})
     archive(tars.root / "1.tar", {"b.mp4": "B", "b.txt": "b"})
@@ -156,6 +157,7 @@ def test_a_sample_that_cannot_be_used_is_named(tars, members, said):
     assert said in tars.refusal()
 
 
+@pytest.mark.slow
 def test_what_is_no_archive_is_named(tars):
     tars.root.mkdir()
     assert "has no archive: no file ends in .tar" in tars.refusal()

@@ -30,6 +30,7 @@ def test_playback_speed_is_kept_for_uneven_frame_rates():
     assert by_timestamp(stamps, 10, 99) == [0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fps", "expected"), [(8, range(0, 90, 10)), (16, range(0, 45, 5)), (4, range(0, 180, 20))]
 )
@@ -73,6 +74,7 @@ def test_frames_are_cropped_never_stretched(compose, tmp_path, width, height):
     assert abs(frame.any(dim=0).nonzero().float().mean() - 31.5) < 1
 
 
+@pytest.mark.slow
 def test_clips_are_read_as_ffmpeg_reads_them(tmp_path):
     """Another FFmpeg than ours. Pixels, order and number of frames must be the same."""
     for number, (width, height) in enumerate([(176, 144), (320, 240), (162, 90), (128, 226)]):
@@ -86,6 +88,7 @@ def test_clips_are_read_as_ffmpeg_reads_them(tmp_path):
         assert numpy.abs(ours.astype(int) - theirs).mean() < 2
 
 
+@pytest.mark.slow
 def test_a_small_width_is_read_right(make_clip, tmp_path, compose):
     data = data_of(compose)
     wide = read_clip(make_clip(tmp_path / "wide.mp4", width=128), data).frames

@@ -8,6 +8,7 @@ from cogvx.data import demo, world
 from cogvx.errors import UserError
 
 
+@pytest.mark.slow
 def test_clips_are_the_same_on_every_rendering(tmp_path):
     clips = world.scenes(5, seed=3)
     first, second = (world.render_clips(tmp_path / name, clips, "clips") for name in ("a", "b"))

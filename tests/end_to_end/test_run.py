@@ -237,6 +237,7 @@ def test_no_learning_rate_leaves_the_base_models_video(run, kind):
     assert numpy.load(base.with_suffix(".npz"))["frames"].shape == (9, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_unequal_clips_in_a_batch_are_refused_in_words(run, clips, make_clip, capfd):
     make_clip(clips / "videos" / "0.mp4", frames=6)
     batches = ["train.train_batch_size=2", "data.validation_fraction=0"]
@@ -458,6 +459,7 @@ def test_jobs_of_a_multirun_have_folders_and_processes_of_their_own(launch, cach
     assert found == ["done"] * 4
 
 
+@pytest.mark.slow
 def test_checkpoints_are_pruned_to_the_limit(run):
     settings = ["train.max_train_steps=3", "train.checkpointing_steps=1"]
     folder = run("a", *settings, "train.checkpoints_total_limit=2")
@@ -525,6 +527,7 @@ def test_a_full_disk_is_said_in_words(run, monkeypatch, capfd):
     assert not list(folder.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_the_report_says_which_clips_max_train_clips_leaves_out(run):
     folder = run("a", "train.max_train_steps=3", "data.max_train_clips=4")
     with (folder / "dataset_report.csv").open(encoding="utf-8") as file:

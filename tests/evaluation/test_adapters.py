@@ -88,6 +88,7 @@ def apart(one, other) -> int:
     return int(numpy.abs(one.astype(int) - other.astype(int)).max())
 
 
+@pytest.mark.slow
 def test_two_loras_on_the_base_model(run, loras, frames_of, nano_folder, capfd):
     one, two = loras
     asked = [f"task.add=[{one},{two}]", "task.add_strengths=[0.5,-0.4]", "task.strengths=[1,0.5]"]
@@ -103,6 +104,7 @@ def test_two_loras_on_the_base_model(run, loras, frames_of, nano_folder, capfd):
     assert apart(whole, made_by_diffusers(nano_folder, [folder / "added" / "added"], [1.0])) <= 1
 
 
+@pytest.mark.slow
 def test_the_folder_makes_its_videos_without_the_added_files(run, loras, frames_of, tmp_path):
     mine = shutil.copytree(loras[0], tmp_path / "mine")
     asked = [*ASKED, f"task.add=[{mine}]", "task.base=false"]
@@ -125,6 +127,7 @@ def test_a_lora_on_top_of_a_runs_lora(run, trained, loras, frames_of, nano_folde
     assert [label for label, _ in row["videos"]] == ["result and added"]
 
 
+@pytest.mark.slow
 def test_loras_that_cannot_be_added_are_named(
     run, loras, write_lora, family_folder, tmp_path, capfd
 ):

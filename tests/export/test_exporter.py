@@ -88,6 +88,7 @@ def test_unchanged_it_is_the_same_file(a_run, export):
     assert folder == run / "export" / "diffusers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [[], ["lora.use_rslora=true"]])
 def test_folded_has_the_trained_strength_with_and_without_metadata(
     a_run, export, nano_folder, tmp_path, variant
@@ -194,6 +195,7 @@ def test_merged_in_another_precision(a_run, export):
     assert dtypes(folder) == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_several_loras_add_up(a_run, export, nano_folder):
     (run, _), (other, _) = a_run(*ALPHA), a_run("lora.rank=8", "lora.target_modules=[to_q]", seed=3)
     more = [f"task.add=['{other}']", "task.add_strengths=[0.5]", "task.strength=0.8"]
@@ -210,6 +212,7 @@ def test_several_loras_add_up(a_run, export, nano_folder):
     assert same(output(found), expected)
 
 
+@pytest.mark.slow
 def test_another_rank(a_run, export, nano_folder, tmp_path, capfd):
     run, trained = a_run(*ALPHA)
     higher = export(run, "task.rank=8", f"task.to='{tmp_path / 'higher'}'")
@@ -243,6 +246,7 @@ def test_a_convolution_is_a_matrix_too():
     assert torch.allclose(update.delta(), delta, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_lora_of_a_full_fine_tuning(a_run, export, nano_folder, tmp_path, capfd):
     run, trained = a_run("lora=null")
     folder = export(run, "lora=null", "task.rank=128", "task.format=folded")
@@ -280,6 +284,7 @@ def test_what_a_format_cannot_hold_is_said(a_run, export, made, asked, said):
     assert not (run / "export").exists() or not list((run / "export").iterdir())
 
 
+@pytest.mark.slow
 def test_no_result_another_model_and_a_folder_that_exists(a_run, export, tmp_path):
     run, _ = a_run(*ALPHA)
     (tmp_path / "empty").mkdir()

@@ -198,6 +198,7 @@ WITHOUT_ALPHA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_lora_with_its_strength(imported, merged, nano_folder, tmp_path, form):
     file = FORMS[form](matrices(), tmp_path / "lora.safetensors")
@@ -208,6 +209,7 @@ def test_a_lora_with_its_strength(imported, merged, nano_folder, tmp_path, form)
     assert config.lora.target_modules == list(LAYERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", WITHOUT_ALPHA)
 def test_an_alpha_that_the_file_lacks_is_asked_for(imported, merged, nano_folder, tmp_path, form):
     ending = "pt" if form == "SAT" else "safetensors"
@@ -221,6 +223,7 @@ def test_an_alpha_that_the_file_lacks_is_asked_for(imported, merged, nano_folder
     assert same(through_diffusers(nano_folder, folder), merged(matrices(), 0.75))
 
 
+@pytest.mark.slow
 def test_the_record_names_the_file_and_every_tensor_is_counted(imported, tmp_path, capfd):
     file = of_sat(matrices(), tmp_path / "mp_rank_00_model_states.pt")
     folder = imported(file, "task.alpha=4", "validation.validation_prompt=a cat")
@@ -242,6 +245,7 @@ def test_the_record_names_the_file_and_every_tensor_is_counted(imported, tmp_pat
         imported(other, "task.alpha=4", "validation.validation_prompt=a cat")
 
 
+@pytest.mark.slow
 def test_layers_of_other_ranks_and_alphas(imported, merged, nano_folder, tmp_path, capfd):
     found = matrices(ATTENTION[:12], 2) | matrices(ATTENTION[12:], 6)
     pattern = {r"transformer_blocks\.[0-2]\..*": 6}
@@ -254,6 +258,7 @@ def test_layers_of_other_ranks_and_alphas(imported, merged, nano_folder, tmp_pat
     assert configuration.read(folder / record.CONFIG).lora.rank == 6
 
 
+@pytest.mark.slow
 def test_layers_that_others_have_are_named(imported, merged, nano_folder, tmp_path, capfd):
     found = matrices(ATTENTION[1:])
     folder = imported(with_settings(found, tmp_path / "l.safetensors", r=RANK, lora_alpha=RANK))
@@ -266,6 +271,7 @@ def test_layers_that_others_have_are_named(imported, merged, nano_folder, tmp_pa
     assert targets[:3] == ["to_k", "to_v", "to_out.0"] and len(targets) == 3 + BLOCKS - 1
 
 
+@pytest.mark.slow
 def test_a_dora_of_peft(imported, nano_folder, tmp_path, compose):
     transformer = CogVideoXTransformer3DModel.from_pretrained(nano_folder / "transformer")
     lora.Lora(RANK, 2, ["to_q"], False, True, None).attach(transformer, 0)
@@ -280,6 +286,7 @@ def test_a_dora_of_peft(imported, nano_folder, tmp_path, compose):
     assert same(through_diffusers(nano_folder, folder), output(transformer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["comfyui", "comfyui_wrapper", "folded", "diffusers"])
 def test_what_was_exported_comes_back(
     imported, merged, nano_folder, tmp_path, compose, file_format
@@ -302,6 +309,7 @@ MORE_LAYERS = {
 }
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer_goes_out_and_comes_back(imported, nano_folder, tmp_path, compose):
     generator = torch.Generator().manual_seed(1)
     found = {
@@ -331,6 +339,7 @@ def test_every_kind_of_layer_goes_out_and_comes_back(imported, nano_folder, tmp_
     assert same(through_diffusers(nano_folder, again), output(transformer))
 
 
+@pytest.mark.slow
 def test_an_export_adds_a_foreign_file(imported, merged, nano_folder, tmp_path, compose):
     first = imported(FORMS["kohya"](matrices(), tmp_path / "lora.safetensors"))
     other = FORMS["comfyui"](matrices(), tmp_path / "other.safetensors")
@@ -381,6 +390,7 @@ def as_deepspeed_saves(transformer, place):
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [as_a_folder, as_accelerate_saves, as_deepspeed_saves])
 def test_a_transformer(imported, tuned, tmp_path, capfd, save):
     (tmp_path / "theirs").mkdir()

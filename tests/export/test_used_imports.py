@@ -51,6 +51,7 @@ def test_a_mistake_is_one_line_without_a_traceback(launch, tmp_path, cache):
     assert "is a pointer of git LFS" in made.stderr
 
 
+@pytest.mark.slow
 def test_it_is_finished_and_has_nothing_to_resume_from(lora_run, launch):
     again = launch(f"train.resume={lora_run}")
     assert again.returncode == 0 and "It was imported. To train on: lora.init_from" in again.stdout
@@ -61,6 +62,7 @@ def test_it_is_finished_and_has_nothing_to_resume_from(lora_run, launch):
     assert "<pre>python launch.py task=import task.file=" in page
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_it(lora_run, run):
     begun = run(
         "begun",

@@ -192,6 +192,7 @@ def test_a_file_that_would_run_code(compose, nano_folder, tmp_path, capfd):
     assert "holds no tensors by name" in refused(compose, nano_folder, file)
 
 
+@pytest.mark.slow
 def test_folders(compose, nano_folder, tmp_path):
     place = tmp_path / "theirs"
     place.mkdir()
@@ -231,6 +232,7 @@ def test_a_distributed_checkpoint_is_read_when_it_is_joined(compose, nano_folder
     assert list(read_lora(tmp_path / "joined.pt").layers) == ["transformer_blocks.0.attn1.to_q"]
 
 
+@pytest.mark.slow
 def test_alphas_that_contradict_each_other(compose, nano_folder, tmp_path):
     file = tmp_path / "lora.safetensors"
     settings = {"lora_config": json.dumps({"r": 2, "lora_alpha": 4})}

@@ -37,6 +37,7 @@ def folder_of(film: bytes) -> dict[str, bytes]:
     return {"metadata.csv": rows, "videos/0.mp4": film, "videos/1.mp4": film + b"\0"}
 
 
+@pytest.mark.slow
 def test_a_table_on_the_hub_and_clips_here(hub, read, clips):
     hub.add("me/table", {"train.csv": TABLE}, kind="dataset")
     found = read("me/table", f"data.instance_data_root='{clips}'")
@@ -54,6 +55,7 @@ def test_clips_on_the_hub(hub, read, film, streaming):
     assert [each.video.read_bytes() for each in found] == [film, film + b"\0"]
 
 
+@pytest.mark.slow
 def test_an_older_revision(hub, read, clips):
     repo = hub.add("me/rows", {"train.csv": TABLE}, kind="dataset")
     first = repo.names["main"]
@@ -70,6 +72,7 @@ def refused(read, name: str) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_what_is_not_there_or_not_open(hub, read, set_up, waited):
     hub.add("me/closed", {"train.csv": TABLE}, kind="dataset", accepted=set())
     hub.add("lab/private", {"train.csv": TABLE}, kind="dataset", private=True)
@@ -85,6 +88,7 @@ def test_what_is_not_there_or_not_open(hub, read, set_up, waited):
     assert "the hub has a fault of its own (500)" in refused(read, "me/closed")
 
 
+@pytest.mark.slow
 def test_offline_what_was_read_once_is_there(hub, read, clips, set_up):
     hub.add("me/once", {"train.csv": TABLE}, kind="dataset")
     root = f"data.instance_data_root='{clips}'"

@@ -75,6 +75,7 @@ def test_it_is_trained_as_a_folder_is_and_repeated_with_its_commit(
     assert same(there, tmp_path / "pinned")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -98,6 +99,7 @@ def test_what_is_not_there_ends_with_one_line_and_nothing_is_lost(
     assert not list(run.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_what_is_no_video_model_is_refused_before_its_weights_come(hub, train):
     settings = {"_class_name": "FluxTransformer2DModel"}
     weights = bytes(200_000)

@@ -73,6 +73,7 @@ def uploaded(hub, name: str) -> dict[str, bytes]:
     return hub.repos["model", name].files
 
 
+@pytest.mark.slow
 def test_only_what_is_of_use_to_others_is_uploaded(copied, hub, push, clips_with_a_name):
     said = push(copied, "task.hub_repo_id=me/My-Lora")
     repo = hub.repos["model", "me/My-Lora"]
@@ -87,6 +88,7 @@ def test_only_what_is_of_use_to_others_is_uploaded(copied, hub, push, clips_with
     assert f"hub     me/My-Lora, commit {repo.names['main'][:8]}" in said
 
 
+@pytest.mark.slow
 def test_nothing_private_is_uploaded(copied, hub, push, clips_with_a_name):
     push(copied, "task.hub_repo_id=me/careful", "task.hub_checkpoints=true")
     files = uploaded(hub, "me/careful")
@@ -103,6 +105,7 @@ def test_nothing_private_is_uploaded(copied, hub, push, clips_with_a_name):
     assert not any("optimizer" in name or "manifest" in name for name in files)
 
 
+@pytest.mark.slow
 def test_the_config_starts_the_run_again(copied, hub, push, tmp_path, clips_with_a_name):
     push(copied, "task.hub_repo_id=me/again")
     from cogvx.runs import translate
@@ -119,6 +122,7 @@ def test_the_config_starts_the_run_again(copied, hub, push, tmp_path, clips_with
     assert config.train.hub_repo_id is None
 
 
+@pytest.mark.slow
 def test_the_card_says_what_it_is_and_how_it_was_made(copied, hub, push):
     push(copied, "task.hub_repo_id=me/carded")
     text = uploaded(hub, "me/carded")["README.md"].decode()
@@ -156,6 +160,7 @@ def test_a_result_has_the_licence_of_its_base(base, licence):
     assert link is None or link.endswith(f"/{base}/blob/main/LICENSE")
 
 
+@pytest.mark.slow
 def test_scores_have_their_intervals(a_run, tmp_path):
     run = shutil.copytree(a_run, tmp_path / "run")
     scored = {"kind": "taught", "measure": "colour", "base": 0.1, "tuned": 0.9, "videos": 12}
@@ -177,6 +182,7 @@ def test_scores_have_their_intervals(a_run, tmp_path):
     assert metadata_of(text)["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.9
 
 
+@pytest.mark.slow
 def test_other_formats_too(copied, hub, push):
     push(copied, "task.format=comfyui", "task.hub_repo_id=me/for-comfyui", "task.strength=0.5")
     files = uploaded(hub, "me/for-comfyui")
@@ -303,6 +309,7 @@ def train(launch, hub, tmp_path, cache, clips):
 KEYS = {"WANDB_API_KEY": "wandb-secret", "OPENAI_API_KEY": "sk-secret", "AWS_SECRET": "aws-secret"}
 
 
+@pytest.mark.slow
 def test_a_run_uploads_its_result_when_it_is_done(hub, train):
     run, said = train("train.hub_repo_id=lab/done", "train.hub_private=false", **KEYS)
     # No token is in what a run leaves, prints or uploads.
@@ -318,6 +325,7 @@ def test_a_run_uploads_its_result_when_it_is_done(hub, train):
     assert summary["hub"] == {"repo_id": "lab/done", "commit": repo.names["main"]}
 
 
+@pytest.mark.slow
 def test_a_failed_upload_is_no_failed_run(hub, train, push):
     hub.faults.append(Fault("POST", "/api/repos/create", status=403, times=9))
     run, said = train("train.hub_repo_id=me/failed")
@@ -334,6 +342,7 @@ def test_a_failed_upload_is_no_failed_run(hub, train, push):
     push(run, "task.hub_repo_id=me/failed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "variables", "said"),
     [
@@ -348,6 +357,7 @@ def test_no_night_is_spent_first(hub, train, token, variables, said):
     assert not (run / "metrics.jsonl").exists() and not list(run.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_sweep_do_not_share_a_repository(launch, hub, tmp_path):
     said = launch(
         "-m",

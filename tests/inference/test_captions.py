@@ -53,6 +53,7 @@ def texts(clips):
     return {path.stem: path.read_text() for path in sorted((clips / "videos").glob("*.txt"))}
 
 
+@pytest.mark.slow
 def test_clips_without_a_caption_get_one_and_others_keep_theirs(caption, clips, server, capsys):
     (clips / "videos" / "0.txt").write_text("by hand")
     (clips / "videos" / "1.txt").write_text(" \n")
@@ -79,6 +80,7 @@ def test_clips_without_a_caption_get_one_and_others_keep_theirs(caption, clips, 
     assert shades == sorted(shades) and shades[0] < shades[2], "in order: the clips get brighter"
 
 
+@pytest.mark.slow
 def test_an_interrupted_task_goes_on_and_a_persons_caption_is_kept(caption, clips, server, capsys):
     server.answers += [said("one"), said("two"), (500, b"oops")]
     with pytest.raises(UserError, match=r"refuses task.captioner=small .500.: oops"):
@@ -108,6 +110,7 @@ def test_an_interrupted_task_goes_on_and_a_persons_caption_is_kept(caption, clip
     assert capsys.readouterr().out.endswith(look)
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_no_caption_is_asked_for_again_once_and_counted(
     caption, clips, server, capsys
 ):
@@ -157,6 +160,7 @@ def test_what_is_no_caption_is_told_from_one(text, fault):
     assert fault_of(Answer("A cat", complete=False), most_words=None) is Fault.cut_off
 
 
+@pytest.mark.slow
 def test_a_model_of_no_use_is_given_up(caption, server, monkeypatch):
     monkeypatch.setattr(captions, "FRUITLESS", 3)
     server.answers += [said(" ")] * 6
@@ -165,6 +169,7 @@ def test_a_model_of_no_use_is_given_up(caption, server, monkeypatch):
     assert len(server.asked) == 6
 
 
+@pytest.mark.slow
 def test_a_second_model_writes_the_description_out_and_goes_on_where_it_stopped(
     caption, clips, server, tmp_path
 ):
@@ -197,12 +202,14 @@ def test_a_second_model_writes_the_description_out_and_goes_on_where_it_stopped(
     assert (line["description"], line["model"], line["expander"]) == ("short 5", "small", "writer")
 
 
+@pytest.mark.slow
 def test_a_server_is_asked_for_several_clips_at_once(caption, clips, server):
     server.answers += [said("a clip")] * 6
     caption("task.batch_size=4")
     assert len(texts(clips)) == 6
 
 
+@pytest.mark.slow
 def test_a_table_gets_its_missing_captions_at_the_end_also_of_a_stopped_task(
     caption, clips, server, capsys
 ):
@@ -227,6 +234,7 @@ def test_a_table_gets_its_missing_captions_at_the_end_also_of_a_stopped_task(
     assert table.read_text().count("new\n") == 3 and "by hand" in table.read_text()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_captioned_is_said(caption, compose, server, clips, tmp_path):
     for video in (clips / "videos").glob("*.mp4"):
         video.write_bytes(b"broken")
@@ -249,6 +257,7 @@ def test_what_cannot_be_captioned_is_said(caption, compose, server, clips, tmp_p
         compose("task=caption", "data=folder", "data.instance_data_root=/clips")
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_is_said_and_what_is_there_is_kept(caption, clips, server, monkeypatch):
     server.answers += [said("one")]
     ask, asked = captions.Asking.answers, []
@@ -269,6 +278,7 @@ def test_no_question_is_no_conversation():
     assert captions.Asking(None, 150).answers([]) == []
 
 
+@pytest.mark.slow
 def test_a_model_on_this_machine_captions_a_folder(compose, clips, tmp_path, monkeypatch, capsys):
     """With an ending, as a random model never comes to one."""
     monkeypatch.setattr(chats, "MOST_TOKENS", 4)

@@ -61,6 +61,7 @@ def made_by_diffusers(folder, pipeline, config, scheduler=None, **given) -> nump
     return (frames * 255).round().clip(0, 255).astype("uint8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "scheduler", "given"),
     [
@@ -119,6 +120,7 @@ def asked_for(compose, clip, *overrides):
     return config, config.task, wanted_prompts(config.task)
 
 
+@pytest.mark.slow
 def test_a_clip_is_changed_as_plain_diffusers_changes_it(compose, nano_folder, moving):
     steps = ["validation.num_inference_steps=4", "task.video_strength=0.7"]
     config, task, wanted = asked_for(compose, moving, *steps)
@@ -139,6 +141,7 @@ def test_a_clip_is_changed_as_plain_diffusers_changes_it(compose, nano_folder, m
     assert abs(brightness[1] - brightness[0]).mean() < abs(brightness[2] - brightness[0]).mean()
 
 
+@pytest.mark.slow
 def test_only_the_last_steps_are_made(compose, nano_folder, moving, capfd):
     steps = ["validation.num_inference_steps=5", "task.video_strength=0.7"]
     config, task, wanted = asked_for(compose, moving, *SHORT, *steps)
@@ -153,6 +156,7 @@ def test_only_the_last_steps_are_made(compose, nano_folder, moving, capfd):
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_1_5_takes_a_clip_that_fills_its_tokens(compose, family_folder, make_clip, tmp_path, capfd):
     """diffusers' pipeline refuses an odd number of latent frames."""
     clip = make_clip(tmp_path / "a.mp4", frames=30)

@@ -101,6 +101,7 @@ def distance(one: numpy.ndarray, other: numpy.ndarray) -> float:
     return float(numpy.abs(one.astype(float) - other).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("overrides", cases(SAME_BITS))
 def test_the_same_bits(videos, plain, kind, overrides):
@@ -110,6 +111,7 @@ def test_the_same_bits(videos, plain, kind, overrides):
         assert numpy.array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("overrides", cases(NEARLY))
 def test_nearly_the_same(videos, plain, kind, overrides):

@@ -73,6 +73,7 @@ EXACT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["LoRA", "full"])
 @pytest.mark.parametrize("family", ["2b", "1_5_5b"])

@@ -29,6 +29,7 @@ def test_training_passes_what_the_pipeline_passes(
     assert found == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("latent_frames", [1, 2, 3, 4])
 def test_scaling_and_padding_are_undone_by_the_pipeline(family, latent_frames, family_folder):
@@ -63,6 +64,7 @@ PUBLISHED = {
 }  # 10^9 parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_released_configurations_have_the_published_sizes(family, compose):
     """Full size, without weights: parameters, and the LoRA of the project's default on them."""

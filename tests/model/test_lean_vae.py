@@ -38,6 +38,7 @@ def decoded(vae, latents):
         return vae.decode(latents).sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tiling", "frames"), itertools.product((False, True), (1, 2, 3, 5)), ids=str
 )
@@ -65,6 +66,7 @@ def test_the_same_bits_in_16_bits(both):
     assert found.equal(expected)
 
 
+@pytest.mark.slow
 def test_it_takes_two_thirds_of_the_memory():
     peaks = []
     for spare in (False, True):

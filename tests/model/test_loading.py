@@ -108,6 +108,7 @@ def loaded(folder, dtype, memory, compose, cache=None):
 
 
 # In blocks of full precision: what all 12 take in this form, and the most while loading.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "streamed", "dtype", "all_blocks"),
     [
@@ -183,6 +184,7 @@ def quantising(monkeypatch):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "streamed"),
     [
@@ -228,6 +230,7 @@ def same_forms(first, second) -> None:
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -262,6 +265,7 @@ def test_a_damaged_or_missing_file_is_made_again(
         same_forms(first, second)
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_end_the_run(sharded, compose, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

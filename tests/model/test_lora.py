@@ -220,6 +220,7 @@ def test_names_of_other_programs_and_an_alpha_for_each_layer(nano_folder, tmp_pa
     assert said.startswith("24 of 24 modules") and "strength 1" not in said
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_fit_is_refused_with_the_reason(nano_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -70,6 +70,7 @@ def trained(transformer, steps=3, micro_steps=1) -> list[torch.Tensor]:
 SELDOM = [pytest.param(storage, marks=pytest.mark.slow) for storage in (Storage.fp8, Storage.nf4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", [Storage.own, Storage.int8, *SELDOM])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_where_weights_and_inputs_wait_changes_no_bit(storage, chunks, compose):
@@ -99,6 +100,7 @@ RACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RACED)
 def test_no_copy_races_with_the_computation(name, compose, monkeypatch):
     with Races(monkeypatch) as races:
@@ -130,6 +132,7 @@ def test_a_race_would_be_found(name, compose, monkeypatch):
     assert races.found
 
 
+@pytest.mark.slow
 def test_inputs_that_are_freed_while_they_are_copied_would_be_found(compose, monkeypatch):
     def let_go(self, saved):
         saved.on_device = None
@@ -157,6 +160,7 @@ def test_streaming_without_gradient_checkpointing_is_refused(compose):
         answer(transformer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RACED)
 def test_after_the_first_step_no_memory_is_new(name, compose, monkeypatch):
     """However far the CPU is ahead of the device, there are two slots."""
@@ -210,6 +214,7 @@ def test_a_block_may_run_twice_in_a_row(compose):
                 assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_clips_of_other_sizes_share_the_memory_of_the_largest(compose, monkeypatch):
     with Races(monkeypatch) as races:
         transformer = transformer_with(RACED["inputs on the CPU"], compose)

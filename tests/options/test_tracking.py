@@ -85,6 +85,7 @@ def tracked(folder: Path, tracker, step: int = 0) -> Metrics:
 # -- TensorBoard -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_numbers_the_videos_and_the_settings(tmp_path, gif):
     metrics = tracked(tmp_path / "run", tracking.TensorBoard())
     metrics.log(3, loss=0.5, highest_loss_clip="a clip")
@@ -126,6 +127,7 @@ def test_tensorboard_takes_back_what_a_resumed_run_does_again(tmp_path):
 # -- wandb -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wandb_has_the_numbers_the_videos_and_the_settings(tmp_path, gif, capsys):
     folder = tmp_path / "run"
     metrics = tracked(folder, OFFLINE_WANDB)
@@ -216,6 +218,7 @@ def test_a_server_that_does_not_answer_stops_nothing(run, capfd, monkeypatch):
     assert [line["loss"] for line in histories_of(offline)] == losses(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
 def test_wandbs_own_variable_comes_before_the_setting(run, capfd, monkeypatch, mode):
     """It needs no login, and is how people work offline."""

@@ -53,6 +53,7 @@ def slow(*case: str):
     return pytest.param(case, marks=pytest.mark.slow, id=" ".join(case) or "fast")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -74,6 +75,7 @@ def test_without_contents_as_with(nano, overrides):
     assert len(fake.events) > 1000 and dict(fake.most) == dict(real.most)
 
 
+@pytest.mark.slow
 def test_the_count_is_the_profilers(nano, tmp_path):
     """Against what PyTorch's profiler says that denoising took beside the weights.
 
@@ -112,6 +114,7 @@ def traced(compose, *overrides: str, layers: int = 2):
     return phases.run_phases(compose(*PLAN, *settings), TRACED, layers=layers)
 
 
+@pytest.mark.slow
 def test_image_to_video_has_its_image_encoded_and_no_weights_beside_the_vae(compose):
     recorder = traced(compose, "model=5b_i2v", "memory=low")
     found = [phase.name for phase in outcome_of(recorder).phases]

@@ -100,6 +100,7 @@ def test_the_count_is_the_profilers(compose, nano_folder, tmp_path):
     assert 0.98 < real.most[None] / (max(totals) - totals[0]) < 1.02
 
 
+@pytest.mark.slow
 def test_attention_is_planned_as_cuda_runs_it(compose):
     """The math path would hold 17,776 x 17,776 scores: 59 GiB for this step."""
     config = compose("model=2b", "memory.gradient_checkpointing=true", "train.mixed_precision=bf16")
@@ -274,6 +275,7 @@ def test_ram_is_said_by_process_and_together(compose):
     assert said.startswith("RAM     by process at most 15.0 GiB") and "4 processes: 68 GiB" in said
 
 
+@pytest.mark.slow
 def test_t5_in_fp16_has_the_layers_in_fp32_that_transformers_leaves_there(compose):
     """Half of the feed-forward's second matrices: 10.75 GiB instead of 8.87."""
     sizes = []

@@ -29,6 +29,7 @@ def quickly(config):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipes_step_can_be_taken(path, compose):
     config = compose(f"experiment={path.stem}", "data.instance_data_root=/clips")

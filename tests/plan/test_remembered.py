@@ -81,6 +81,7 @@ def test_a_disk_that_cannot_be_written_only_costs_the_time(config, traced, tmp_p
     assert traces.trace(job) == traces.trace(job) == FOUND and len(traced) == 2
 
 
+@pytest.mark.slow
 def test_what_a_trace_depends_on_is_in_its_name(config, monkeypatch):
     usual = place(config())
     assert usual == place(config())

@@ -131,6 +131,7 @@ def test_autocast_keeps_a_cast_weight_until_it_ends():
 # -- every phase ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -301,6 +302,7 @@ def disk():
         yield disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -399,6 +401,7 @@ def test_found_a_text_encoder_that_is_left_on_the_cpu(traced, monkeypatch):
         traced("model=2b", wanted=["encode prompts"])
 
 
+@pytest.mark.slow
 def test_found_a_prompt_that_is_left_on_the_cpu_for_a_video(traced, monkeypatch):
     made = generate.pipeline_of
 
@@ -436,6 +439,7 @@ def test_found_a_checkpoint_with_tensors_of_the_device(compose, disk, tmp_path, 
             trainer.state.save(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["encode clips", "encode prompts"])
 def test_found_an_encoder_in_fp32(traced, monkeypatch, phase):
     built = phases.PlannedModel.built
@@ -500,12 +504,14 @@ def growth(compose, *overrides: str, phase: str = "train") -> float:
 STREAMED = [AGAIN, "memory.stream_weights=true"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["held-out loss", "train"])
 def test_streamed_weights_do_not_stay_on_the_device(compose, phase):
     assert growth(compose, AGAIN, phase=phase) > 0.9
     assert growth(compose, *STREAMED, phase=phase) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["held-out loss", "train"])
 def test_found_a_block_that_keeps_its_streamed_weights(compose, monkeypatch, phase):
     restored = stored.StoredWeight.restored
@@ -515,12 +521,14 @@ def test_found_a_block_that_keeps_its_streamed_weights(compose, monkeypatch, pha
     assert growth(compose, *STREAMED, phase=phase) > 0.9
 
 
+@pytest.mark.slow
 def test_found_a_weight_that_is_not_taken_away(compose, monkeypatch):
     places = offload.frozen_places
     monkeypatch.setattr(offload, "frozen_places", lambda block: places(block)[:-4])
     assert growth(compose, *STREAMED) > 0.1
 
 
+@pytest.mark.slow
 def test_found_gradients_that_stay_on_the_device(compose, monkeypatch):
     fetch, kept = on_cpu.Gradients.fetch, []
 

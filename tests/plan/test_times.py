@@ -131,6 +131,7 @@ def planned_block(compose, nano_folder):
     return model.transformer_blocks[0], configs["transformer"]
 
 
+@pytest.mark.slow
 def test_streamed_weights_go_to_the_device_in_both_passes(moved, compose, nano_folder):
     found = of_a_layer(moved, AGAIN, "memory.stream_weights=true")
     block, _ = planned_block(compose, nano_folder)
@@ -139,6 +140,7 @@ def test_streamed_weights_go_to_the_device_in_both_passes(moved, compose, nano_f
     assert found.to_host == found.waited_for == 0
 
 
+@pytest.mark.slow
 def test_offloaded_inputs_go_out_and_come_back(moved, compose, nano_folder):
     found = of_a_layer(moved, AGAIN, "memory.offload_activations=true")
     _, config = planned_block(compose, nano_folder)
@@ -148,6 +150,7 @@ def test_offloaded_inputs_go_out_and_come_back(moved, compose, nano_folder):
     assert found.waited_for == 0
 
 
+@pytest.mark.slow
 def test_an_offloaded_optimizer_copies_gradients_out_and_weights_in(moved, compose, nano_folder):
     settings = ["lora=null", AGAIN, "memory.offload_optimizer=true"]
     found = of_a_layer(moved, *settings)
@@ -159,6 +162,7 @@ def test_an_offloaded_optimizer_copies_gradients_out_and_weights_in(moved, compo
     assert 28 * weights < found.within_host < 60 * weights
 
 
+@pytest.mark.slow
 def test_math_is_as_slow_as_it_is_and_keeps_every_score(compose):
     """Two layers of 2b at full size: 30 heads of 17,776 x 17,776 scores are 35 GiB in fp32."""
     found = {}
@@ -171,6 +175,7 @@ def test_math_is_as_slow_as_it_is_and_keeps_every_score(compose):
     assert found["math"][1] > 35 > 7 * found["auto"][1]
 
 
+@pytest.mark.slow
 def test_without_offloading_nothing_is_copied(moved):
     assert of_a_layer(moved, AGAIN) == Moved()
 

@@ -44,6 +44,7 @@ def places(rows):
     return [(row["folder"], row["group"], row["place"], row["tie"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_places_and_ties_count_among_runs_that_are_judged_on_the_same(sweep, capsys):
     other = {"judged": OURS | {"captions": "c"}}
     made = sweep({"judged": OURS}, other, other, {"judged": OURS}, other)
@@ -66,6 +67,7 @@ def test_places_and_ties_count_among_runs_that_are_judged_on_the_same(sweep, cap
     assert "not comparable" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_that_are_judged_on_the_same_have_one_best(sweep, capsys):
     made = sweep({"judged": OURS}, {"judged": OURS})
     comparison.conclude(made)
@@ -94,6 +96,7 @@ def test_other_models_noises_and_losses_before_training_are_named():
     assert Groups.of({}).in_words is None
 
 
+@pytest.mark.slow
 def test_what_is_judged_follows_clips_frames_sizes_captions_and_noise_alone(compose, tmp_path):
     cache, videos = Cache(tmp_path / "cache"), [tmp_path / name for name in ("0.mp4", "1.mp4")]
     for path in videos:

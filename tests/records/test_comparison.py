@@ -67,6 +67,7 @@ def sweep(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_the_page_has_every_job_and_needs_nothing_else(sweep):
     page = comparison.write_comparison(
         sweep.folder / "report.html", "a title", sweep.runs(), sweep.leaderboard(), sweep.command()
@@ -85,6 +86,7 @@ def test_the_page_has_every_job_and_needs_nothing_else(sweep):
     assert "Best is rank 4, learning_rate 0.001, seed 1: held-out loss 0.0800" in text
 
 
+@pytest.mark.slow
 def test_captions_and_reasons_cannot_write_into_the_page(sweep):
     text = comparison.write_comparison(
         sweep.folder / "report.html", "<i>", sweep.runs(), sweep.leaderboard()
@@ -111,6 +113,7 @@ def test_a_sweep_without_any_result_has_a_page_too(tmp_path):
     assert "2 pending" in (empty.folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_job_killed_before_its_own_page_was_written_gets_it_with_the_sweeps(tmp_path):
     small = made_up(tmp_path / "s", "lora.rank=2,4,8,16")
     kept = small.folder / "rank-2" / "report.html"

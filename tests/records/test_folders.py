@@ -60,6 +60,7 @@ def names(root, found) -> set[str]:
     return {str(each.path.relative_to(root)) for each in found}
 
 
+@pytest.mark.slow
 def test_the_list_has_every_run_and_each_sweep_once(outputs, capsys):
     folders.list_folders(outputs)
     lines = capsys.readouterr().out.splitlines()
@@ -72,6 +73,7 @@ def test_the_list_has_every_run_and_each_sweep_once(outputs, capsys):
     assert "2 jobs: 1 pending, 1 done" in found["s"] and "0.0800" in found["s"]
 
 
+@pytest.mark.slow
 def test_clean_takes_what_nothing_needs_and_leaves_runs_with_a_result_or_a_checkpoint(outputs):
     found = names(outputs, folders.useless(outputs))
     assert found == {
@@ -91,6 +93,7 @@ def test_clean_takes_what_nothing_needs_and_leaves_runs_with_a_result_or_a_check
     assert (outputs / "s" / "rank-8" / "config.yaml").is_file(), "a pending job of a sweep"
 
 
+@pytest.mark.slow
 def test_clean_leaves_what_is_in_use_or_may_just_be_starting(outputs):
     os.utime(outputs / "never" / "config.yaml")
     with record.locked(outputs / "killed"), record.locked(outputs / "failed"):
@@ -98,6 +101,7 @@ def test_clean_leaves_what_is_in_use_or_may_just_be_starting(outputs):
     assert found == {"done/.lock", "done/validation/base/01_seed42.npz"}
 
 
+@pytest.mark.slow
 def test_clean_leaves_a_file_that_a_living_process_is_writing(outputs):
     writing = unfinished(outputs / "clip")
     left, elsewhere = (
@@ -117,6 +121,7 @@ def test_clean_leaves_a_file_that_a_living_process_is_writing(outputs):
     assert writing.name not in found
 
 
+@pytest.mark.slow
 def test_without_a_terminal_clean_only_says_what_to_type(outputs, capsys):
     assert folders.clean_folders(outputs, yes=False) == []
     said = capsys.readouterr().out
@@ -124,6 +129,7 @@ def test_without_a_terminal_clean_only_says_what_to_type(outputs, capsys):
     assert (outputs / "never").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "gone"), [("y", True), ("", False)])
 def test_on_a_terminal_clean_asks(outputs, monkeypatch, answer, gone):
     monkeypatch.setattr(folders.sys.stdin, "isatty", lambda: True, raising=False)

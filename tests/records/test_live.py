@@ -147,6 +147,7 @@ def test_a_run_that_was_killed_ends_early_on_its_page(folder):
     assert "This run ended early (killed)" in (folder / pages.PAGE).read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_does_not_wait_for_its_last_page(folder):
     """Its folder is still locked then."""
     with record.locked(folder):
@@ -187,6 +188,7 @@ def test_a_sweep_that_is_killed_has_a_last_page_also_of_its_jobs(tmp_path):
     assert "1 killed, 1 pending" in text and "still runs" not in text
 
 
+@pytest.mark.slow
 def test_the_page_of_a_sweep_says_how_far_each_job_is(tmp_path):
     sweep, jobs, _ = grid.sweep_of(
         ["lora.rank=4,8,16", f"output_dir={tmp_path / 's'}"], grid.Composer()

@@ -110,6 +110,7 @@ def test_jobs_that_fall_behind_are_paused_and_the_best_is_still_found(tmp_path):
     assert all("not among the best" in reason for reason in reasons)
 
 
+@pytest.mark.slow
 def test_a_paused_job_goes_on_when_later_results_put_it_among_the_best(tmp_path):
     play = Play(
         tmp_path,
@@ -158,6 +159,7 @@ def test_a_search_goes_on_where_it_was_stopped_and_a_higher_n_trials_adds_jobs(t
     assert (len(first), len(again), len(more)) == (4, 2, 2) and len({*first, *again, *more}) == 8
 
 
+@pytest.mark.slow
 def test_a_killed_job_of_a_search_goes_on_before_new_ones(tmp_path):
     play = Play(tmp_path, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[]")
     job = play.search.take()
@@ -165,6 +167,7 @@ def test_a_killed_job_of_a_search_goes_on_before_new_ones(tmp_path):
     assert Play(tmp_path, "hydra.sweeper.n_trials=4", "hydra.sweeper.rungs=[]").search.take() == job
 
 
+@pytest.mark.slow
 def test_a_space_that_is_used_up_ends_the_search(tmp_path, capsys):
     play = Play(
         tmp_path, "hydra.sweeper.n_trials=9", "optimizer.learning_rate=1e-3,1e-4", "lora.rank=4,16"
@@ -220,6 +223,7 @@ def test_a_search_over_what_changes_the_judge_is_refused(tmp_path, given, key):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_search_over_what_is_trained_is_none_of_these():
     given = ["hydra/sweeper=optuna", "data.max_train_clips=4,8", "train.mixed_precision=no,bf16"]
     given += ["memory.base_storage=own,fp8", "memory.gradient_checkpointing=true"]

@@ -30,6 +30,7 @@ def sweep(*overrides: str, place: grid.Composer = FROM_CONF):
     return made, {job.name: config for job, config in jobs}
 
 
+@pytest.mark.slow
 def test_every_combination_is_a_job_named_by_its_values():
     made, jobs = sweep("lora.rank=4,16", "optimizer.learning_rate=1e-3,1e-4")
     assert {(c.lora.rank, c.optimizer.learning_rate) for c in jobs.values()} == {
@@ -42,6 +43,7 @@ def test_every_combination_is_a_job_named_by_its_values():
     assert made.swept == ["lora.rank", "optimizer.learning_rate"]
 
 
+@pytest.mark.slow
 def test_a_tie_binds_to_each_jobs_own_value():
     _, jobs = sweep("lora.rank=4,16", "lora.lora_alpha=${lora.rank}")
     assert [(c.lora.rank, c.lora.lora_alpha) for c in jobs.values()] == [(4, 4), (16, 16)]
@@ -51,6 +53,7 @@ def test_a_tie_binds_to_each_jobs_own_value():
     assert len(jobs) == 9 and all(c.lora.rank == c.lora.lora_alpha for c in jobs.values())
 
 
+@pytest.mark.slow
 def test_the_same_command_finds_the_same_folder_and_another_base_another():
     same = [sweep("lora.rank=4,16")[0].folder, sweep("lora.rank=4,16,64")[0].folder]
     assert same[0] == same[1], "more values complete the sweep that is there"
@@ -67,6 +70,7 @@ def test_two_spellings_of_a_value_are_one_job():
     ]
 
 
+@pytest.mark.slow
 def test_odd_values_are_taken_as_typed_and_none_shares_a_folder():
     prompts = [
         "ein Häschen, läuft",
@@ -99,6 +103,7 @@ def test_lists_of_layers_are_values_like_any_other(tmp_path):
     comparison.conclude(made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_named_sweep_composes_and_opens_with_its_command(path):
     assert f"python launch.py sweep={path.stem}" in path.read_text(encoding="utf-8")
@@ -137,6 +142,7 @@ def test_each_optimizer_is_tried_at_its_own_rates():
         sweep("+sweeps=optimizers", "optimizer=adam", place=BY_NAME)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -200,6 +206,7 @@ def finish(frozen: Sweep, name: str, **summary) -> None:
     record.finish(frozen.folder / name, summary)
 
 
+@pytest.mark.slow
 def test_a_frozen_job_keeps_its_configuration_and_refuses_another(frozen):
     recorded = configuration.read(frozen.folder / "rank-8" / "config.yaml")
     assert (recorded.lora.rank, recorded.lora.lora_alpha) == (8, 8)
@@ -210,6 +217,7 @@ def test_a_frozen_job_keeps_its_configuration_and_refuses_another(frozen):
         frozen.freeze(others, ["launch.py"])
 
 
+@pytest.mark.slow
 def test_the_leaderboard_has_every_job_the_lowest_loss_first_and_says_what_is_a_tie(frozen, capsys):
     finish(frozen, "rank-4", status="done", objective=0.0710, heldout_noise_floor=0.001)
     finish(frozen, "rank-8", status="done", objective=0.0703, heldout_noise_floor=0.001)
@@ -324,6 +332,7 @@ def write_leaderboards(folder: Path, times: int) -> None:
         Sweep.read(folder).write_leaderboard()
 
 
+@pytest.mark.slow
 def test_a_report_beside_a_sweeps_end_never_breaks_the_leaderboard(frozen):
     """task=report and the sweep itself write leaderboard.csv at the same time."""
     fork = multiprocessing.get_context("fork")

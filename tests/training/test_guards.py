@@ -41,6 +41,7 @@ def lines(folder, name):
     return [line for line in read_json_lines(folder / "metrics.jsonl") if name in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)]
 )
@@ -56,12 +57,14 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_clip_is_named(run, spoil,
     assert json.loads((folder / "summary.json").read_text())["status"] == "done"
 
 
+@pytest.mark.slow
 def test_the_wait_for_data_is_logged(run):
     folder = run("a", *SHORT, "train.max_train_steps=4")
     assert all(0 < line["data_seconds"] < line["seconds"] for line in lines(folder, "data_seconds"))
     assert len(lines(folder, "data_seconds")) == 2
 
 
+@pytest.mark.slow
 def test_a_step_is_timed_until_the_device_is_done(run, monkeypatch):
     """Reading the losses waits for the device, here for half a second."""
     means = LossLog.means
@@ -84,6 +87,7 @@ def test_a_step_left_out_changes_no_weight(run, spoil):
     assert lora.compare(lora.read_adapter(folder)[0], lora.read_adapter(one)[0], values=True) == []
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run_and_keep_what_was_before(run, spoil, capfd):
     spoil(set(range(5, 12)))
     folder = run("a", *SHORT, "train.max_skipped_steps=3", expect=2)
@@ -96,6 +100,7 @@ def test_too_many_in_a_row_stop_the_run_and_keep_what_was_before(run, spoil, cap
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("held_out", "said"),
     [
@@ -119,6 +124,7 @@ def test_weights_that_are_not_finite_are_not_kept(run, capfd, monkeypatch, held_
     assert not list((folder / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_the_highest_loss_is_traced_to_its_clip_and_timestep(run, spoil):
     spoil({7}, 100.0)
     folder = run("a", *SHORT)

@@ -64,6 +64,7 @@ def test_every_phase_has_a_peak_of_its_own(card):
     assert card.resets >= 8 and found.of_line("load") is None
 
 
+@pytest.mark.slow
 def test_a_process_has_the_peak_of_each_phase_where_the_system_can_tell():
     found, size = peaks.MemoryPeaks(), 2**28
     with found.phase("one"):
@@ -79,6 +80,7 @@ def test_a_process_has_the_peak_of_each_phase_where_the_system_can_tell():
         assert one - two > 0.9 * size / peaks.GIB
 
 
+@pytest.mark.slow
 def test_a_run_reports_its_peaks_under_the_plans_names(run, capfd):
     folder = run(
         "a",

@@ -57,6 +57,7 @@ def weights_and_losses(folder):
     return weights, [{name: line[name] for name in kept if name in line} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -98,6 +99,7 @@ def test_a_run_that_goes_on_makes_the_same_previews(trained, stopped, launch):
     assert last.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_preview_that_fails_is_said_once_and_stops_nothing(run, monkeypatch, capsys):
     def no_memory(self):
         raise torch.OutOfMemoryError("CUDA out of memory\nmore")

@@ -33,6 +33,7 @@ def losses(folder) -> list:
     return [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "loss" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "waits"),
     [
@@ -169,6 +170,7 @@ def test_the_sine_table_of_another_size_is_computed_once(family_folder, compose)
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_nothing_in_a_run_puts_a_weight_into_words(run, monkeypatch):
     """As the text of a signal's handler would: it reads every weight from the device."""
     worded, real = [], torch.Tensor.__repr__
@@ -300,6 +302,7 @@ def test_what_needs_all_gradients_at_once_is_refused(compose, settings, said):
 # -- the clock -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_slow_steps_are_said_once_with_their_cause(run, monkeypatch, capfd):
     assert (
         timing.slow_step_warning(1.9, 0.0, 1.0) is None
