@@ -18,6 +18,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from cogvx.files import read_json, write_text
 
@@ -241,7 +242,10 @@ def base64_of(path: Path) -> str:
 
 
 def address(path: Path, here: Path) -> str:
-    return str(path.relative_to(here)) if path.is_relative_to(here) else path.absolute().as_uri()
+    if not path.is_relative_to(here):
+        return path.absolute().as_uri()
+    # A folder may be called "javascript:..." or hold a # or a ?.
+    return quote(path.relative_to(here).as_posix(), safe="/=,+@")
 
 
 # -- numbers -------------------------------------------------------------------------------------

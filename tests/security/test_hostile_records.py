@@ -5,6 +5,7 @@ import io
 import re
 import subprocess
 import sys
+import urllib.parse
 
 import pytest
 import yaml
@@ -254,6 +255,16 @@ def test_a_page_shows_hostile_texts_and_obeys_none():
         text = path.read_text(encoding="utf-8")
         assert "|safe" not in text.replace(" ", "") and "autoescape false" not in text, path
         assert not re.search(r"\w=\{\{", text), path
+
+
+def test_a_folders_name_is_no_address_of_another_kind(tmp_path):
+    names = ["javascript:alert(1)", "data:text,x", 'a"b', "a#b?c", "a b", "ü"]
+    for name in names:
+        shown = pages.address(tmp_path / name / "report.html", tmp_path)
+        assert re.fullmatch(r"[\w%=,+@./()-]+", shown, re.ASCII), shown
+        assert urllib.parse.unquote(shown) == f"{name}/report.html"
+    usual = "lora.rank=4,seed=1/report.html"
+    assert pages.address(tmp_path / usual, tmp_path) == usual
 
 
 RISKY = re.compile(
