@@ -132,7 +132,7 @@ def test_a_run_from_clips_and_a_lora_of_the_hub_is_the_same_again(
     hub, trained, launch, cache, tmp_path
 ):
     """Their commits are in its record. Their authors change both, and the network is gone."""
-    start = trained("train.max_train_steps=2")
+    start = trained("train.max_train_steps=3")
     lora = {WEIGHTS: (start / WEIGHTS).read_bytes()}
     scenes = world.scenes(6, seed=0)
     clips = {}
@@ -152,7 +152,7 @@ def test_a_run_from_clips_and_a_lora_of_the_hub_is_the_same_again(
         return tmp_path / name
 
     asked = ["data=dataset", "data.dataset_name=me/six", "lora.init_from=me/start"]
-    first = run("first", *QUICK, *asked, "train.max_train_steps=2")
+    first = run("first", *QUICK, *asked, "train.max_train_steps=3")
     config = configuration.read(first / "config.yaml")
     pinned = {config.data.dataset_name, config.lora.init_from}
     assert pinned == {f"{place}@{commit}" for place, commit in commits.items()}
