@@ -80,7 +80,9 @@ def publish(
 
 
 def relative(paths: list[Path], folder: Path) -> dict[str, Path]:
-    return {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
+    """Files by their names in the folder. Hidden ones are of this machine alone."""
+    shown = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+    return {path.relative_to(folder).as_posix(): path for path in shown}
 
 
 def explaining_files(published: Published) -> dict[str, Path | bytes]:
