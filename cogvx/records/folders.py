@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
@@ -160,10 +161,15 @@ def sweep_entry(root: Path, folder: Path) -> Entry:
 
 
 def recorded_settings(folder: Path) -> dict:
+    """As they stand in config.yaml, of any version; no options if it is no record."""
+    none, path = {"defaults": []}, folder / record.CONFIG
     try:
-        return configuration.read_record(folder / record.CONFIG)
-    except UserError:
-        return {"defaults": []}
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        configuration.require_plain_values(path, found)
+    # ValueError: not UTF-8.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, UserError):
+        return none
+    return none | found if isinstance(found, dict) else none
 
 
 def trained_text(settings: dict, summary: dict) -> str:
