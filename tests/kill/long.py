@@ -159,7 +159,7 @@ def counts(trials: list[Trial], kind: str | None) -> list[object]:
         sum(trial.recovered for trial in trials),
         sum(bool(trial.differences) for trial in trials),
         sum(bool(trial.strays) for trial in trials),
-        max(trial.again for trial in trials) if counted else "",
+        max((trial.again for trial in trials), default=0) if counted else "",
     ]
 
 
