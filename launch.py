@@ -184,6 +184,7 @@ def sweep(command: translate.Command) -> int:
             require_ready(config)
     make_folder(planned.folder)
     with record.locked(planned.folder), live.following(planned.folder):
+        remove_left_over(planned.folder)
         planned.freeze([] if searching else jobs, TYPED)
         if elsewhere:
             code = engines.run_with_launcher(planned, [job for job, _ in jobs], launcher)

@@ -241,13 +241,14 @@ def run_here(folder: Path) -> int:
         said = f"\n{'stopped' if stopped else 'error'}: {leaving.printable(message)}"
         print(said, file=sys.stderr, flush=True)
     finally:
+        # Before the summary: nobody tidies a job of a sweep that is done.
+        if summary["status"] == "done":
+            heartbeats.forget_beat(folder, rank)
         if is_main:
             conclude_run(folder, summary)
         elif summary["status"] == "out_of_memory":
             # The first process waits for this one until it is killed.
             record.finish(folder, summary)
-        if summary["status"] == "done":
-            heartbeats.forget_beat(folder, rank)
     return code
 
 

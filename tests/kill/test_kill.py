@@ -16,7 +16,8 @@ from trials import Place, run_trial
 
 import launch as script
 from cogvx.files import unfinished
-from cogvx.records import heartbeats
+from cogvx.records import heartbeats, record
+from cogvx.runs import processes
 
 
 def kill(phase: str, nth: int, role: str = "launcher", *, torn=False, group=True) -> dict:
@@ -68,6 +69,18 @@ def test_a_finished_run_is_tidied_when_it_is_started_again(tmp_path, capsys):
     assert script.nothing_to_do(tmp_path, {"objective": 0.5}) == 0
     assert "is finished: nothing to do" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "summary.json"]
+
+
+def test_a_kill_after_the_summary_leaves_no_heartbeat(tmp_path, compose, monkeypatch):
+    folder, beats = record.open_folder(compose(f"output_dir='{tmp_path / 'run'}'")), []
+    monkeypatch.setattr(processes, "start_task", lambda *given: {"status": "done"})
+    monkeypatch.setattr(processes, "conclude_run", lambda *given: beats.append(left_in(folder)))
+    assert processes.run_here(folder) == 0
+    assert beats == [[]]
+
+
+def left_in(folder: Path) -> list[str]:
+    return [path.name for path in (folder / heartbeats.HEARTBEATS).glob("*")]
 
 
 def test_the_comparison_sees_what_differs_is_missing_or_lies_about(tmp_path):
