@@ -103,6 +103,7 @@ class Pulse:
 
     def begin(self) -> None:
         self.phases: list[str] = []  # the phase, after those that it interrupts
+        self.left: str | None = None  # the phase before
         self.step: int | None = None
         self.steps: int | None = None
         self.waits = False  # for the other processes of the run
@@ -118,6 +119,8 @@ class Pulse:
         self.beat()
 
     def in_phases(self, phases: list[str]) -> None:
+        # A run that ends in an error leaves every phase. The last one is of interest then.
+        self.left = self.phases[-1] if self.phases else self.left
         self.phases = list(phases)
         self.beat()
         self.changed.set()
@@ -136,7 +139,7 @@ class Pulse:
         if self.phases:
             return self.phases[-1]
         signs = SignsOfLife.running[-1:]
-        return signs[0].what.partition(" ")[2].strip() if signs else None
+        return signs[0].what.partition(" ")[2].strip() if signs else self.left
 
     def look_at_bars(self) -> None:
         """A bar that has moved is work that goes on."""

@@ -45,9 +45,12 @@ def test_a_process_tells_where_it_is_and_leaves_that_behind(tmp_path, monkeypatc
             assert time.monotonic() < deadline
             time.sleep(0.01)
         PULSE.at_step(8, 20)
+        # As when an error ends the run.
+        PULSE.in_phases(["train"])
+        PULSE.in_phases([])
     [left] = beats_of(tmp_path)
     assert (left.rank, left.pid, left.step, left.steps) == (1, os.getpid(), 8, 20)
-    assert left.where == "rank 1: held-out loss, step 8 of 20" and silent(tmp_path) == []
+    assert left.where == "rank 1: train, step 8 of 20" and silent(tmp_path) == []
     heartbeats.forget_beat(tmp_path, 1)
     assert not file.parent.exists()
 
