@@ -110,9 +110,9 @@ def test_a_run_saves_and_stops_when_a_file_says_so(launching, cache, tmp_path):
     wait_for_file(folder / "metrics.jsonl", process)
     (folder / "save").touch()
     saved = folder / "checkpoints"
-    wait_for(lambda: [path for path in saved.glob("step_*") if path.suffix == ""], 60)
+    wait_for(lambda: [path for path in saved.glob("step_*") if path.suffix == ""], 240)
     (folder / "stop").touch()
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=240)
     assert process.returncode == 143 and "a checkpoint is saved" in said
     assert "saved   a checkpoint after step" in said
     assert sum(1 for path in saved.iterdir()) == 2
