@@ -137,4 +137,4 @@ def digest(tensor: torch.Tensor) -> tuple:
 def without_times(values: dict) -> dict:
     """Also without the digests of files, which are compared themselves."""
     kept = {name: value for name, value in values.items() if name not in TIMES}
-    return {**kept, "files": sorted(kept["files"])} if "files" in kept else kept
+    return kept | {name: sorted(kept[name]) for name in ("files", "result_files") if name in kept}
