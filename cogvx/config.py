@@ -50,8 +50,11 @@ MOST_VALUES, LARGEST_RECORD = 100_000, 10_000_000  # bytes
 # What calls a function in a value, such as ${oc.env:NAME}. Not: another setting's name.
 CALL = re.compile(r"(\\*)\$\{(?![\w.]+\})")
 
+# Whether files outside of the set's folder may be read.
+ALLOWED_OUTSIDE = "data.allow_outside_root"
+
 # Where a run stands and how it was started. These do not change what it computes.
-NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps")
+NOT_COMPARED = ("output_dir", "train.resume", "task.card", "train.profile_steps", ALLOWED_OUTSIDE)
 
 # Settings that earlier versions did not have, with the value that stands for what these did.
 ADDED_SETTINGS = {

@@ -76,11 +76,16 @@ def settle_configuration(folder: Path, config: Config) -> None:
 
     UserError if it is another configuration, or if the folder cannot be written.
     """
-    if (folder / CONFIG).is_file():
-        require_same_configuration(folder, config)
+    if not (folder / CONFIG).is_file():
+        with said_of_folder(folder):
+            write_config(folder, config)
         return
-    with said_of_folder(folder):
-        write_config(folder, config)
+    require_same_configuration(folder, config)
+    recorded = configuration.read(folder / CONFIG)
+    # A set with links out of its folder may need this to go on.
+    if config.data.allow_outside_root and not recorded.data.allow_outside_root:
+        recorded.data.allow_outside_root = True
+        write_config(folder, recorded)
 
 
 @contextlib.contextmanager

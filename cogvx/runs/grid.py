@@ -340,8 +340,12 @@ def mark(base: DictConfig, swept: list[str]) -> str:
     }
     del values["hydra"]
     left_out = {*configuration.NOT_COMPARED, *(key.lstrip("+~") for key in swept)}
+    # A later version, which has more settings, finds the same sweep.
+    added = configuration.flat(configuration.ADDED_SETTINGS)
     shared = {
-        key: value for key, value in configuration.flat(values).items() if key not in left_out
+        key: value
+        for key, value in configuration.flat(values).items()
+        if key not in left_out and (key not in added or value != added[key])
     }
     return hashed(json.dumps([choices, shared], sort_keys=True, default=str))
 

@@ -60,6 +60,14 @@ def test_a_folder_holds_one_configuration(compose, tmp_path):
         record.open_folder(compose(f"output_dir={tmp_path}", "lora.rank=16"))
 
 
+def test_a_set_with_links_out_of_its_folder_can_go_on(compose, tmp_path):
+    folder = record.open_folder(compose(f"output_dir={tmp_path}"))
+    record.open_folder(compose(f"output_dir={tmp_path}", "data.allow_outside_root=true"))
+    assert configuration.read(folder / "config.yaml").data.allow_outside_root
+    record.open_folder(compose(f"output_dir={tmp_path}"))
+    assert configuration.read(folder / "config.yaml").data.allow_outside_root
+
+
 def test_another_task_is_another_run(compose, tmp_path):
     record.open_folder(compose(f"output_dir={tmp_path}", "task=encode"))
     with pytest.raises(UserError, match="task: encode -> train"):

@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from cogvx import config as configuration
@@ -30,7 +31,6 @@ def sweep(*overrides: str, place: grid.Composer = FROM_CONF):
     return made, {job.name: config for job, config in jobs}
 
 
-@pytest.mark.slow
 def test_every_combination_is_a_job_named_by_its_values():
     made, jobs = sweep("lora.rank=4,16", "optimizer.learning_rate=1e-3,1e-4")
     assert {(c.lora.rank, c.optimizer.learning_rate) for c in jobs.values()} == {
@@ -53,7 +53,6 @@ def test_a_tie_binds_to_each_jobs_own_value():
     assert len(jobs) == 9 and all(c.lora.rank == c.lora.lora_alpha for c in jobs.values())
 
 
-@pytest.mark.slow
 def test_the_same_command_finds_the_same_folder_and_another_base_another():
     same = [sweep("lora.rank=4,16")[0].folder, sweep("lora.rank=4,16,64")[0].folder]
     assert same[0] == same[1], "more values complete the sweep that is there"
@@ -61,6 +60,15 @@ def test_the_same_command_finds_the_same_folder_and_another_base_another():
     assert (
         sweep("lora.rank=4,16", "model=2b", "data.instance_data_root=/clips")[0].folder != same[0]
     )
+
+
+def test_a_version_with_more_settings_finds_the_same_folder():
+    values = {"train": {"max_train_steps": 5}, "hydra": {"runtime": {"choices": {}}}}
+    before, base = grid.mark(OmegaConf.create(values), []), OmegaConf.create(values)
+    base.train.deterministic = False
+    assert grid.mark(base, []) == before
+    base.train.deterministic = True
+    assert grid.mark(base, []) != before
 
 
 def test_two_spellings_of_a_value_are_one_job():
