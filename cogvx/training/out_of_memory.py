@@ -227,7 +227,8 @@ def what_helps(config: Config, folder: Path, phase: str, lack: Lack) -> list[str
     if lack is Lack.gpu:
         lines.append(f"{'Not enough? ' if changes else ''}Try {', then '.join(more)}.")
     if step is None:
-        lines.append("What is encoded stays in the cache.")
+        again = "" if changes else f" Again: python launch.py {start}"
+        lines.append(f"What is encoded stays in the cache.{again}")
     elif changes:
         lines.append(f"That goes on after step {step}, in a new folder. This run's files stay.")
     else:
@@ -294,13 +295,14 @@ def said_of_skipped(error: BaseException, what: str, config: Config, folder: Pat
     lack, moment = lack_of(error), moment_of(error)
     phase = "train" if moment is None else moment.phase
     figures = "" if moment is None else figures_of(moment, folder, lack)
-    said = f"warning {what} skipped, training goes on: {lack.value}. {figures}".rstrip()
+    lines = [f"warning {what} skipped, training goes on: {lack.value}. {figures}".rstrip()]
     changes = cheaper(config, phase) if lack is Lack.gpu else []
     if changes:
-        said += f" To have it: python launch.py {how_to_start(folder)} {changes[0]}."
+        lines.append(f"to have it:    python launch.py {how_to_start(folder)} {changes[0]}")
     if phase == "video":
-        said += (
-            f" To have none: validation.num_validation_videos=0 validation.scored_prompts=0. "
-            f"Later: python launch.py task=generate task.run={shown(folder)} memory=low"
+        lines.append(
+            "to have none:  validation.num_validation_videos=0 validation.scored_prompts=0"
         )
-    return said
+        later = f"task=generate task.run={shown(folder)} memory=low"
+        lines.append(f"videos later:  python launch.py {later}")
+    return "\n        ".join(lines)
