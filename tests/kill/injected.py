@@ -71,7 +71,8 @@ class Bench:
         assert self.start().code == 0, self.said
         self.says(*texts)
         wanted = self.place.undisturbed("LoRA")
-        assert same.differences(self.folder, wanted) == []
+        found = same.differences(self.folder, wanted)
+        assert not found, found
         self.strays = same.strays(self.folder, wanted)
         more = [name for name in self.strays if not any(part in name for part in left)]
         assert not more, more
