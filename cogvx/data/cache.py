@@ -70,21 +70,23 @@ class Cache:
     def write(
         self, path: Path, tensors: dict[str, Tensor], about: dict[str, object] | None = None
     ) -> None:
-        """Writes the tensors, with `about` and a digest of all of it as the file's metadata.
-
-        The file is on the disk before the index says that it is whole: otherwise a power cut could
-        leave zeros that nobody looks at again. UserError if a value is not finite (training would
-        go wrong silently), or on a full disk.
-        """
-        from safetensors.torch import save_file
-
+        """save(), and UserError if a value is not finite: training would go wrong silently."""
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise UserError(
                     f"encoding gave {name} with values that are not finite ({tensor.dtype}): "
                     f"fp16 can overflow where bf16 does not; try train.mixed_precision=bf16"
                 )
-        about = about or {}
+        self.save(path, tensors, about or {})
+
+    def save(self, path: Path, tensors: dict[str, Tensor], about: dict[str, object]) -> None:
+        """Writes the tensors, with `about` and a digest of all of it as the file's metadata.
+
+        The file is on the disk before the index says that it is whole: otherwise a power cut could
+        leave zeros that nobody looks at again. UserError on a full disk.
+        """
+        from safetensors.torch import save_file
+
         # In one text: safetensors writes several in any order.
         metadata = {"about": json.dumps({**about, "digest": digest_of(about, tensors)})}
         try:

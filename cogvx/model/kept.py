@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from cogvx.data.cache import claimed
-from cogvx.files import replacing
+from cogvx.data.cache import Cache, claimed
+from cogvx.errors import UserError
 from cogvx.model import transfer
 from cogvx.model.stored import StoredWeight
 from cogvx.model.unread import UnreadWeights
@@ -53,10 +52,10 @@ class BlockStore:
         names = [self.unread.name_of[parameter] for parameter in parameters]
         path = kept.path(names, parameters[0].dtype, self.storage, self.device.type)
         with claimed(path, wait=True):
-            found = self.found(path, names, parameters)
+            found = self.found(kept.cache, path, names, parameters)
             if found is None:
                 found = self.made(parameters)
-                self.keep(path, dict(zip(names, found, strict=True)))
+                self.keep(kept.cache, path, dict(zip(names, found, strict=True)))
         self.unread.forget(parameters)
         return found
 
@@ -69,16 +68,15 @@ class BlockStore:
         return [StoredWeight.store(weight, self.storage) for weight in weights]
 
     def found(
-        self, path: Path, names: list[str], parameters: list[torch.nn.Parameter]
+        self, cache: Cache, path: Path, names: list[str], parameters: list[torch.nn.Parameter]
     ) -> list[StoredWeight] | None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
+        if cache.about(path) is None:
+            if path in cache.damaged:
+                why = cache.damaged[path]
+                print(f"warning {path} is damaged, and made again: {why}", flush=True)
             return None
-        except SafetensorError:
-            print(f"warning {path} is damaged: it is made again", flush=True)
-            return None
+        with safe_open(path, framework="pt") as file:
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         forms = []
         for name, parameter in zip(names, parameters, strict=True):
             parts = [held.get(f"{name}.{part}") for part in FORM_PARTS]
@@ -87,7 +85,7 @@ class BlockStore:
             forms.append(form.moved(lambda part: transfer.to_device(part, self.place)))
         return forms
 
-    def keep(self, path: Path, forms: dict[str, StoredWeight]) -> None:
+    def keep(self, cache: Cache, path: Path, forms: dict[str, StoredWeight]) -> None:
         if self.disk_fails:
             return
         parts = {
@@ -97,12 +95,9 @@ class BlockStore:
             if getattr(form, part) is not None
         }
         try:
-            with replacing(path) as partial:
-                save_file(parts, partial)
-                # safetensors writes files that only their owner can read.
-                partial.chmod(path.parent.stat().st_mode & 0o666)
-        # The run goes on without it. safetensors reports a full disk as an error of its own.
-        except (OSError, SafetensorError) as error:
+            cache.save(path, parts, {})
+        # The run goes on without it.
+        except UserError as error:
             self.disk_fails = True
             print(f"warning quantised weights are not kept for the next start: {error}", flush=True)
 

@@ -194,7 +194,7 @@ def verify(folder: Path, kept: list[Kept]) -> None:
     damaged = {path: reason for path, reason in found.items() if reason}
     for path, reason in damaged.items():
         print(f"damaged {shown(path)}: {reason}; {removed_in_words(path)}")
-    undigested = f", {without} have no digest (quantised weights, and files of earlier versions)"
+    undigested = f", {without} have no digest (of earlier versions)"
     print(
         f"verify  {counted(len(found), 'file')}: {len(found) - without - len(damaged)} are whole, "
         f"{len(damaged)} damaged{undigested if without else ''}"

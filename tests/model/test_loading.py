@@ -235,6 +235,7 @@ def same_forms(first, second) -> None:
     "damage",
     [
         "cut off",
+        pytest.param("flipped", marks=pytest.mark.slow),
         pytest.param("gone", marks=pytest.mark.slow),
         pytest.param("other model", marks=pytest.mark.slow),
     ],
@@ -251,6 +252,9 @@ def test_a_damaged_or_missing_file_is_made_again(
     assert len(files) == 12
     if damage == "cut off":
         files[3].write_bytes(files[3].read_bytes()[:-5])
+    elif damage == "flipped":
+        content = files[3].read_bytes()
+        files[3].write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
     elif damage == "gone":
         files[3].unlink()
     else:
@@ -260,7 +264,8 @@ def test_a_damaged_or_missing_file_is_made_again(
     second, _ = loaded(folder, torch.bfloat16, memory, compose, cache)
     expected = blocks_quantised if damage == "other model" else blocks_quantised // 12
     assert len(quantising["quantised"]) == expected
-    assert capsys.readouterr().out.count(f"warning {files[3]} is damaged") == (damage == "cut off")
+    said = capsys.readouterr().out.count(f"warning {files[3]} is damaged, and made again: ")
+    assert said == (damage in ("cut off", "flipped"))
     if damage != "other model":
         same_forms(first, second)
 
@@ -270,7 +275,7 @@ def test_a_full_disk_does_not_end_the_run(sharded, compose, tmp_path, monkeypatc
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cogvx.model.kept.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     memory = dataclasses.replace(PLAIN, base_storage=Storage.int8)
     loaded(sharded, torch.bfloat16, memory, compose, Cache(tmp_path))
     assert capsys.readouterr().out.count("No space left on device") == 1
