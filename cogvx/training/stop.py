@@ -8,12 +8,13 @@ other phase the work ends at once: what is in the cache and the checkpoints stay
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ STOP_FILE, SAVE_FILE = "stop", "save"
 LOOK_FOR_FILES = 1.0  # seconds
 # Slurm and the process that started this one may both pass on one signal. Later it is a second one.
 SAME_WITHIN = 3.0  # seconds
+ASK_AGAIN_AFTER = 0.1  # seconds
 SAVE = 1000  # a number above those of all signals
 
 
@@ -59,6 +61,7 @@ class StopRequests:
         self.received_at = 0.0
         self.save = False
         self.deferred = False  # within the step loop
+        self.lost = False  # Stopped was raised, and Python has dropped it
 
     @contextlib.contextmanager
     def listening(self, folder: Path | None) -> Iterator[None]:
@@ -66,6 +69,8 @@ class StopRequests:
         self.forget()
         let_decode(True)
         before = {number: signal.signal(number, self.receive) for number in signals_heard()}
+        hook = sys.unraisablehook
+        sys.unraisablehook = functools.partial(self.ask_again, hook)
         ended = threading.Event()
         if folder is not None:
             threading.Thread(target=self.look_for_files, args=(folder, ended), daemon=True).start()
@@ -73,6 +78,7 @@ class StopRequests:
             yield
         finally:
             ended.set()
+            sys.unraisablehook = hook
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -83,6 +89,8 @@ class StopRequests:
         second = self.received is not None
         if not second:
             self.received, self.received_at = number, time.monotonic()
+        elif self.lost:
+            self.lost = False
         elif number != signal.SIGINT and time.monotonic() - self.received_at < SAME_WITHIN:
             return
         name = signal.Signals(number).name
@@ -94,6 +102,19 @@ class StopRequests:
             return
         let_decode(False)
         raise Stopped(number)
+
+    def ask_again(self, hook: Callable, dropped) -> None:
+        """Python drops an error that comes within a destructor. Stopped is then raised again.
+
+        hook, dropped: as of sys.unraisablehook.
+        """
+        if not isinstance(dropped.exc_value, Stopped):
+            hook(dropped)
+            return
+        # Within this function it would be dropped once more.
+        self.lost = True
+        number = dropped.exc_value.number
+        threading.Timer(ASK_AGAIN_AFTER, os.kill, (os.getpid(), number)).start()
 
     def look_for_files(self, folder: Path, ended: threading.Event) -> None:
         while not ended.wait(LOOK_FOR_FILES):

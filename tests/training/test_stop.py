@@ -1,5 +1,6 @@
 """How a run is asked to stop: in every phase, with a second signal, by a file."""
 
+import contextlib
 import json
 import os
 import signal
@@ -50,6 +51,24 @@ def test_a_second_ctrl_c_never_waits():
         os.kill(ME(), signal.SIGINT)
         os.kill(ME(), signal.SIGINT)
         pytest.fail("the second one ends it")
+
+
+class StruckAtItsEnd:
+    def __del__(self):
+        os.kill(ME(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("within_steps", [False, True])
+def test_a_signal_within_a_destructor_is_not_lost(within_steps):
+    deferred = REQUESTS.after_the_step() if within_steps else contextlib.nullcontext()
+    with pytest.raises(Stopped) as raised, REQUESTS.listening(None), deferred:
+        if within_steps:
+            os.kill(ME(), signal.SIGINT)
+            stop.REQUESTS.received_at -= stop.SAME_WITHIN
+        StruckAtItsEnd()
+        time.sleep(20)
+        pytest.fail("it was lost")
+    assert raised.value.number == signal.SIGTERM
 
 
 def test_what_nohup_ignores_stays_ignored(monkeypatch):
